@@ -1,0 +1,4 @@
+"""SD3, SD3.5 and FLUX.1 in JAX, made fast by head-wise attention compression (DiTFastAttnV2, arXiv 2503.22796).
+
+Dim letters: `B` batch, `T` query tokens, `S` key tokens, `N` heads, `H` head dim, `D` width.
+"""

@@ -1,0 +1,156 @@
+"""`dfa2`: sample images from a shell, and say what this machine can do."""
+
+import argparse
+import json
+import logging
+import os
+import re
+import shutil
+import sys
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit codes: 0, or 2 for bad input (one line on stderr), or 130 when interrupted."""
+    args = _parser().parse_args(argv)
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
+    try:
+        return args.run(args)
+    except (ValueError, NotImplementedError, OSError) as error:
+        print(f"dfa2 {args.command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"dfa2 {args.command}: interrupted", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="dfa2", description="SD3, SD3.5 and FLUX.1 in JAX.")
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    sample = commands.add_parser("sample", help="text to images", description="Sample images into a folder.")
+    sample.set_defaults(run=run_sample)
+    sample.add_argument("folder", help="a diffusers folder, or one that dfa2-convert wrote")
+    sample.add_argument("--prompt", action="append", required=True, help="repeat it for a batch")
+    sample.add_argument("--negative-prompt", help="for all prompts")
+    sample.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the PNG files go")
+    sample.add_argument("--height", type=int, metavar="PX")
+    sample.add_argument("--width", type=int, metavar="PX")
+    sample.add_argument("--steps", type=int, dest="num_inference_steps")
+    sample.add_argument("--guidance-scale", type=float)
+    sample.add_argument("--true-cfg-scale", type=float, default=1.0, help="FLUX with a negative prompt")
+    sample.add_argument("--skip-guidance-layers", type=int, nargs="+", metavar="LAYER", help="SD3.5-medium: 7 8 9")
+    sample.add_argument("--num-images-per-prompt", type=int, default=1)
+    sample.add_argument("--max-sequence-length", type=int, metavar="TOKENS", help="of T5")
+    sample.add_argument("--seed", type=int, nargs="+", default=[0], help="one for the batch, or one per image")
+    sample.add_argument("--dtype", choices=DTYPES, help="default: the checkpoint's; float32 on CPU")
+    sample.add_argument("--quiet", action="store_true", help="no progress bar")
+
+    doctor = commands.add_parser("doctor", help="what this machine can do", description="Report on this machine.")
+    doctor.set_defaults(run=run_doctor)
+    return parser
+
+
+PIPELINE_OPTIONS = (
+    "prompt",
+    "negative_prompt",
+    "height",
+    "width",
+    "num_inference_steps",
+    "guidance_scale",
+    "true_cfg_scale",
+    "skip_guidance_layers",
+    "num_images_per_prompt",
+    "max_sequence_length",
+)
+
+
+def run_sample(args: argparse.Namespace) -> int:
+    enable_compilation_cache()
+    from .pipeline import Pipeline
+
+    args.out.mkdir(parents=True, exist_ok=True)
+    if not os.access(args.out, os.W_OK):
+        raise PermissionError(f"--out {args.out} is not writable: choose another folder.")
+    pipeline = Pipeline.from_pretrained(args.folder, dtype=args.dtype)
+    options = {name: getattr(args, name) for name in PIPELINE_OPTIONS}
+    seed = args.seed[0] if len(args.seed) == 1 else args.seed
+    output = pipeline(**options, seed=seed, progress=not args.quiet)
+    prompts = [prompt for prompt in args.prompt for _ in range(args.num_images_per_prompt)]
+    for index, (image, prompt) in enumerate(zip(output.images, prompts, strict=True)):
+        print(save_image(image, args.out, prompt, output.metadata | {"image": index}))
+    seconds = {"load": pipeline.load_seconds} | output.timings
+    print("seconds: " + ", ".join(f"{name} {value:.2f}" for name, value in seconds.items()))
+    return 0
+
+
+def save_image(image: Any, folder: Path, prompt: str, metadata: dict[str, Any]) -> Path:
+    """Write a PNG named after its prompt, never over another; its text chunk "dfa2_jax" says how to make it again."""
+    from PIL.PngImagePlugin import PngInfo
+
+    info = PngInfo()
+    info.add_itxt("dfa2_jax", json.dumps(metadata, ensure_ascii=False))
+    stem = re.sub(r"\W+", "-", prompt.lower()).strip("-")[:60] or "image"
+    number = 0
+    while True:
+        path = folder / f"{stem}-{number}.png"
+        try:
+            with open(path, "xb") as file:
+                image.save(file, format="PNG", pnginfo=info)
+            return path
+        except FileExistsError:
+            number += 1
+
+
+def enable_compilation_cache() -> None:
+    """Keep compiled programs on disk, so that the second run of a shape starts at once. The library never does this."""
+    import jax
+
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        jax.config.update("jax_compilation_cache_dir", str(cache / "dfa2_jax" / "xla"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def run_doctor(args: argparse.Namespace) -> int:
+    import jax
+
+    from .models.attention import dense_implementation
+
+    for name in ("dfa2-jax", "jax", "jaxlib", "flax", "orbax-checkpoint"):
+        try:
+            print(f"{name:17s} {version(name)}")
+        except PackageNotFoundError:
+            print(f"{name:17s} not installed")
+    device = jax.devices()[0]
+    print(f"{'device':17s} {len(jax.devices())} x {device.device_kind} ({device.platform})")
+    print(f"{'driver':17s} {_driver()}")
+    for dtype, head_dim, model in (("bfloat16", 64, "SD3"), ("bfloat16", 128, "FLUX.1"), ("float32", 128, "float32")):
+        choice = dense_implementation(dtype, head_dim)
+        print(f"{'attention ' + model:17s} {choice.implementation}: {choice.why}")
+    stats = device.memory_stats()
+    if stats and "bytes_limit" in stats:
+        free = stats["bytes_limit"] - stats.get("bytes_in_use", 0)
+        print(f"{'device memory':17s} {free / 1e9:.1f} GB free of {stats['bytes_limit'] / 1e9:.1f} GB that JAX may use")
+    pages = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    print(f"{'host memory':17s} {pages / 1e9:.1f} GB free")
+    print(f"{'disk':17s} {shutil.disk_usage('.').free / 1e9:.1f} GB free here")
+    return 0
+
+
+def _driver() -> str:
+    """NVIDIA's driver version, from the kernel module: nvidia-smi is not in every container."""
+    path = Path("/proc/driver/nvidia/version")
+    if not path.is_file():
+        return "no NVIDIA driver"
+    found = re.search(r"\b\d+\.\d+(\.\d+)?\b", path.read_text())
+    return found.group() if found else "unknown"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

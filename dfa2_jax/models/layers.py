@@ -1,0 +1,164 @@
+"""Layers that the transformers, encoders and autoencoder share.
+
+Dim letters, everywhere in this project: `B` batch, `T` query tokens, `S` key tokens, `N` heads, `H` head dim, `D` width.
+Norms, softmax and position tables are computed in float32 and cast back once; float32 matrix products are IEEE float32.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float
+from jax.typing import DTypeLike
+
+
+def matmul_precision(dtype: DTypeLike) -> jax.lax.Precision | None:
+    """HIGHEST for float32: JAX's default on NVIDIA is TF32 where torch's is IEEE, and no CPU test sees the difference."""
+    return jax.lax.Precision.HIGHEST if jnp.dtype(dtype) == jnp.float32 else None
+
+
+def linear(
+    in_features: int, out_features: int, *, use_bias: bool = True, dtype: DTypeLike, rngs: nnx.Rngs
+) -> nnx.Linear:
+    return nnx.Linear(
+        in_features,
+        out_features,
+        use_bias=use_bias,
+        dtype=dtype,
+        param_dtype=dtype,
+        precision=matmul_precision(dtype),
+        rngs=rngs,
+    )
+
+
+def split_heads(x: Float[Array, "B T D"], num_heads: int) -> Float[Array, "B T N H"]:
+    return x.reshape(*x.shape[:-1], num_heads, -1)
+
+
+def merge_heads(x: Float[Array, "B T N H"]) -> Float[Array, "B T D"]:
+    return x.reshape(*x.shape[:-2], -1)
+
+
+def gelu_tanh(x: Float[Array, "*dims"]) -> Float[Array, "*dims"]:
+    return jax.nn.gelu(x.astype(jnp.float32), approximate=True).astype(x.dtype)
+
+
+def layer_norm(x: Float[Array, "*dims D"], eps: float = 1e-6) -> Float[Array, "*dims D"]:
+    """Layer norm without parameters: in MMDiT, scale and shift come from the modulation."""
+    x32 = x.astype(jnp.float32)
+    centred = x32 - x32.mean(-1, keepdims=True)
+    variance = jnp.square(centred).mean(-1, keepdims=True)
+    return (centred * jax.lax.rsqrt(variance + eps)).astype(x.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square norm over the last axis, in float32."""
+
+    def __init__(self, features: int, *, eps: float = 1e-6, dtype: DTypeLike):
+        self.scale = nnx.Param(jnp.ones((features,), dtype))
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "*dims D"]) -> Float[Array, "*dims D"]:
+        x32 = x.astype(jnp.float32)
+        x32 = x32 * jax.lax.rsqrt(jnp.square(x32).mean(-1, keepdims=True) + self.eps)
+        scale = self.scale[...].astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))
+        return (x32 * scale).astype(x.dtype)
+
+
+class Modulation(NamedTuple):
+    """One branch's share of an adaptive layer norm (DiT, arXiv 2212.09748, section 3.2)."""
+
+    shift: Float[Array, "B 1 D"]
+    scale: Float[Array, "B 1 D"]
+    gate: Float[Array, "B 1 D"]
+
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        return x * (1 + self.scale) + self.shift
+
+
+class AdaLN(nnx.Module):
+    """`silu(vector) -> linear -> branches x (shift, scale, gate)`, the adaLN-Zero of every block."""
+
+    def __init__(self, width: int, branches: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        self.linear = linear(width, 3 * branches * width, dtype=dtype, rngs=rngs)
+        self.branches = branches
+
+    def __call__(self, vector: Float[Array, "B D"]) -> list[Modulation]:
+        chunks = jnp.split(self.linear(jax.nn.silu(vector))[:, None], 3 * self.branches, axis=-1)
+        return [Modulation(*chunks[i : i + 3]) for i in range(0, len(chunks), 3)]
+
+
+class AdaLNOut(nnx.Module):
+    """The last norm of a stream: no gate, and stored as (scale, shift), the reverse of `AdaLN`."""
+
+    def __init__(self, width: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        self.linear = linear(width, 2 * width, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "B T D"], vector: Float[Array, "B D"]) -> Float[Array, "B T D"]:
+        scale, shift = jnp.split(self.linear(jax.nn.silu(vector))[:, None], 2, axis=-1)
+        return layer_norm(x) * (1 + scale) + shift
+
+
+class MLP(nnx.Module):
+    """`down(activation(up(x)))`."""
+
+    def __init__(
+        self,
+        in_features: int,
+        hidden: int,
+        out_features: int | None = None,
+        *,
+        activation: Callable[[Any], Any] = gelu_tanh,
+        down_bias: bool = True,
+        dtype: DTypeLike,
+        rngs: nnx.Rngs,
+    ):
+        self.up = linear(in_features, hidden, dtype=dtype, rngs=rngs)
+        self.down = linear(hidden, out_features or in_features, use_bias=down_bias, dtype=dtype, rngs=rngs)
+        self.activation = activation
+
+    def __call__(self, x: Float[Array, "*dims D"]) -> Float[Array, "*dims E"]:
+        return self.down(self.activation(self.up(x)))
+
+
+def sinusoid(x: Float[np.ndarray, " steps"], dim: int = 256) -> Float[np.ndarray, "steps {dim}"]:
+    """Sinusoidal embedding of timesteps or guidance, [cos, sin], computed on the host for all steps at once.
+
+    Exponents, frequencies and angles are rounded to float32 where torch rounds them (diffusers `get_timestep_embedding`
+    with `flip_sin_to_cos=True, downscale_freq_shift=0`): the model was trained with those frequencies, and 1e-7 of one
+    is 3e-4 of an angle of 3500. The rest is float64, so no platform's exp or cosine enters the result.
+    """
+    half = dim // 2
+    exponents = np.float32(-np.log(10000.0)) * np.arange(half, dtype=np.float32) / np.float32(half)
+    frequencies = np.exp(exponents.astype(np.float64)).astype(np.float32)
+    angles = (x.astype(np.float32)[:, None] * frequencies[None]).astype(np.float64)
+    return np.concatenate([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
+
+
+def stack(count: int, make: Callable[[nnx.Rngs], nnx.Module], rngs: nnx.Rngs) -> nnx.Module:
+    """`count` equal blocks as one module whose parameters have a leading layer axis, for `run_blocks`."""
+    return nnx.vmap(make)(rngs.split(count))
+
+
+def run_blocks(
+    blocks: nnx.Module,
+    step: Callable[[Any, Any, Any], Any],
+    carry: Any,
+    per_layer: Any = None,
+    *,
+    unroll: int | bool = 1,
+) -> Any:
+    """Scan `carry = step(block, carry, per_layer[i])` over the layer axis of stacked `blocks`.
+
+    `unroll` is `jax.lax.scan`'s: 1 compiles one block, True all of them (README, "Scan or unroll", has the costs).
+    """
+    graph, params = nnx.split(blocks)
+
+    def body(carry: Any, xs: Any) -> tuple[Any, None]:
+        layer_params, layer_input = xs
+        return step(nnx.merge(graph, layer_params), carry, layer_input), None
+
+    return jax.lax.scan(body, carry, (params, per_layer), unroll=unroll)[0]

@@ -1,0 +1,158 @@
+"""Stable Diffusion 3 and 3.5 (arXiv 2403.03206): joint blocks over [visual, text], learned sizes from a config."""
+
+from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float
+
+from pallas_kernels.layout import Layout
+
+from .blocks import JointBlock
+from .layers import MLP, AdaLNOut, linear, run_blocks, stack
+
+
+class Segment(NamedTuple):
+    """A run of equal blocks, scanned as one."""
+
+    dual: bool
+    last: bool
+    count: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class SD3Config:
+    """Sizes of an `SD3Transformer2DModel`. diffusers' own defaults match no published model: read config.json."""
+
+    patch_size: int
+    in_channels: int
+    out_channels: int
+    num_layers: int
+    attention_head_dim: int
+    num_attention_heads: int
+    joint_attention_dim: int
+    caption_projection_dim: int
+    pooled_projection_dim: int
+    pos_embed_max_size: int
+    sample_size: int
+    dual_attention_layers: tuple[int, ...] = ()
+    qk_norm: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.qk_norm not in (None, "rms_norm"):
+            raise ValueError(f"{self.qk_norm=} is not supported: None (SD3) or 'rms_norm' (SD3.5).")
+        if self.caption_projection_dim != self.width:
+            raise ValueError(f"{self.caption_projection_dim=} must equal heads x head_dim = {self.width}.")
+        if self.in_channels != self.out_channels:
+            raise ValueError(f"{self.in_channels=} and {self.out_channels=} must be equal to denoise latents.")
+
+    @classmethod
+    def from_json(cls, config: dict[str, Any]) -> "SD3Config":
+        """From diffusers' config.json; fields that diffusers may omit take diffusers' defaults, others are ignored."""
+        defaults = {"patch_size": 2, "in_channels": 16, "sample_size": 128, "qk_norm": None}
+        known = {name: config.get(name, defaults.get(name)) for name in cls.__dataclass_fields__}
+        known["out_channels"] = config.get("out_channels") or known["in_channels"]
+        known["dual_attention_layers"] = tuple(config.get("dual_attention_layers") or ())
+        missing = sorted(name for name, value in known.items() if value is None and name != "qk_norm")
+        if missing:
+            raise ValueError(f"The transformer's config.json lacks {missing}.")
+        return cls(**known)
+
+    @property
+    def width(self) -> int:
+        return self.num_attention_heads * self.attention_head_dim
+
+    @property
+    def token_channels(self) -> int:
+        """Numbers in one visual token: patch rows, patch columns, channels."""
+        return self.patch_size**2 * self.in_channels
+
+    @property
+    def segments(self) -> tuple[Segment, ...]:
+        last = self.num_layers - 1
+        kinds = [(i in self.dual_attention_layers, i == last) for i in range(self.num_layers)]
+        return tuple(Segment(*kind, len(list(run))) for kind, run in groupby(kinds))
+
+    def locate(self, block: int) -> tuple[int, int]:
+        """(segment, place in it) of diffusers' `transformer_blocks.{block}`."""
+        for index, segment in enumerate(self.segments):
+            if block < segment.count:
+                return index, block
+            block -= segment.count
+        raise ValueError(f"There is no transformer block beyond {self.num_layers - 1}.")
+
+
+class PositionTable(nnx.Variable):
+    """The stored position embedding of every patch of the largest image: kept on the host, cropped per image size."""
+
+
+class SD3Transformer(nnx.Module):
+    """Predicts the velocity of every visual token."""
+
+    text_first = False
+
+    def __init__(self, config: SD3Config, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        to = {"dtype": dtype, "rngs": rngs}
+        width = config.width
+        self.dtype = jnp.dtype(dtype)
+        self.pos_embed = PositionTable(jnp.zeros((config.pos_embed_max_size**2, width), dtype))
+        self.patch_embed = linear(config.token_channels, width, **to)
+        self.timestep_embedder = MLP(256, width, width, activation=jax.nn.silu, **to)
+        self.text_embedder = MLP(config.pooled_projection_dim, width, width, activation=jax.nn.silu, **to)
+        self.context_embedder = linear(config.joint_attention_dim, width, **to)
+
+        def block(segment: Segment, rngs: nnx.Rngs) -> JointBlock:
+            heads, qk_norm = config.num_attention_heads, config.qk_norm is not None
+            return JointBlock(
+                width, heads, qk_norm=qk_norm, dual=segment.dual, last=segment.last, dtype=dtype, rngs=rngs
+            )
+
+        self.segments = nnx.List([stack(segment.count, partial(block, segment), rngs) for segment in config.segments])
+        self.counts = tuple(s.count for s in config.segments)
+        self.norm_out = AdaLNOut(width, **to)
+        self.proj_out = linear(width, config.token_channels, **to)
+
+    def __call__(
+        self,
+        tokens: Float[Array, "B V C"],
+        text: Float[Array, "B T E"],
+        pooled: Float[Array, "B P"],
+        positions: Float[Array, "1 V D"],
+        timestep: Float[Array, "#B 256"],
+        guidance: None = None,
+        *,
+        skip: Bool[Array, " layers"] | None = None,
+        unroll: int | bool = 1,
+        implementation: str | None = None,
+    ) -> Float[Array, "B V C"]:
+        """Velocity of patchified latents.
+
+        Args:
+            tokens: latents in patches of (row, column, channel), `patches.patchify`.
+            text: T5 and CLIP states; pooled: projected CLIP states.
+            positions: `patches.crop_positions` for the image's patches.
+            timestep: `layers.sinusoid` of 1000 sigma.
+            skip: blocks to leave out (skip-layer guidance); traced, so another choice compiles nothing.
+        """
+        layout = Layout(num_text=text.shape[1], num_visual=tokens.shape[1], text_first=self.text_first)
+        visual = self.patch_embed(tokens.astype(self.dtype)) + positions.astype(self.dtype)
+        vector = self.timestep_embedder(timestep.astype(self.dtype)) + self.text_embedder(pooled)
+        context = self.context_embedder(text)
+
+        def step(block: JointBlock, carry: tuple[Array, Array], skip: Array | None) -> tuple[Array, Array]:
+            def run(carry: tuple[Array, Array]) -> tuple[Array, Array]:
+                return block(*carry, vector, layout, implementation=implementation)
+
+            return run(carry) if skip is None else jax.lax.cond(skip, lambda carry: carry, run, carry)
+
+        carry, start = (visual, context), 0
+        for blocks, count in zip(self.segments, self.counts, strict=True):
+            flags = None if skip is None else skip[start : start + count]
+            carry = run_blocks(blocks, step, carry, flags, unroll=unroll)
+            start += count
+        return self.proj_out(self.norm_out(carry[0], vector))

@@ -1,0 +1,386 @@
+"""From a prompt to an image: `Pipeline`, with diffusers' argument names and meanings."""
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from importlib.metadata import version
+from os import PathLike
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from PIL import Image
+from tqdm import tqdm
+
+from .checkpoint import open_checkpoint
+from .families import FAMILIES, Embeddings
+from .models import MODELS
+from .models.layers import sinusoid
+from .models.patches import patchify, unpatchify
+from .models.sd3 import PositionTable
+from .request import Request, resolve, seeds_of
+from .sampling import Inputs, SkipGuidance, denoise, pad_steps
+from .schedule import torch_randn
+from .tokenizers import Tokenizer
+
+logger = logging.getLogger("dfa2_jax")
+
+Prompt = str | list[str] | None
+Callback = Callable[["Pipeline", int, float, dict[str, np.ndarray]], dict[str, np.ndarray] | None]
+
+
+@dataclass(frozen=True)
+class Output:
+    """Images, and how they came about.
+
+    images: PIL images, or float32 [B, H, W, 3] in [0, 1], or latents as diffusers returns them.
+    seeds: one per image, None where the latents were given.
+    timings: seconds of encode, denoise, per_step, decode, and of the compilation within them.
+    metadata: what would make the same images again; JSON-serialisable.
+    """
+
+    images: Any
+    seeds: list[int | None]
+    timings: dict[str, float]
+    metadata: dict[str, Any] = field(repr=False)
+
+
+@partial(jax.jit, static_argnames=("graph", "method"))
+def call(graph: nnx.GraphDef, params: nnx.State, *args: Any, method: str = "__call__") -> Any:
+    """A method of an NNX module as one program, shared by all modules of the same structure."""
+    return getattr(nnx.merge(graph, params), method)(*args)
+
+
+class Component:
+    """One network of a pipeline, split into its static graph and its parameters."""
+
+    def __init__(self, module: nnx.Module):
+        self.graph, self.params = nnx.split(module)
+
+    def __call__(self, *args: Any, method: str = "__call__") -> Any:
+        return call(self.graph, self.params, *args, method=method)
+
+
+class Pipeline:
+    """Text to image with SD3, SD3.5 or FLUX.1.
+
+    Attributes:
+        config: sizes of the transformer.
+        fingerprint: of the transformer's stored weights.
+        dtype: of the transformer.
+        torch_rounding: round where torch does in `dtype`, to reproduce diffusers' 16-bit images (off: float32 sinusoids
+            and latents, closer to the float32 image).
+    """
+
+    def __init__(self, checkpoint: Any, *, dtype: Any = None, torch_rounding: bool = False):
+        self._checkpoint, self._requested_dtype = checkpoint, dtype
+        self.torch_rounding = torch_rounding
+        self.fingerprint: str = checkpoint.fingerprint
+        self.config = MODELS[checkpoint.classes["transformer"]].config_from_json(checkpoint.configs["transformer"])
+        started = time.perf_counter()
+        transformer = checkpoint.load("transformer", dtype)
+        self.dtype = transformer.dtype
+        tables = jax.tree.leaves(nnx.pop(transformer, PositionTable))
+        family = FAMILIES[checkpoint.pipeline_class]
+        self.family = family(self.config, checkpoint.configs["scheduler"], tables[0] if tables else None)
+        self._components = {"transformer": Component(transformer)}
+        self._tokenizers: dict[str, Tokenizer] = {}
+        if "vae" in checkpoint.configs:
+            self._component("vae")
+        self.load_seconds = time.perf_counter() - started
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: str | PathLike[str], *, dtype: Any = None, torch_rounding: bool = False
+    ) -> "Pipeline":
+        """Open a diffusers folder, or one that `dfa2-convert` wrote. Text encoders are loaded when first needed.
+
+        Args:
+            dtype: None keeps the checkpoint's, except T5 and VAE stored in float16 (they overflow) and float32 on CPU.
+            torch_rounding: see `Pipeline`.
+
+        Raises:
+            CheckpointError: what is wrong with which file.
+        """
+        return cls(open_checkpoint(folder), dtype=dtype, torch_rounding=torch_rounding)
+
+    def __call__(
+        self,
+        prompt: Prompt = None,
+        *,
+        prompt_2: Prompt = None,
+        prompt_3: Prompt = None,
+        negative_prompt: Prompt = None,
+        negative_prompt_2: Prompt = None,
+        negative_prompt_3: Prompt = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int | None = None,
+        sigmas: Sequence[float] | None = None,
+        guidance_scale: float | None = None,
+        true_cfg_scale: float = 1.0,
+        num_images_per_prompt: int = 1,
+        seed: int | list[int] = 0,
+        latents: Any = None,
+        prompt_embeds: Any = None,
+        pooled_prompt_embeds: Any = None,
+        negative_prompt_embeds: Any = None,
+        negative_pooled_prompt_embeds: Any = None,
+        max_sequence_length: int | None = None,
+        clip_skip: int | None = None,
+        skip_guidance_layers: list[int] | None = None,
+        skip_layer_guidance_scale: float = 2.8,
+        skip_layer_guidance_start: float = 0.01,
+        skip_layer_guidance_stop: float = 0.2,
+        plan: None = None,
+        callback_on_step_end: Callback | None = None,
+        output_type: str = "pil",
+        progress: bool = True,
+    ) -> Output:
+        """Sample images.
+
+        Arguments that diffusers has mean what they mean there. None takes the model's own value. Beside those:
+
+        Args:
+            seed: an int draws the whole batch at once, as diffusers does with one CPU generator; a list gives each
+                image its own. Either way the noise is torch's.
+            callback_on_step_end: called as (pipeline, step, timestep, {"latents": ...}); may return other latents.
+            output_type: "pil", "np" or "latent".
+            progress: show a bar, one step at a time; the numbers are those of the whole loop.
+
+        Raises:
+            ValueError: an argument that this model, this folder or another argument rules out.
+            NotImplementedError: a plan; this version samples densely.
+        """
+        args = {name: value for name, value in locals().items() if name != "self"}
+        request = resolve(args, self.family, self._multiple, self._default_size, self._num_layers)
+        rows, columns = request.height // self._multiple, request.width // self._multiple
+        if request.output_type != "latent":
+            self._need_vae()
+        tokens, seeds = self._start(request, latents, seed, rows, columns)
+        clock = Clock()
+
+        inputs = self._inputs(request, rows, columns)
+        if request.skip_layers is not None:
+            window = skip_layer_guidance_start, skip_layer_guidance_stop
+            inputs = inputs._replace(skip=self._skip(request, skip_layer_guidance_scale, *window))
+        clock.lap("encode")
+        tokens = self._denoise(tokens, inputs, request, rows, columns, callback_on_step_end, progress)
+        clock.lap("denoise")
+        images = self._images(tokens, request, rows, columns)
+        clock.lap("decode")
+
+        timings = clock.seconds | {"per_step": clock.seconds["denoise"] / request.steps}
+        return Output(images, seeds, timings, self._metadata(args, request, seeds))
+
+    def encode_prompt(
+        self, texts: list[list[str]], *, max_sequence_length: int | None = None, clip_skip: int = 0
+    ) -> Embeddings:
+        """Embeddings of prompts, one list per text encoder, to be passed as `prompt_embeds` and `pooled_prompt_embeds`.
+
+        Raises:
+            ValueError: the folder lacks an encoder that this model cannot do without.
+        """
+        length = max_sequence_length or self.family.defaults.max_sequence_length
+        depth = self._checkpoint.configs.get("text_encoder", {}).get("num_hidden_layers", clip_skip + 1)
+        if not 0 <= clip_skip < depth:
+            raise ValueError(f"{clip_skip=} must be from 0 to {depth - 1}: the CLIP encoder has {depth} layers.")
+
+        def encode(encoder: str, tokenizer: str, prompts: list[str], length: int | None, *args: Any) -> Any:
+            if encoder not in self._checkpoint.configs:
+                return None
+            if tokenizer not in self._tokenizers:
+                self._tokenizers[tokenizer] = Tokenizer.load(self._checkpoint.tokenizer_folder(tokenizer))
+            ids = self._tokenizers[tokenizer].encode(prompts, length)
+            return self._component(encoder)(ids, *args)
+
+        return self.family.encode(encode, texts, length, clip_skip)
+
+    def decode(self, latents: np.ndarray) -> np.ndarray:
+        """Images, float32 [B, H, W, 3] in [0, 1], of latents [B, C, h, w] as the sampler leaves them.
+
+        One image at a time: another batch size compiles nothing, and activations stay those of one image.
+        """
+        self._need_vae()
+        vae = self._component("vae")
+        nhwc = np.asarray(latents, np.float32).transpose(0, 2, 3, 1)
+        decoded = [np.asarray(vae(image[None], method="decode"), np.float32) for image in nhwc]
+        return np.clip(np.concatenate(decoded) / 2 + 0.5, 0, 1)
+
+    def _need_vae(self) -> None:
+        if "vae" not in self._checkpoint.configs:
+            raise ValueError('The folder has no vae: only output_type="latent" is possible.')
+
+    @property
+    def _vae_scale(self) -> int:
+        vae = self._checkpoint.configs.get("vae", {"block_out_channels": [None] * 4})
+        return 2 ** (len(vae["block_out_channels"]) - 1)
+
+    @property
+    def _multiple(self) -> int:
+        """Image pixels along a side of one token."""
+        return self._vae_scale * self.config.patch_size
+
+    @property
+    def _default_size(self) -> int:
+        return self.family.default_latent_size * self._vae_scale
+
+    @property
+    def _num_layers(self) -> int:
+        return self.config.num_layers
+
+    def _component(self, name: str) -> Component:
+        if name not in self._components:
+            self._components[name] = Component(self._checkpoint.load(name, self._requested_dtype))
+        return self._components[name]
+
+    def _start(self, request: Request, latents: Any, seed: int | list[int], rows: int, columns: int) -> tuple:
+        """Patchified latents [B, V, P] to start from, and the seed of each image."""
+        if latents is not None:
+            tokens = self.family.input_tokens(np.asarray(latents, np.float32), rows, columns)
+            if len(tokens) != request.batch:
+                raise ValueError(f"{len(tokens)} latents for a batch of {request.batch} images.")
+            return tokens, [None] * request.batch
+        seeds = seeds_of(seed, request.batch)
+        patch = self.config.patch_size
+        shape = (self.family.latent_channels, rows * patch, columns * patch)
+        if isinstance(seed, int):
+            noise = torch_randn(seed, (request.batch, *shape))
+        else:
+            noise = np.concatenate([torch_randn(one, (1, *shape)) for one in seeds])
+        return patchify(noise, patch, self.family.order), seeds
+
+    def _embed(self, request: Request) -> Embeddings:
+        """[unconditional, conditional] embeddings of every image, in the transformer's dtype."""
+        sides = [request.positive] if request.negative is None else [request.negative, request.positive]
+        embedded = []
+        for prompts in sides:
+            if prompts.embeddings is None:
+                skip = request.clip_skip if prompts is request.positive else 0  # diffusers leaves the negative as it is
+                assert prompts.texts is not None
+                one = self.encode_prompt(prompts.texts, max_sequence_length=request.length, clip_skip=skip)
+            else:
+                one = prompts.embeddings
+            embedded.append(Embeddings(*(np.repeat(x, request.images_per_prompt, axis=0) for x in one)))
+        shapes = [one.text.shape for one in embedded]
+        if len(set(shapes)) > 1:
+            raise ValueError(f"Negative and positive prompt embeddings differ in shape: {shapes[0]} and {shapes[1]}.")
+        return Embeddings(*(np.concatenate(x).astype(self.dtype) for x in zip(*embedded, strict=True)))
+
+    def _inputs(self, request: Request, rows: int, columns: int) -> Inputs:
+        text, pooled = self._embed(request)
+        sigmas = self.family.sigmas(request.sigmas, request.steps, rows * columns)
+        scalar_dtype = self.dtype if self.torch_rounding else np.dtype(np.float32)
+        timesteps = self.family.model_timesteps(sigmas[:-1] * np.float32(1000), scalar_dtype)
+        guidance = self.family.embedded_guidance(request.guidance_scale, scalar_dtype)
+        inputs = Inputs(
+            text=text,
+            pooled=pooled,
+            positions=self.family.positions(text.shape[1], rows, columns),
+            sigmas=pad_steps(sigmas, extra=1),
+            timesteps=pad_steps(sinusoid(timesteps)),
+            guidance=None if guidance is None else sinusoid(guidance),
+            guidance_scale=None if request.scale is None else np.float32(request.scale),
+            skip=None,
+        )
+        return inputs
+
+    def _skip(self, request: Request, scale: float, start: float, stop: float) -> SkipGuidance:
+        step = np.arange(request.steps)
+        return SkipGuidance(
+            layers=np.isin(np.arange(self._num_layers), request.skip_layers),
+            scale=np.float32(scale),
+            active=pad_steps((step > request.steps * start) & (step < request.steps * stop)),
+        )
+
+    def _denoise(
+        self,
+        tokens: np.ndarray,
+        inputs: Inputs,
+        request: Request,
+        rows: int,
+        columns: int,
+        callback: Callback | None,
+        progress: bool,
+    ) -> np.ndarray:
+        """All steps at once, or one at a time when someone watches: calls of the same program, so the same numbers."""
+        transformer, rounding = self._components["transformer"], None
+        if self.torch_rounding and self.dtype != jnp.float32:
+            rounding = self.dtype.name
+            tokens = tokens.astype(self.dtype).astype(np.float32)
+        run = partial(denoise, transformer.graph, transformer.params, inputs=jax.device_put(inputs), rounding=rounding)
+        if callback is None and not progress:
+            return np.asarray(run(latents=tokens, start=0, stop=request.steps))
+
+        timesteps = np.asarray(inputs.sigmas) * 1000
+        for i in tqdm(range(request.steps), desc="denoise", disable=not progress):
+            tokens = jax.block_until_ready(run(latents=tokens, start=i, stop=i + 1))
+            if callback is not None:
+                seen = self.family.output_latents(np.asarray(tokens), rows, columns)
+                returned = callback(self, i, float(timesteps[i]), {"latents": seen}) or {}
+                if unknown := sorted(set(returned) - {"latents"}):
+                    raise ValueError(f"callback_on_step_end returned {unknown}; only 'latents' can be replaced.")
+                if returned.get("latents", seen) is not seen:
+                    tokens = self.family.input_tokens(np.asarray(returned["latents"], np.float32), rows, columns)
+        return np.asarray(tokens)
+
+    def _images(self, tokens: np.ndarray, request: Request, rows: int, columns: int) -> Any:
+        if request.output_type == "latent":
+            return self.family.output_latents(tokens, rows, columns)
+        images = self.decode(unpatchify(tokens, self.config.patch_size, self.family.order, rows, columns))
+        if request.output_type == "np":
+            return images
+        return [Image.fromarray(pixels) for pixels in (images * 255).round().astype(np.uint8)]
+
+    def _metadata(self, args: dict[str, Any], request: Request, seeds: list[int | None]) -> dict[str, Any]:
+        """Arguments as resolved; arrays only by their shape."""
+        given = {
+            name: value if isinstance(value, (str, int, float, list)) else f"array{list(np.shape(value))}"
+            for name, value in args.items()
+            if value is not None and name not in ("progress", "callback_on_step_end", "output_type", "seed", "sigmas")
+        }
+        resolved = {
+            "height": request.height,
+            "width": request.width,
+            "num_inference_steps": request.steps,
+            "guidance_scale": request.guidance_scale,
+            "max_sequence_length": request.length,
+            "seed": args["seed"] if seeds[0] is not None else None,
+            "sigmas": None if request.sigmas is None else [float(sigma) for sigma in request.sigmas],
+            "pipeline": self._checkpoint.pipeline_class,
+            "fingerprint": self.fingerprint,
+            "dtype": self.dtype.name,
+            "torch_rounding": self.torch_rounding,
+            "versions": {"dfa2_jax": version("dfa2-jax"), "jax": jax.__version__},
+        }
+        return given | resolved
+
+
+class Clock:
+    """Seconds between laps, and the seconds that XLA compiled meanwhile (`jax.monitoring`)."""
+
+    compiled = 0.0
+    listening = False
+
+    def __init__(self) -> None:
+        if not Clock.listening:
+            Clock.listening = True
+            jax.monitoring.register_event_duration_secs_listener(Clock._on_event)
+        self._started, self._compiled = time.perf_counter(), Clock.compiled
+        self.seconds: dict[str, float] = {"compile": 0.0}
+
+    @staticmethod
+    def _on_event(event: str, seconds: float, **_: Any) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            Clock.compiled += seconds
+
+    def lap(self, name: str) -> None:
+        """Since the last lap; compilation is counted apart, not in the lap."""
+        now, compiled = time.perf_counter(), Clock.compiled - self._compiled
+        self.seconds[name] = now - self._started - compiled
+        self.seconds["compile"] += compiled
+        self._started, self._compiled = now, Clock.compiled

@@ -1,0 +1,63 @@
+"""After the first call of a shape nothing compiles: prompts, seeds, guidance and step counts are data."""
+
+import jax
+import pytest
+
+from dfa2_jax.pipeline import Pipeline
+
+PROMPTS = [
+    f"a {size} {colour} circle" for size in ("small", "large") for colour in ("red", "blue", "green", "white", "")
+]
+
+
+@pytest.fixture
+def compilations():
+    """The list of backend compilations since the test began."""
+    seen = []
+
+    def listen(event, seconds, **kwargs):
+        if event == "/jax/core/compile/backend_compile_duration":
+            seen.append(kwargs)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield seen
+    jax.monitoring.unregister_event_duration_listener(listen)
+
+
+@pytest.mark.parametrize(
+    ("name", "first", "others"),
+    [
+        ("tiny_sd35", {"guidance_scale": 7.0}, [{"guidance_scale": g} for g in (1.5, 3.0, 15.0)]),
+        ("tiny_sd35", {"guidance_scale": 1.0}, [{"guidance_scale": g} for g in (0.0, 0.5)]),
+        (
+            "tiny_sd35",
+            {"skip_guidance_layers": [1]},
+            [
+                {"skip_guidance_layers": [0, 3], "skip_layer_guidance_scale": 1.0},
+                {"skip_guidance_layers": [2], "skip_layer_guidance_start": 0.3, "skip_layer_guidance_stop": 0.9},
+            ],
+        ),
+        ("tiny_sd35", {"clip_skip": None}, [{"clip_skip": 1}, {"negative_prompt": "blurry"}]),
+        ("tiny_flux_dev", {"guidance_scale": 3.5}, [{"guidance_scale": g} for g in (1.0, 2.0, 30.0)]),
+        (
+            "tiny_flux_dev",
+            {"true_cfg_scale": 2.0, "negative_prompt": "x"},
+            [{"true_cfg_scale": 5.5, "negative_prompt": "a blurry photo"}],
+        ),
+        ("tiny_flux_schnell", {}, [{"sigmas": [1.0, 0.4]}]),
+    ],
+)
+def test_nothing_compiles_twice(name, first, others, request, compilations):
+    pipeline = Pipeline.from_pretrained(request.getfixturevalue(name))
+    common = {"height": 64, "width": 64, "max_sequence_length": 16}
+    jax.clear_caches()
+    pipeline(PROMPTS[0], num_inference_steps=2, progress=False, **common, **first)
+    assert compilations, "the listener hears no compilation: the test shows nothing"
+    compilations.clear()
+    for seed, prompt in enumerate(PROMPTS):
+        pipeline(prompt, num_inference_steps=1 + seed, seed=seed, progress=bool(seed % 2), **common, **first)
+    for steps in (1, 33, 64):
+        pipeline(PROMPTS[0], num_inference_steps=steps, progress=False, **common, **first)
+    for other in others:
+        pipeline(PROMPTS[0], **common, **first | other, **({} if "sigmas" in other else {"num_inference_steps": 3}))
+    assert compilations == []

@@ -1,0 +1,110 @@
+"""What the pipeline refuses, before any work, and what it says."""
+
+import logging
+
+import numpy as np
+import pytest
+
+from dfa2_jax.pipeline import Pipeline
+
+PROMPT = "a large red circle"
+SD3_EMBEDS = {"prompt_embeds": np.zeros((1, 109, 96)), "pooled_prompt_embeds": np.zeros((1, 80))}
+
+
+@pytest.fixture(scope="module")
+def sd35(tiny_sd35):
+    return Pipeline.from_pretrained(tiny_sd35)
+
+
+@pytest.fixture(scope="module")
+def dev(tiny_flux_dev):
+    return Pipeline.from_pretrained(tiny_flux_dev)
+
+
+SD3_REFUSALS = [
+    ({}, "prompt or prompt_embeds: neither"),
+    ({"prompt": PROMPT} | SD3_EMBEDS, "prompt or prompt_embeds: both"),
+    ({"prompt": []}, "not empty"),
+    ({"prompt": [1]}, "list of strings"),
+    ({"prompt_2": PROMPT}, "prompt_2='a large red circle' needs prompt"),
+    ({"prompt": PROMPT, "prompt_2": [PROMPT, PROMPT]}, "'prompt': 1, 'prompt_2': 2"),
+    ({"prompt": PROMPT, "negative_prompt": ["a", "b"]}, "2 negative prompts for 1 prompts"),
+    ({"prompt": PROMPT, "height": 100}, "100 x 128 must be multiples of 16: try 96 x 128"),
+    ({"prompt": PROMPT, "height": 0}, "height=0"),
+    ({"prompt": PROMPT, "height": 1024}, "64 x 8 patches exceed the position table of 24 x 24"),
+    ({"prompt": PROMPT, "num_inference_steps": 0}, "num_inference_steps=0"),
+    ({"prompt": PROMPT, "num_inference_steps": 2.5}, "num_inference_steps=2.5"),
+    ({"prompt": PROMPT, "sigmas": [1.0, 0.5], "num_inference_steps": 3}, "num_inference_steps=3 but 2 sigmas"),
+    ({"prompt": PROMPT, "sigmas": [2.0]}, r"\(0, 1\]"),
+    ({"prompt": PROMPT, "num_images_per_prompt": 0}, "num_images_per_prompt=0"),
+    ({"prompt": PROMPT, "seed": [1, 2]}, "2 seeds for a batch of 1"),
+    ({"prompt": PROMPT, "seed": -1}, "seed=-1"),
+    ({"prompt": PROMPT, "latents": np.zeros((1, 16, 4, 4))}, r"\[1, 16, 4, 4\].*'batch', 16, 16, 16"),
+    ({"prompt": PROMPT, "latents": np.zeros((2, 16, 16, 16))}, "2 latents for a batch of 1"),
+    ({"prompt_embeds": SD3_EMBEDS["prompt_embeds"]}, "pooled_prompt_embeds is None"),
+    ({"prompt_embeds": np.zeros((1, 5, 7)), "pooled_prompt_embeds": np.zeros((1, 80))}, r"tokens, 96\].*\[1, 5, 7\]"),
+    ({"prompt_embeds": np.zeros((1, 5, 96)), "pooled_prompt_embeds": np.zeros((1, 3))}, r"\[1, 80\], got \[1, 3\]"),
+    ({"prompt": PROMPT, "max_sequence_length": 513}, "513 exceeds 512"),
+    ({"prompt": PROMPT, "clip_skip": 3}, "clip_skip=3 must be from 0 to 2"),
+    ({"prompt": PROMPT, "clip_skip": -1}, "clip_skip=-1"),
+    ({"prompt": PROMPT, "skip_guidance_layers": [4]}, r"\[4\] are not among the model's 4 layers"),
+    ({"prompt": PROMPT, "true_cfg_scale": 2.0}, "true_cfg_scale=2.0"),
+    ({"prompt": PROMPT, "output_type": "torch"}, "output_type='torch'"),
+]
+
+FLUX_REFUSALS = [
+    ({"prompt": PROMPT, "prompt_3": PROMPT}, "prompt_3 .* 2 text encoders"),
+    ({"prompt": PROMPT, "clip_skip": 1}, "for SD3 only"),
+    ({"prompt": PROMPT, "skip_guidance_layers": [1]}, "for SD3 only"),
+    ({"prompt": PROMPT, "height": 8}, "at least 16"),
+    ({"prompt": PROMPT, "latents": np.zeros((1, 16, 16, 16))}, "'batch', 64, 64"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), SD3_REFUSALS, ids=range(len(SD3_REFUSALS)))
+def test_sd3_refuses(arguments, message, sd35):
+    arguments = {"height": 128, "width": 128, "num_inference_steps": None, "progress": False} | arguments
+    with pytest.raises(ValueError, match=message):
+        sd35(**arguments)
+
+
+@pytest.mark.parametrize(("arguments", "message"), FLUX_REFUSALS, ids=range(len(FLUX_REFUSALS)))
+def test_flux_refuses(arguments, message, dev):
+    with pytest.raises(ValueError, match=message):
+        dev(**{"height": 128, "width": 128, "progress": False} | arguments)
+
+
+def test_a_plan_is_refused(sd35):
+    with pytest.raises(NotImplementedError, match="densely only"):
+        sd35(PROMPT, plan=object())
+
+
+def test_flux_floors_the_size_with_a_warning(dev, caplog):
+    with caplog.at_level(logging.WARNING, "dfa2_jax"):
+        output = dev(PROMPT, height=79, width=64, num_inference_steps=1, max_sequence_length=16, progress=False)
+    assert output.images[0].size == (64, 64)
+    assert "79 x 64 are not multiples of 16: the image will be 64 x 64" in caplog.text
+
+
+def test_long_prompts_are_cut_with_a_warning(sd35, caplog):
+    with caplog.at_level(logging.WARNING, "dfa2_jax"):
+        sd35(PROMPT * 40, height=64, width=64, num_inference_steps=1, max_sequence_length=16, progress=False)
+    assert "cut to 77" in caplog.text and "cut to 16" in caplog.text
+
+
+@pytest.mark.parametrize("component", ["text_encoder", "text_encoder_2", "vae"])
+def test_missing_components_are_named(component, tiny_sd35, tmp_path):
+    import json
+    import shutil
+
+    folder = tmp_path / "partial"
+    shutil.copytree(tiny_sd35, folder)
+    shutil.rmtree(folder / component)
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps(index | {component: [None, None]}))
+    pipeline = Pipeline.from_pretrained(folder)
+    with pytest.raises(ValueError, match=f"has no {component}"):
+        pipeline(PROMPT, height=64, width=64, num_inference_steps=1, progress=False)
+    if component != "vae":
+        output = pipeline(**SD3_EMBEDS, guidance_scale=1.0, height=64, width=64, num_inference_steps=1, progress=False)
+        assert output.images[0].size == (64, 64)

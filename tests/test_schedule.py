@@ -1,0 +1,118 @@
+"""Sigmas and noise against diffusers and torch."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dfa2_jax.families import SD3, Flux
+from dfa2_jax.models.flux import FluxConfig
+from dfa2_jax.models.layers import sinusoid
+from dfa2_jax.schedule import embedded_scalar, flow_match_sigmas, torch_randn
+
+SD3_SCHEDULER = {"shift": 3.0}
+FLUX_DEV = {"shift": 3.0, "use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15}
+FLUX_SCHNELL = {"shift": 1.0}
+
+
+def diffusers_sigmas(config, sigmas, num_visual, max_shift=1.15):
+    import torch
+    from diffusers import FlowMatchEulerDiscreteScheduler
+    from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+
+    scheduler = FlowMatchEulerDiscreteScheduler(**config)
+    mu = calculate_shift(num_visual, max_shift=max_shift) if config.get("use_dynamic_shifting") else None
+    steps = {"num_inference_steps": sigmas} if isinstance(sigmas, int) else {"sigmas": sigmas}
+    scheduler.set_timesteps(mu=mu, **steps)
+    assert scheduler.sigmas.dtype == torch.float32
+    return scheduler
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("steps", [1, 2, 4, 28, 50, 64])
+@pytest.mark.parametrize("config", [SD3_SCHEDULER, FLUX_DEV, FLUX_SCHNELL], ids=["sd3", "dev", "schnell"])
+@pytest.mark.parametrize("given_sigmas", [False, True])
+def test_sigmas_equal_diffusers(config, steps, given_sigmas):
+    sigmas = np.linspace(1.0, 1 / steps, steps) if given_sigmas else steps
+    for num_visual in (64, 1024, 4096, 16384):
+        theirs = diffusers_sigmas(config, sigmas, num_visual).sigmas.numpy()
+        np.testing.assert_allclose(flow_match_sigmas(config, sigmas, num_visual), theirs, rtol=1.2e-7, atol=0)
+
+
+@pytest.mark.torch
+def test_known_values():
+    """models of the schedule that published pipelines use, to four digits."""
+    sd3 = flow_match_sigmas(SD3_SCHEDULER, 28, 4096)
+    np.testing.assert_allclose(sd3[[0, 1, 2, 26, 27, 28]], [1, 0.9874, 0.9741, 0.1109, 0.00893, 0], atol=5e-5)
+    flux = Flux(FluxConfig.from_json({}), FLUX_SCHNELL)
+    np.testing.assert_allclose(flux.sigmas(None, 4, 4096), [1, 0.75, 0.5, 0.25, 0])
+    dev = Flux(FluxConfig.from_json({"guidance_embeds": True}), FLUX_DEV)
+    assert abs(dev.sigmas(None, 28, 16384)[-2] - 0.484) < 5e-4  # mu 3.23 at 2048 px is not clamped
+
+
+@pytest.mark.torch
+def test_sd3_dynamic_shift_defaults_to_its_own_maximum():
+    """diffusers' SD3 pipeline falls back to max_shift 1.16 where FLUX's has 1.15."""
+    config = {"use_dynamic_shifting": True}
+    sizes = SimpleNamespace(in_channels=16, sample_size=128)
+    theirs = diffusers_sigmas(config, 10, 4096, max_shift=1.16).sigmas.numpy()
+    np.testing.assert_allclose(SD3(sizes, config, None).sigmas(None, 10, 4096), theirs, rtol=1.2e-7)
+
+
+@pytest.mark.parametrize(
+    ("config", "sigmas", "message"),
+    [
+        ({"use_karras_sigmas": True}, 4, r"\['use_karras_sigmas'\]"),
+        ({"shift_terminal": 0.1}, 4, r"\['shift_terminal'\]"),
+        ({"_class_name": "DDIMScheduler"}, 4, "DDIMScheduler"),
+        ({"use_dynamic_shifting": True, "time_shift_type": "cubic"}, 4, "cubic"),
+        ({}, [1.0, 0.0], r"\(0, 1\]"),
+        ({}, [], r"\(0, 1\]"),
+        ({}, [1.5], "1.5"),
+    ],
+)
+def test_unsupported_schedules_are_refused(config, sigmas, message):
+    with pytest.raises(ValueError, match=message):
+        flow_match_sigmas(config, sigmas, 64)
+
+
+@pytest.mark.torch
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 2**63 - 1), size=st.integers(16, 3000))
+def test_noise_equals_torch(seed, size):
+    import torch
+
+    theirs = torch.randn(size, generator=torch.Generator().manual_seed(seed)).numpy()
+    np.testing.assert_allclose(torch_randn(seed, (size,)), theirs, atol=1e-6, rtol=0)
+
+
+def test_noise_of_a_shape_and_bad_seeds():
+    noise = torch_randn(3, (2, 16, 8, 10))
+    assert noise.shape == (2, 16, 8, 10) and noise.dtype == np.float32
+    assert abs(noise.mean()) < 0.05 and abs(noise.std() - 1) < 0.05
+    with pytest.raises(ValueError, match="seed=-1"):
+        torch_randn(-1, (32,))
+    with pytest.raises(ValueError, match=r"shape=\(3,\)"):
+        torch_randn(0, (3,))
+
+
+@pytest.mark.torch
+def test_sinusoid_equals_diffusers():
+    import torch
+    from diffusers.models.embeddings import get_timestep_embedding
+
+    t = np.concatenate([np.linspace(0, 1000, 57), [3500.0, 859.375]]).astype(np.float32)
+    theirs = get_timestep_embedding(torch.tensor(t), 256, flip_sin_to_cos=True, downscale_freq_shift=0).numpy()
+    # 3e-5 measured: torch's float32 exp is an ulp off for a few frequencies.
+    np.testing.assert_allclose(sinusoid(t), theirs, atol=1e-4)
+    assert np.sqrt(np.mean((sinusoid(t) - theirs) ** 2)) < 4e-6
+
+
+def test_embedded_scalar_rounds_as_torch_does():
+    import ml_dtypes
+
+    values = np.array([3.5, 0.85769], np.float32)
+    np.testing.assert_array_equal(embedded_scalar(values, ml_dtypes.bfloat16), [3504, 860])  # torch's, measured
+    np.testing.assert_allclose(embedded_scalar(values), [3500, 857.69], rtol=1e-7)
