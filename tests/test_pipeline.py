@@ -63,7 +63,7 @@ def load_theirs(folder, dtype="float32"):
     import torch
     from diffusers import DiffusionPipeline
 
-    pipeline = DiffusionPipeline.from_pretrained(folder, torch_dtype=getattr(torch, dtype), local_files_only=True)
+    pipeline = DiffusionPipeline.from_pretrained(folder, dtype=getattr(torch, dtype), local_files_only=True)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

@@ -76,7 +76,7 @@ class Case:
         from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
 
         cls, dtype = FluxTransformer2DModel if self.flux else SD3Transformer2DModel, getattr(torch, dtype)
-        model = cls.from_pretrained(self.folder / "transformer", torch_dtype=dtype)
+        model = cls.from_pretrained(self.folder / "transformer", dtype=dtype)
         to = partial(torch.as_tensor, dtype=dtype)
         batch = {"encoder_hidden_states": to(self.text), "pooled_projections": to(self.pooled), "return_dict": False}
         with torch.no_grad():

@@ -1,0 +1,75 @@
+# Each target does its own set-up: `make test` on a fresh machine needs Python 3.11 and a package index, nothing else.
+
+VENV := .venv
+AOT := .venv-aot
+NEXT := .venv-next
+LOCKS := requirements
+BIN := $(VENV)/bin
+
+# A Python by its version, on the PATH or among pyenv's.
+find_python = $(firstword $(foreach python,python$(1) $(wildcard $(or $(PYENV_ROOT),$(HOME)/.pyenv)/versions/$(1).*/bin/python$(1)),$(shell $(python) -c 'import sys; print(sys.executable)' 2>/dev/null)))
+PYTHON311 = $(call find_python,3.11)
+PYTHON312 = $(call find_python,3.12)
+need_python = $(if $($(1)),,$(error Python $(2) is missing. Install it: pyenv install $(2), or apt-get install python$(2) python$(2)-venv))
+
+.PHONY: demo test lint aot lock clean
+
+demo: $(VENV)/ready
+	$(BIN)/python tests/tiny.py build/demo/diffusers
+	rm -rf build/demo/sd35 build/demo/images
+	$(BIN)/dfa2-convert build/demo/diffusers/sd35 build/demo/sd35
+	$(BIN)/dfa2 sample build/demo/sd35 --prompt "a large red circle on the left of a blue background" \
+		--height 128 --width 128 --steps 20 --out build/demo/images
+	$(BIN)/dfa2 sample build/demo/diffusers/flux-dev --prompt "a small green star" \
+		--height 128 --width 128 --steps 20 --out build/demo/images
+	@echo "Images (of random weights: what they show is that all of it runs) are in build/demo/images"
+
+test: $(VENV)/ready
+	$(BIN)/python -m pytest -q -m "not aot"
+
+lint: $(VENV)/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+# Compile for GPUs that are not here, and run the suite, less what needs torch, on the other two versions of JAX.
+aot: $(AOT)/ready $(NEXT)/ready build/tiny
+	JAX_PLATFORMS=cpu JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 $(AOT)/bin/python -m pytest -q -m aot
+	JAX_PLATFORMS=cpu JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 DFA2_TINY=build/tiny $(AOT)/bin/python -m pytest -q -m "not aot and not torch"
+	JAX_PLATFORMS=cpu DFA2_TINY=build/tiny $(NEXT)/bin/python -m pytest -q -m "not aot and not torch"
+
+build/tiny: $(VENV)/ready tests/tiny.py
+	rm -rf $@
+	$(BIN)/python tests/tiny.py $@
+
+$(VENV)/ready: $(LOCKS)/py311-jax0.10.2.txt pyproject.toml
+	$(call need_python,PYTHON311,3.11)
+	$(PYTHON311) -m venv $(VENV)
+	$(BIN)/pip install -q --no-deps -r $<
+	$(BIN)/pip install -q --no-deps --no-build-isolation -e .
+	touch $@
+
+$(AOT)/ready: $(LOCKS)/py312-jax0.11.2.txt $(LOCKS)/aot-jax0.11.2.txt pyproject.toml
+	$(call need_python,PYTHON312,3.12)
+	$(PYTHON312) -m venv $(AOT)
+	$(AOT)/bin/pip install -q --no-deps -r $< -r $(LOCKS)/aot-jax0.11.2.txt
+	$(AOT)/bin/pip install -q --no-deps --no-build-isolation -e .
+	touch $@
+
+$(NEXT)/ready: $(LOCKS)/py312-jax0.12.0.1.txt pyproject.toml
+	$(call need_python,PYTHON312,3.12)
+	$(PYTHON312) -m venv $(NEXT)
+	$(NEXT)/bin/pip install -q --no-deps -r $<
+	$(NEXT)/bin/pip install -q --no-deps --no-build-isolation -e .
+	touch $@
+
+# Resolve every environment anew.
+lock:
+	$(call need_python,PYTHON311,3.11)
+	$(call need_python,PYTHON312,3.12)
+	./requirements/lock.sh "$(PYTHON311)" py311-jax0.10.2.txt "jax==0.10.2" ".[test,dev]" "torch==2.13.0"
+	./requirements/lock.sh "$(PYTHON312)" py312-jax0.11.2.txt "jax==0.11.2" . beartype hypothesis "pytest>=9" safetensors transformers setuptools
+	./requirements/lock.sh "$(PYTHON312)" py312-jax0.12.0.1.txt "jax==0.12.0.1" . beartype hypothesis "pytest>=9" safetensors transformers setuptools
+
+clean:
+	rm -rf $(VENV) $(AOT) $(NEXT) build dist *.egg-info

@@ -1,0 +1,94 @@
+"""`dfa2 sample` and `dfa2 doctor`, as a user runs them."""
+
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from dfa2_jax import cli
+from dfa2_jax.pipeline import Pipeline
+
+PROMPT = "a large red circle"
+SIZE = ["--height", "64", "--width", "96", "--steps", "2", "--max-sequence-length", "16"]
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """A compilation cache of the test's own, and JAX's configuration put back after it."""
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = {name: getattr(jax.config, name) for name in names}
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    yield tmp_path / "cache" / "dfa2_jax" / "xla"
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+def test_sample_writes_images_that_say_how_they_were_made(tiny_sd35, tmp_path, cache, capsys):
+    out = tmp_path / "images"
+    arguments = ["sample", str(tiny_sd35), "--prompt", PROMPT, "--prompt", "a star", "--negative-prompt", "blurry"]
+    assert cli.main([*arguments, *SIZE, "--seed", "3", "4", "--out", str(out)]) == 0
+    printed = capsys.readouterr()
+    assert "2/2" in printed.err
+    for name in ("load", "compile", "encode", "denoise", "per_step", "decode"):
+        assert f"{name} " in printed.out.splitlines()[-1]
+    paths = sorted(out.iterdir())
+    assert [path.name for path in paths] == ["a-large-red-circle-0.png", "a-star-0.png"]
+    image = Image.open(paths[1])
+    assert image.size == (96, 64)
+    made = json.loads(image.text["dfa2_jax"])
+    assert made["prompt"] == [PROMPT, "a star"] and made["seed"] == [3, 4] and made["image"] == 1
+
+    by_hand = Pipeline.from_pretrained(tiny_sd35)(
+        "a star", negative_prompt="blurry", height=64, width=96, num_inference_steps=2, max_sequence_length=16,
+        seed=[4], progress=False,
+    )  # fmt: skip
+    assert np.abs(np.asarray(image, np.int32) - np.asarray(by_hand.images[0], np.int32)).max() <= 1
+
+    assert cli.main([*arguments, *SIZE, "--quiet", "--out", str(out)]) == 0
+    assert len(list(out.iterdir())) == 4, "images were overwritten"
+    assert "2/2" not in capsys.readouterr().err
+
+
+def test_sample_keeps_compiled_programs(tiny_flux_schnell, tmp_path, cache):
+    """The second process of a shape compiles nothing that takes long."""
+    command = [sys.executable, "-m", "dfa2_jax.cli", "sample", str(tiny_flux_schnell), "--prompt", PROMPT, *SIZE]
+    compile_seconds = []
+    for _ in range(2):
+        run = subprocess.run(
+            [*command, "--out", str(tmp_path / "images")], capture_output=True, text=True, check=True, env=os.environ
+        )
+        compile_seconds.append(float(run.stdout.split("compile ")[1].split(",")[0]))
+        assert any(cache.iterdir())
+    assert compile_seconds[1] < 0.5 * compile_seconds[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--height", "100"], "100 x 128 must be multiples of 16"),
+        (["--dtype", "float32", "--steps", "0"], "num_inference_steps=0"),
+        (["--seed", "1", "2"], "2 seeds for a batch of 1"),
+    ],
+)
+def test_sample_reports_bad_input_in_one_line(arguments, message, tiny_sd35, tmp_path, cache, capsys):
+    assert cli.main(["sample", str(tiny_sd35), "--prompt", PROMPT, "--out", str(tmp_path), *arguments]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("dfa2 sample: ") and message in line
+
+
+def test_sample_of_no_folder(tmp_path, cache, capsys):
+    assert cli.main(["sample", str(tmp_path / "absent"), "--prompt", PROMPT, "--out", str(tmp_path)]) == 2
+    assert "absent is not a folder" in capsys.readouterr().err
+
+
+def test_doctor_names_device_and_attention(capsys):
+    assert cli.main(["doctor"]) == 0
+    printed = capsys.readouterr().out
+    for words in (f"jax               {jax.__version__}", "blockwise: the default device is", "host memory", "driver"):
+        assert words in printed

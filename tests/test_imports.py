@@ -1,0 +1,88 @@
+"""Imports point one way, and importing does no work."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import convert
+import dfa2_jax
+import pallas_kernels
+
+PACKAGES = {package.__name__: Path(package.__file__).parent for package in (convert, dfa2_jax, pallas_kernels)}
+
+# module -> what it may import of ours; a name covers what is under it
+ALLOWED = {
+    "pallas_kernels": ["pallas_kernels"],
+    "convert": ["convert", "dfa2_jax.models", "dfa2_jax.checkpoint"],
+    "dfa2_jax.models": ["dfa2_jax.models", "pallas_kernels.layout"],
+    "dfa2_jax.models.attention": ["pallas_kernels"],
+    "dfa2_jax.checkpoint": [],
+    "dfa2_jax.tokenizers": [],
+    "dfa2_jax.schedule": [],
+    "dfa2_jax.sampling": ["dfa2_jax.models"],
+    "dfa2_jax.families": ["dfa2_jax.models", "dfa2_jax.schedule"],
+    "dfa2_jax.request": ["dfa2_jax.families"],
+    "dfa2_jax.pipeline": [
+        f"dfa2_jax.{name}"
+        for name in ("models", "checkpoint", "families", "request", "sampling", "schedule", "tokenizers")
+    ],
+    "dfa2_jax.cli": ["dfa2_jax.models.attention", "dfa2_jax.pipeline", "dfa2_jax.checkpoint"],
+    "dfa2_jax": ["dfa2_jax.pipeline", "dfa2_jax.checkpoint"],
+}
+
+
+def modules():
+    for name, folder in PACKAGES.items():
+        for path in sorted(folder.rglob("*.py")):
+            parts = path.relative_to(folder).with_suffix("").parts
+            yield ".".join((name, *parts)).removesuffix(".__init__"), path
+
+
+def ours(name, package, tree, *, nested):
+    """Our modules that a tree imports at its top level, or only inside functions (`nested`)."""
+    top = {id(node) for node in tree.body}
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Import | ast.ImportFrom) or (id(node) in top) == nested:
+            continue
+        if isinstance(node, ast.Import):
+            found = [alias.name for alias in node.names]
+        else:
+            base = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            found = [".".join([*base, *([node.module] if node.module else [])])]
+            if node.level and not node.module:
+                found = [".".join([*base, alias.name]) for alias in node.names]
+        yield from (module for module in found if module.split(".")[0] in PACKAGES)
+
+
+def under(module, allowed):
+    return any(module == prefix or module.startswith(prefix + ".") for prefix in allowed)
+
+
+@pytest.mark.parametrize(("name", "path"), list(modules()), ids=lambda value: value if isinstance(value, str) else "")
+def test_imports_point_one_way(name, path):
+    package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+    rule = max((rule for rule in ALLOWED if under(name, [rule])), key=len)
+    assert rule != "dfa2_jax" or name == "dfa2_jax", f"{name} is new: say in ALLOWED what it may import"
+    tree = ast.parse(path.read_text())
+    wrong = [module for module in ours(name, package, tree, nested=False) if not under(module, ALLOWED[rule])]
+    assert not wrong, f"{name} must not import {wrong}"
+    inside = {"dfa2_jax.checkpoint": ["convert", "dfa2_jax.models"]}.get(name, ALLOWED[rule])
+    wrong = [module for module in ours(name, package, tree, nested=True) if not under(module, inside)]
+    assert not wrong, f"{name} must not import {wrong}, even inside functions"
+
+
+def test_importing_does_no_work():
+    code = """
+import sys, jax
+before = dict(jax.config.values)
+import dfa2_jax, pallas_kernels, convert
+from jax._src import xla_bridge
+assert not xla_bridge._backends, "a backend was initialised"
+assert dict(jax.config.values) == before, "jax's configuration changed"
+heavy = {"torch", "transformers", "diffusers", "huggingface_hub", "pickle5"} & set(sys.modules)
+assert not heavy, heavy
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
