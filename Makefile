@@ -6,11 +6,17 @@ NEXT := .venv-next
 LOCKS := requirements
 BIN := $(VENV)/bin
 
-# A Python by its version, on the PATH or among pyenv's.
-find_python = $(firstword $(foreach python,python$(1) $(wildcard $(or $(PYENV_ROOT),$(HOME)/.pyenv)/versions/$(1).*/bin/python$(1)),$(shell $(python) -c 'import sys; print(sys.executable)' 2>/dev/null)))
+# A Python of one version that can make environments: on the PATH, or among pyenv's.
+candidates = python$(1) python3 $(wildcard $(or $(PYENV_ROOT),$(HOME)/.pyenv)/versions/$(1).*/bin/python$(1))
+identify = 'import sys, ensurepip; print(sys.executable if sys.version.startswith("$(1).") else "")'
+find_python = $(firstword $(foreach python,$(call candidates,$(1)),$(shell $(python) -c $(call identify,$(1)) 2>/dev/null)))
 PYTHON311 = $(call find_python,3.11)
 PYTHON312 = $(call find_python,3.12)
-need_python = $(if $($(1)),,$(error Python $(2) is missing. Install it: pyenv install $(2), or apt-get install python$(2) python$(2)-venv))
+need_python = $(if $($(1)),,$(error Python $(2) with venv is missing. Install it: `pyenv install $(2)`, or `apt-get install python$(2) python$(2)-venv`))
+
+# XLA assembles with CUDA's ptxas and libdevice, of a toolkit or of two wheels.
+PTXAS = $(firstword $(wildcard $(or $(CUDA_HOME),/usr/local/cuda)/bin/ptxas $(AOT)/lib/python3.12/site-packages/nvidia/cu13/bin/ptxas))
+need_ptxas = $(if $(PTXAS),,$(error ptxas is missing. Install CUDA 13 in /usr/local/cuda, or `$(AOT)/bin/pip install --no-deps nvidia-cuda-nvcc==13.0.* nvidia-nvvm==13.0.*`))
 
 .PHONY: demo test lint aot lock clean
 
@@ -30,10 +36,11 @@ test: $(VENV)/ready
 lint: $(VENV)/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 # Compile for GPUs that are not here, and run the suite, less what needs torch, on the other two versions of JAX.
 aot: $(AOT)/ready $(NEXT)/ready build/tiny
+	$(call need_ptxas)
 	JAX_PLATFORMS=cpu JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 $(AOT)/bin/python -m pytest -q -m aot
 	JAX_PLATFORMS=cpu JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 DFA2_TINY=build/tiny $(AOT)/bin/python -m pytest -q -m "not aot and not torch"
 	JAX_PLATFORMS=cpu DFA2_TINY=build/tiny $(NEXT)/bin/python -m pytest -q -m "not aot and not torch"

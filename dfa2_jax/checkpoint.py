@@ -341,9 +341,9 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is not a folder. Hub ids are for dfa2-convert, which downloads them.")
     if (folder / "model_index.json").exists():
-        from convert import open_diffusers
+        from convert import DiffusersCheckpoint
 
-        return open_diffusers(folder)
+        return DiffusersCheckpoint(folder)
     if not (folder / "config.json").exists():
         raise CheckpointError(f"{folder} holds neither model_index.json (diffusers) nor config.json (dfa2-convert).")
     config = read_json(folder / "config.json")

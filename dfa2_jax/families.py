@@ -61,7 +61,7 @@ class SD3:
     def positions(self, num_text: int, rows: int, columns: int) -> np.ndarray:
         return crop_positions(self.position_table, rows, columns)
 
-    def sigmas(self, sigmas: Sequence[float] | None, steps: int, num_visual: int) -> np.ndarray:
+    def sigmas(self, sigmas: Sequence[float] | np.ndarray | None, steps: int, num_visual: int) -> np.ndarray:
         return flow_match_sigmas({"max_shift": 1.16} | self.scheduler, steps if sigmas is None else sigmas, num_visual)
 
     def model_timesteps(self, timesteps: np.ndarray, dtype: DTypeLike) -> np.ndarray:
@@ -136,7 +136,7 @@ class Flux:
     def positions(self, num_text: int, rows: int, columns: int) -> tuple[np.ndarray, np.ndarray]:
         return rope_table(self.config.axes_dims_rope, num_text, rows, columns)
 
-    def sigmas(self, sigmas: Sequence[float] | None, steps: int, num_visual: int) -> np.ndarray:
+    def sigmas(self, sigmas: Sequence[float] | np.ndarray | None, steps: int, num_visual: int) -> np.ndarray:
         even = np.linspace(1.0, 1 / steps, steps) if sigmas is None else sigmas
         return flow_match_sigmas(self.scheduler, even, num_visual)
 

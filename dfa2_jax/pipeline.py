@@ -50,7 +50,7 @@ class Output:
 
 
 @partial(jax.jit, static_argnames=("graph", "method"))
-def call(graph: nnx.GraphDef, params: nnx.State, *args: Any, method: str = "__call__") -> Any:
+def call(graph: nnx.GraphDef, params: Any, *args: Any, method: str = "__call__") -> Any:
     """A method of an NNX module as one program, shared by all modules of the same structure."""
     return getattr(nnx.merge(graph, params), method)(*args)
 
@@ -120,7 +120,7 @@ class Pipeline:
         height: int | None = None,
         width: int | None = None,
         num_inference_steps: int | None = None,
-        sigmas: Sequence[float] | None = None,
+        sigmas: Sequence[float] | np.ndarray | None = None,
         guidance_scale: float | None = None,
         true_cfg_scale: float = 1.0,
         num_images_per_prompt: int = 1,
@@ -136,7 +136,7 @@ class Pipeline:
         skip_layer_guidance_scale: float = 2.8,
         skip_layer_guidance_start: float = 0.01,
         skip_layer_guidance_stop: float = 0.2,
-        plan: None = None,
+        plan: Any = None,
         callback_on_step_end: Callback | None = None,
         output_type: str = "pil",
         progress: bool = True,

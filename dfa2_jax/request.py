@@ -33,7 +33,7 @@ class Request:
     height: int
     width: int
     steps: int
-    sigmas: Sequence[float] | None
+    sigmas: Sequence[float] | np.ndarray | None
     guidance_scale: float
     scale: float | None
     images_per_prompt: int

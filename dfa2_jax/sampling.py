@@ -55,7 +55,7 @@ def euler_step(
 @partial(jax.jit, static_argnames=("graph", "unroll", "implementation", "rounding"))
 def denoise(
     graph: nnx.GraphDef,
-    params: nnx.State,
+    params: Any,
     latents: Float[Array, "B V C"],
     inputs: Inputs,
     start: Int[Array, ""] | int,

@@ -19,7 +19,7 @@ UNSUPPORTED = (
 
 
 def flow_match_sigmas(
-    config: dict[str, Any], sigmas: Sequence[float] | int, num_visual: int
+    config: dict[str, Any], sigmas: Sequence[float] | np.ndarray | int, num_visual: int
 ) -> Float[np.ndarray, " steps_plus_1"]:
     """Noise levels of every step and a final 0, float32 (diffusers `FlowMatchEulerDiscreteScheduler.set_timesteps`).
 

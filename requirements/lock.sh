@@ -10,5 +10,10 @@ trap 'rm -rf "$scratch"' EXIT
 (cd "$here/.." && "$scratch/bin/pip" install -q "$@" setuptools wheel)
 {
   echo "# Made by \`make lock\` for $("$python" --version), from: $*. Installed with --no-deps."
-  "$scratch/bin/pip" list --format=freeze | grep -vE '^(pip|dfa2-jax)==' | sed 's/+cpu//'
-} > "$here/$out"
+  if [[ $* == *torch==* ]]; then
+    echo "# torch runs on the CPU here: where pip would fetch a CUDA build of it, install a CPU build of this version first."
+  fi
+  # A local label such as +cpu names the build that this machine had: any build of the version will do.
+  "$scratch/bin/pip" list --format=freeze | grep -vE '^(pip|dfa2-jax)==' | sed 's/+.*//'
+} > "$scratch/lock.txt"
+mv "$scratch/lock.txt" "$here/$out"

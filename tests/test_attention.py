@@ -107,6 +107,7 @@ def test_cache_stack_is_updated_at_its_layer():
     np.testing.assert_array_equal(updated, stack.at[1].set(alone))
 
 
+@pytest.mark.usefixtures("no_shape_checks")
 @pytest.mark.parametrize(
     ("change", "message"),
     [

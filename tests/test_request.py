@@ -1,11 +1,13 @@
 """What the pipeline refuses, before any work, and what it says."""
 
+import inspect
 import logging
 
 import numpy as np
 import pytest
 
 from dfa2_jax.pipeline import Pipeline
+from dfa2_jax.request import resolve
 
 PROMPT = "a large red circle"
 SD3_EMBEDS = {"prompt_embeds": np.zeros((1, 109, 96)), "pooled_prompt_embeds": np.zeros((1, 80))}
@@ -25,7 +27,6 @@ SD3_REFUSALS = [
     ({}, "prompt or prompt_embeds: neither"),
     ({"prompt": PROMPT} | SD3_EMBEDS, "prompt or prompt_embeds: both"),
     ({"prompt": []}, "not empty"),
-    ({"prompt": [1]}, "list of strings"),
     ({"prompt_2": PROMPT}, "prompt_2='a large red circle' needs prompt"),
     ({"prompt": PROMPT, "prompt_2": [PROMPT, PROMPT]}, "'prompt': 1, 'prompt_2': 2"),
     ({"prompt": PROMPT, "negative_prompt": ["a", "b"]}, "2 negative prompts for 1 prompts"),
@@ -33,7 +34,6 @@ SD3_REFUSALS = [
     ({"prompt": PROMPT, "height": 0}, "height=0"),
     ({"prompt": PROMPT, "height": 1024}, "64 x 8 patches exceed the position table of 24 x 24"),
     ({"prompt": PROMPT, "num_inference_steps": 0}, "num_inference_steps=0"),
-    ({"prompt": PROMPT, "num_inference_steps": 2.5}, "num_inference_steps=2.5"),
     ({"prompt": PROMPT, "sigmas": [1.0, 0.5], "num_inference_steps": 3}, "num_inference_steps=3 but 2 sigmas"),
     ({"prompt": PROMPT, "sigmas": [2.0]}, r"\(0, 1\]"),
     ({"prompt": PROMPT, "num_images_per_prompt": 0}, "num_images_per_prompt=0"),
@@ -72,6 +72,17 @@ def test_sd3_refuses(arguments, message, sd35):
 def test_flux_refuses(arguments, message, dev):
     with pytest.raises(ValueError, match=message):
         dev(**{"height": 128, "width": 128, "progress": False} | arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [({"prompt": [1]}, "list of strings"), ({"prompt": PROMPT, "num_inference_steps": 2.5}, "num_inference_steps=2.5")],
+)
+def test_wrong_types_are_refused_without_a_type_checker_too(arguments, message, sd35):
+    given = dict.fromkeys(inspect.signature(Pipeline.__call__).parameters)
+    given |= {"true_cfg_scale": 1.0, "num_images_per_prompt": 1, "output_type": "pil"} | arguments
+    with pytest.raises(ValueError, match=message):
+        resolve(given, sd35.family, 16, 128, 4)
 
 
 def test_a_plan_is_refused(sd35):

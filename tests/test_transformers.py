@@ -120,7 +120,7 @@ def test_attention_implementations_agree(folder):
 
 
 def test_patchify_round_trip_and_order():
-    latents = np.arange(2 * 3 * 4 * 6).reshape(2, 3, 4, 6)
+    latents = np.arange(2.0 * 3 * 4 * 6).reshape(2, 3, 4, 6)
     for order in (ROW_COLUMN_CHANNEL, CHANNEL_ROW_COLUMN):
         np.testing.assert_array_equal(unpatchify(patchify(latents, 2, order), 2, order, 2, 3), latents)
     np.testing.assert_array_equal(patchify(latents, 2, CHANNEL_ROW_COLUMN)[0, 1], latents[0, :, :2, 2:4].ravel())
@@ -130,7 +130,7 @@ def test_patchify_round_trip_and_order():
 
 
 def test_position_table_is_cropped_at_its_centre_and_has_a_limit():
-    table = np.arange(36)[:, None]
+    table = np.arange(36.0)[:, None]
     np.testing.assert_array_equal(crop_positions(table, 2, 4)[0, :, 0], [13, 14, 15, 16, 19, 20, 21, 22])
     with pytest.raises(ValueError, match="7 x 4 patches exceed the position table of 6 x 6"):
         crop_positions(table, 7, 4)

@@ -1,0 +1,153 @@
+"""What XLA makes of the sampling loop of each published model on an NVIDIA H200, found without a GPU or weights.
+
+    JAX_PLATFORMS=cpu python3.12 -m benchmarks.compile [--models FLUX.1-dev ...] [--pixels 1024 2048]
+
+Compiles `dfa2_jax.sampling.denoise` (a traced number of steps, bfloat16, one image; SD3 with guidance) with its layers
+scanned and unrolled, and writes JSON and a Markdown table. About 20 minutes of CPU time, most of it for the unrolled
+programs.
+`pallas_kernels.aot` says what must be installed.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Iterator
+from importlib.metadata import version
+from itertools import product
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from benchmarks.machine import describe_machine
+from dfa2_jax.sampling import denoise
+from pallas_kernels import aot
+from pallas_kernels.hlo import weight_copies
+from tests.real_shapes import PUBLISHED, denoise_arguments
+
+GPU, BYTES_PER_SECOND = "h200", 4.8e12
+PRODUCTS = {"Triton": None, "cuBLAS": {"xla_gpu_enable_triton_gemm": False}}
+"""Who computes matrix products. Without a GPU to time them on, XLA takes Triton for all of them."""
+
+NOTES = """\
+Compiled for one {gpu} without a GPU, jax {jax}, cuDNN {cudnn}: `python -m benchmarks.compile`.
+
+- Peak: arguments + temporaries + outputs - aliases. Weights are arguments; encoders and decoder are not counted.
+- Copied per step: bytes of buffers that a denoising step fills with nothing but weights (`pallas_kernels.hlo`), chiefly
+  slices that are taken out of a stack of layers before a matrix product reads them. `of weights` is their share of the
+  model. They are read and written once: `costs` is that time at {rate} TB/s, had it nothing to hide behind.
+- No program copies weights before its first step, and none copies a whole stack.
+- Products: on a GPU, XLA times both for each product and takes the faster. Here one is taken for all.
+- Compile: wall seconds of two cores that had other work beside, and in brackets the CPU seconds it took.
+"""
+
+
+class Row(NamedTuple):
+    """One compiled program. Sizes in bytes, times in seconds."""
+
+    model: str
+    pixels: int
+    layers: str
+    products: str
+    lower_seconds: float
+    compile_seconds: float
+    cpu_seconds: float
+    """Of lowering and compiling, over all threads: hardly moved by other work on the machine."""
+    hlo_bytes: int
+    argument_bytes: int
+    temp_bytes: int
+    peak_bytes: int
+    weight_bytes: int
+    copied_per_step: int
+    copied_once: int
+    largest_copy: int
+
+    def markdown(self) -> str:
+        gb, copied = 1e9, self.copied_per_step
+        cells = (
+            self.model,
+            self.pixels,
+            self.layers,
+            self.products,
+            f"{self.lower_seconds:.1f}",
+            f"{self.compile_seconds:.0f} ({self.cpu_seconds:.0f})",
+            f"{self.hlo_bytes / 1e6:.1f}",
+            f"{self.peak_bytes / gb:.2f}",
+            f"{self.temp_bytes / gb:.2f}",
+            f"{copied / gb:.2f}",
+            f"{copied / self.weight_bytes:.0%}",
+            f"{2000 * copied / BYTES_PER_SECOND:.1f}",
+        )
+        return f"| {' | '.join(map(str, cells))} |"
+
+
+HEADER = (
+    "| model | px | layers | products | lower s | compile s | HLO MB | peak GB | temp GB | copied per step GB "
+    "| of weights | costs ms |\n" + "|---" * 12 + "|"
+)
+
+
+def cases(models: list[str], pixels: list[int]) -> Iterator[tuple[str, int, str, str]]:
+    """What is compiled. Unrolled programs take minutes each: with XLA's own choice of products only."""
+    for layers, kinds in (("scanned", tuple(PRODUCTS)), ("unrolled", ("Triton",))):
+        for size, products, model in product(pixels, kinds, models):
+            yield model, size, layers, products
+
+
+def measure(target: aot.Target, model: str, pixels: int, layers: str, products: str) -> Row:
+    jax.clear_caches()  # a lowering starts from nothing, as a user's first does
+    graph, *arrays = denoise_arguments(model, pixels)
+    params, *_ = arrays = target.abstract(arrays)
+    unroll, options = layers == "unrolled" or 1, PRODUCTS[products]
+    started = time.process_time()
+    compiled = aot.compile_for(target, denoise, graph, *arrays, unroll=unroll, implementation="cudnn", options=options)
+    cpu_seconds = time.process_time() - started
+    copies = weight_copies(compiled.hlo)
+    return Row(
+        model=model,
+        pixels=pixels,
+        layers=layers,
+        products=products,
+        lower_seconds=compiled.lower_seconds,
+        compile_seconds=compiled.compile_seconds,
+        cpu_seconds=cpu_seconds,
+        hlo_bytes=len(compiled.hlo),
+        argument_bytes=compiled.argument_bytes,
+        temp_bytes=compiled.temp_bytes,
+        peak_bytes=compiled.peak_bytes,
+        weight_bytes=sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params)),
+        copied_per_step=sum(copy.num_bytes * copy.times for copy in copies if copy.in_loop),
+        copied_once=sum(copy.num_bytes for copy in copies if not copy.in_loop),
+        largest_copy=max((copy.num_bytes for copy in copies), default=0),
+    )
+
+
+def write(out: Path, rows: list[Row]) -> None:
+    """`out`.json and `out`.md."""
+    cudnn = version("nvidia-cudnn-cu13")
+    plugins = {name: version(name) for name in ("jax-cuda13-plugin", "jax-cuda13-pjrt")} | {"nvidia-cudnn-cu13": cudnn}
+    record: dict[str, Any] = {"target": GPU, "machine": describe_machine(), "plugins": plugins}
+    record["rows"] = [row._asdict() for row in rows]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
+    notes = NOTES.format(gpu="NVIDIA H200", jax=jax.__version__, cudnn=cudnn, rate=BYTES_PER_SECOND / 1e12)
+    ordered = sorted(rows, key=lambda row: (list(PUBLISHED).index(row.model), row.pixels, row.layers, row.products))
+    out.with_suffix(".md").write_text("\n".join([notes, HEADER, *(row.markdown() for row in ordered)]) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=list(PUBLISHED), default=list(PUBLISHED))
+    parser.add_argument("--pixels", type=int, nargs="+", default=[1024, 2048])
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/compile_h200"))
+    args = parser.parse_args()
+    target, rows = aot.target(GPU), []
+    print(HEADER)
+    for case in cases(args.models, args.pixels):
+        rows.append(measure(target, *case))
+        print(rows[-1].markdown(), flush=True)
+        write(args.out, rows)
+
+
+if __name__ == "__main__":
+    main()

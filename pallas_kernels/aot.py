@@ -1,0 +1,107 @@
+"""Compile for a named NVIDIA GPU on a machine without one, nor a driver:
+
+    JAX_PLATFORMS=cpu python3.12 ...    # after, with the version of the installed jax,
+    pip install --no-deps jax-cuda13-plugin==0.11.2 jax-cuda13-pjrt==0.11.2
+    pip install --no-deps nvidia-cuda-nvcc==13.0.* nvidia-nvvm==13.0.*    # ptxas, where no CUDA toolkit is
+    pip install --no-deps nvidia-cudnn-cu13    # for programs with implementation="cudnn": 0.5 GB
+
+XLA's whole pipeline runs, down to machine code. What is not there is autotuning, which times kernels: XLA takes a fixed
+choice for every matrix product, its Triton emitter with a default tile. `options={"xla_gpu_enable_triton_gemm": False}`
+compiles them all to cuBLAS instead. On a GPU the tuner picks one of the two for each product.
+"""
+
+import time
+from importlib.resources import files
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+
+class Target(NamedTuple):
+    """A GPU that programs are compiled for: one device in a mesh."""
+
+    name: str
+    mesh: Mesh
+
+    def abstract(self, tree: Any) -> Any:
+        """Arrays or `jax.ShapeDtypeStruct`s as abstract arrays on this GPU; nothing is allocated."""
+        sharding = NamedSharding(self.mesh, PartitionSpec())
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
+
+
+class Compiled(NamedTuple):
+    """What compilation cost, and what the program will need on the device, in bytes."""
+
+    lower_seconds: float
+    compile_seconds: float
+    argument_bytes: int
+    output_bytes: int
+    alias_bytes: int
+    """Of the outputs: those that take an argument's buffer."""
+    temp_bytes: int
+    hlo: str
+
+    @property
+    def peak_bytes(self) -> int:
+        return self.argument_bytes + self.temp_bytes + self.output_bytes - self.alias_bytes
+
+
+def targets() -> list[str]:
+    """Names of the GPUs that are described here."""
+    return sorted(file.name.removesuffix(".txtpb") for file in _descriptions().iterdir())
+
+
+def target(name: str) -> Target:
+    """The GPU `name`, one of `targets()`.
+
+    Raises:
+        ValueError: there is no description of that GPU.
+        RuntimeError: jax finds no CUDA plugin, or its start failed; the message has the lines that help.
+    """
+    if name not in targets():
+        raise ValueError(f"GPU {name!r} is not described, only {targets()}: add pallas_kernels/targets/{name}.txtpb.")
+    description = _descriptions().joinpath(f"{name}.txtpb").read_text()
+    try:
+        topology = topologies.get_topology_desc(platform="cuda", target_config=description, topology="1x1x1")
+    except NotImplementedError as error:
+        plugin = f"jax-cuda13-plugin=={jax.__version__} jax-cuda13-pjrt=={jax.__version__}"
+        raise RuntimeError(
+            f"jax {jax.__version__} has no CUDA compiler here. Run: pip install --no-deps {plugin}; and start Python "
+            "with JAX_PLATFORMS=cpu, or the plugin gives up where it finds no GPU."
+        ) from error
+    return Target(name, Mesh(np.array(topology.devices), ("device",)))
+
+
+def compile_for(
+    target: Target, function: Any, *args: Any, options: dict[str, Any] | None = None, **kwargs: Any
+) -> Compiled:
+    """Lower and compile a jitted `function` for `target`.
+
+    Args:
+        function: result of `jax.jit`.
+        args, kwargs: the function's: abstract (`target.abstract`), concrete, or static.
+        options: XLA's compiler options, by name.
+    """
+    with jax.set_mesh(target.mesh):  # tells Pallas and cuDNN's lowering which GPU it is
+        started = time.perf_counter()
+        lowered = function.lower(*args, **kwargs)
+        lowered_at = time.perf_counter()
+        compiled = lowered.compile(compiler_options=options)
+        done = time.perf_counter()
+    memory = compiled.memory_analysis()
+    return Compiled(
+        lower_seconds=lowered_at - started,
+        compile_seconds=done - lowered_at,
+        argument_bytes=memory.argument_size_in_bytes,
+        output_bytes=memory.output_size_in_bytes,
+        alias_bytes=memory.alias_size_in_bytes,
+        temp_bytes=memory.temp_size_in_bytes,
+        hlo=compiled.as_text(),
+    )
+
+
+def _descriptions() -> Any:
+    return files(__package__).joinpath("targets")

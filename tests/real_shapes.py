@@ -1,0 +1,79 @@
+"""The published models at their true shapes, as abstract arrays: no weights exist."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from dfa2_jax.models import MODELS
+from dfa2_jax.models.sd3 import PositionTable
+from dfa2_jax.sampling import STEP_BLOCK, Inputs
+
+
+class Published(NamedTuple):
+    """A transformer's config.json, and what its pipeline usually hands it."""
+
+    class_name: str
+    config: dict[str, Any]
+    num_text: int
+    guided: bool
+    """Classifier-free guidance: the text's batch is doubled."""
+
+
+def sd3(layers: int, heads: int, table: int, qk_norm: str | None, dual: tuple[int, ...] = ()) -> Published:
+    config = {
+        "num_layers": layers,
+        "attention_head_dim": 64,
+        "num_attention_heads": heads,
+        "joint_attention_dim": 4096,
+        "caption_projection_dim": 64 * heads,
+        "pooled_projection_dim": 2048,
+        "pos_embed_max_size": table,
+        "dual_attention_layers": dual,
+        "qk_norm": qk_norm,
+    }
+    return Published("SD3Transformer2DModel", config, num_text=77 + 256, guided=True)
+
+
+def flux(guidance_embeds: bool, num_text: int) -> Published:
+    return Published("FluxTransformer2DModel", {"guidance_embeds": guidance_embeds}, num_text, guided=False)
+
+
+PUBLISHED = {
+    "SD3-medium": sd3(24, 24, 192, None),
+    "SD3.5-medium": sd3(24, 24, 384, "rms_norm", dual=tuple(range(13))),
+    "SD3.5-large": sd3(38, 38, 192, "rms_norm"),
+    "FLUX.1-dev": flux(guidance_embeds=True, num_text=512),
+    "FLUX.1-schnell": flux(guidance_embeds=False, num_text=256),
+}
+"""Sizes from diffusers' conversion scripts, checked against the size of the published files."""
+
+
+def denoise_arguments(name: str, pixels: int) -> tuple[Any, ...]:
+    """(graph, params, latents, inputs, start, stop) of `dfa2_jax.sampling.denoise`: one square image, in bfloat16."""
+    published, bf16, f32 = PUBLISHED[name], jnp.bfloat16, jnp.float32
+    kind = MODELS[published.class_name]
+    config = kind.config_from_json(published.config)
+    module = nnx.eval_shape(lambda: kind.build(config, dtype=bf16, rngs=nnx.Rngs(0)))
+    nnx.pop(module, PositionTable)  # stays on the host
+    graph, params = nnx.split(module)
+
+    visual, text, shape = (pixels // 16) ** 2, published.num_text, jax.ShapeDtypeStruct
+    batch = 2 if published.guided else 1
+    if published.class_name.startswith("Flux"):
+        positions = (shape((text + visual, config.attention_head_dim // 2), f32),) * 2
+    else:
+        positions = shape((1, visual, config.width), bf16)
+    inputs = Inputs(
+        text=shape((batch, text, config.joint_attention_dim), bf16),
+        pooled=shape((batch, config.pooled_projection_dim), bf16),
+        positions=positions,
+        sigmas=shape((STEP_BLOCK + 1,), f32),
+        timesteps=shape((STEP_BLOCK, 256), f32),
+        guidance=shape((1, 256), f32) if published.config.get("guidance_embeds") else None,
+        guidance_scale=shape((), f32) if published.guided else None,
+        skip=None,
+    )
+    latents, step = shape((1, visual, config.token_channels), f32), shape((), jnp.int32)
+    return graph, params, latents, inputs, step, step
