@@ -281,9 +281,11 @@ def open_index(index: Path) -> dict[str, Tensor]:
                 "folder are followed."
             )
     tensors: dict[str, Tensor] = {}
-    for name in sorted(set(weight_map.values())):
+    names = sorted(set(weight_map.values()))
+    for name in names:
         if not (index.parent / name).is_file():
             raise CheckpointError(f"{index} names {name}, which is missing: download it, or save the model again.")
+    for name in names:
         for key, tensor in open_safetensors(index.parent / name).items():
             if key in tensors:
                 raise CheckpointError(f"Key {key!r:.200} is in two shards: {tensors[key].file} and {tensor.file}.")

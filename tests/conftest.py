@@ -13,7 +13,7 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # Modules that import torch at their top cannot even be collected without it: `-m "not torch"` leaves them out.
-NEED_TORCH = re.compile(r"^(import|from) (torch|torch_reference|diffusers|transformers|tiny)\b", re.MULTILINE)
+NEED_TORCH = re.compile(r"^(import|from) (torch|torch_reference|diffusers|tiny)\b", re.MULTILINE)
 LEFT_OUT = []
 
 

@@ -14,7 +14,9 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
+import transformers
 from diffusers import (
     AutoencoderKL,
     FlowMatchEulerDiscreteScheduler,
@@ -63,7 +65,7 @@ def redraw(model: torch.nn.Module, seed: int) -> torch.nn.Module:
 
 @cache
 def clip_tokenizer(pad_token: str) -> CLIPTokenizer:
-    """Byte-level BPE of the captions, in CLIP's order: bytes, bytes at a word's end, merges, start, end (largest id)."""
+    """Byte-level BPE of the captions in CLIP's order: bytes, bytes at a word's end, merges, start, end (largest id)."""
     backend = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     backend.normalizer = normalizers.Lowercase()
     words = pre_tokenizers.Split(Regex(r"\p{L}+"), behavior="removed", invert=True)
@@ -214,10 +216,15 @@ PIPELINES: dict[str, Callable[[], Any]] = {
 
 def write(name: str, folder: Path, *, dtype: torch.dtype = torch.float32, **save: Any) -> Path:
     """Write pipeline `name` to `folder`; `save` goes to `save_pretrained` (variant="fp16", max_shard_size="1MB")."""
-    PIPELINES[name]().to(dtype).save_pretrained(folder, **save)
+    pipeline = PIPELINES[name]()
+    if dtype != torch.float32:  # diffusers warns of any cast
+        pipeline.to(dtype)
+    pipeline.save_pretrained(folder, **save)
     return folder
 
 
 if __name__ == "__main__":
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
     for pipeline in PIPELINES:
         print(write(pipeline, Path(sys.argv[1]) / pipeline))

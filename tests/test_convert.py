@@ -1,0 +1,282 @@
+"""Conversion: both routes give the same parameters, Orbax alone can read them, and a failed one leaves nothing."""
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from flax import nnx
+
+from convert import convert_checkpoint
+from convert import convert as convert_module
+from convert.__main__ import main
+from dfa2_jax.checkpoint import CheckpointError, compute_dtype, open_checkpoint
+
+FOLDERS = ["tiny_sd35", "tiny_flux_dev"]
+
+
+def leaves(checkpoint, component, dtype=None):
+    return dict(nnx.to_flat_state(nnx.state(checkpoint.load(component, dtype))))
+
+
+def assert_equal_weights(a, b, component, dtype=None):
+    ours, theirs = leaves(a, component, dtype), leaves(b, component, dtype)
+    assert ours.keys() == theirs.keys() and ours
+    for path, leaf in ours.items():
+        assert leaf.dtype == theirs[path].dtype
+        np.testing.assert_array_equal(leaf[...], theirs[path][...], err_msg=str(path))
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_both_routes_give_the_same_parameters(name, request, tmp_path):
+    source = open_checkpoint(request.getfixturevalue(name))
+    convert_checkpoint(source.folder, tmp_path / "out")
+    converted = open_checkpoint(tmp_path / "out")
+    assert (converted.pipeline_class, converted.configs) == (source.pipeline_class, source.configs)
+    assert converted.fingerprint == source.fingerprint and len(source.fingerprint) == 64
+    for component in set(source.configs) - {"scheduler"}:
+        assert_equal_weights(converted, source, component)
+    for component in set(source.configs) - {"scheduler", "transformer", "vae"}:
+        tokenizer = component.replace("text_encoder", "tokenizer")
+        assert (converted.tokenizer_folder(tokenizer) / "tokenizer.json").is_file()
+
+
+def test_plain_orbax_restores_into_the_model(tiny_sd35, tmp_path):
+    convert_checkpoint(tiny_sd35, tmp_path / "out")
+    checkpoint = open_checkpoint(tmp_path / "out")
+    abstract = nnx.state(checkpoint.abstract("transformer", jnp.float32))
+    restored = ocp.StandardCheckpointer().restore(tmp_path / "out" / "weights" / "transformer", abstract)
+    wanted = leaves(checkpoint, "transformer")
+    found = dict(nnx.to_flat_state(restored))
+    assert found.keys() == wanted.keys()
+    for path, leaf in wanted.items():
+        np.testing.assert_array_equal(found[path][...], leaf[...])
+
+
+def test_dtypes_agree_between_the_routes_and_keep_the_fingerprint(tiny_flux_dev, tmp_path):
+    source = open_checkpoint(tiny_flux_dev)
+    convert_checkpoint(tiny_flux_dev, tmp_path / "out", "bfloat16")
+    converted = open_checkpoint(tmp_path / "out")
+    assert converted.fingerprint == source.fingerprint
+    assert converted.stored_dtype("transformer") == jnp.bfloat16
+    assert_equal_weights(converted, source, "transformer", "bfloat16")
+
+
+def test_parameters_equal_the_torch_tensors(tiny_flux_dev, tiny_sd35):
+    """A few by hand; the forward passes cover the rest."""
+    from convert.safetensors_mmap import open_weights
+
+    flux = leaves(open_checkpoint(tiny_flux_dev), "transformer")
+    torch = {key: tensor.array() for key, tensor in open_weights(tiny_flux_dev / "transformer").items()}
+    single = torch["single_transformer_blocks.2.proj_out.weight"]
+    np.testing.assert_array_equal(flux["single_transformer_blocks", "ff", "down", "kernel"][2], single[:, 64:].T)
+    np.testing.assert_array_equal(
+        flux["transformer_blocks", "attn", "to_out", "kernel"][1], torch["transformer_blocks.1.attn.to_out.0.weight"].T
+    )
+    sd3 = leaves(open_checkpoint(tiny_sd35), "transformer")
+    torch = {key: tensor.array() for key, tensor in open_weights(tiny_sd35 / "transformer").items()}
+    patch = torch["pos_embed.proj.weight"]
+    np.testing.assert_array_equal(
+        sd3["patch_embed", "kernel"][...].reshape(2, 2, 16, 64), patch.transpose(2, 3, 1, 0)
+    )
+    np.testing.assert_array_equal(sd3["segments", 1, "attn", "to_q", "bias"][0], torch["transformer_blocks.2.attn.to_q.bias"])
+    assert isinstance(sd3["pos_embed",].get_value(), np.ndarray), "the position table left the host"
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("save", [{"max_shard_size": "200KB"}, {"variant": "fp16"}], ids=["sharded", "variant"])
+def test_sharded_and_variant_folders(save, tmp_path):
+    import tiny
+    import torch
+
+    half = torch.float16 if "variant" in save else torch.float32
+    tiny.write("flux-schnell", tmp_path / "source", dtype=half, **save)
+    files = [path.name for path in (tmp_path / "source" / "transformer").iterdir()]
+    assert any("index" in name for name in files) or any(".fp16." in name for name in files)
+    source = open_checkpoint(tmp_path / "source")
+    assert source.stored_dtype("transformer") == (jnp.float16 if "variant" in save else jnp.float32)
+    convert_checkpoint(tmp_path / "source", tmp_path / "out")
+    for component in ("transformer", "text_encoder_2", "vae"):
+        assert_equal_weights(open_checkpoint(tmp_path / "out"), source, component, "bfloat16")
+
+
+def test_old_and_new_clip_prefixes(tiny_flux_dev, tmp_path):
+    from safetensors.numpy import load_file, save_file
+
+    folder = shutil.copytree(tiny_flux_dev, tmp_path / "other")
+    file = folder / "text_encoder" / "model.safetensors"
+    tensors = load_file(file)
+    prefix = "text_model."
+    has = any(key.startswith(prefix) for key in tensors)
+    renamed = {key.removeprefix(prefix) if has else prefix + key: value for key, value in tensors.items()}
+    renamed["text_model.embeddings.position_ids"] = np.arange(77)[None]  # older transformers stored it
+    save_file(renamed, file)
+    assert_equal_weights(open_checkpoint(folder), open_checkpoint(tiny_flux_dev), "text_encoder")
+
+
+@pytest.mark.parametrize(
+    ("class_name", "stored", "requested", "platform", "wanted"),
+    [
+        ("SD3Transformer2DModel", "float16", None, "gpu", "float16"),
+        ("T5EncoderModel", "float16", None, "gpu", "bfloat16"),
+        ("AutoencoderKL", "float16", None, "gpu", "float32"),
+        ("AutoencoderKL", "bfloat16", None, "gpu", "bfloat16"),
+        ("T5EncoderModel", "bfloat16", "float16", "gpu", "bfloat16"),
+        ("FluxTransformer2DModel", "bfloat16", None, "cpu", "float32"),
+        ("FluxTransformer2DModel", "bfloat16", "bfloat16", "cpu", "bfloat16"),
+    ],
+)
+def test_dtype_rule(class_name, stored, requested, platform, wanted):
+    assert compute_dtype(class_name, jnp.dtype(stored), requested, platform) == jnp.dtype(wanted)
+
+
+def test_command_line(tiny_sd3, tmp_path, capsys):
+    assert main([str(tiny_sd3), str(tmp_path / "out"), "--dtype", "bfloat16"]) == 0
+    printed = capsys.readouterr()
+    assert printed.out.strip() == str(tmp_path / "out") and "100%" in printed.err
+    assert main([str(tiny_sd3), str(tmp_path / "out")]) == 2
+    assert f"dfa2-convert: {tmp_path / 'out'} exists already" in capsys.readouterr().err
+    assert main([str(tmp_path / "out"), str(tmp_path / "again")]) == 2
+    assert "is converted already" in capsys.readouterr().err
+
+
+def test_a_hub_id_while_offline(tmp_path):
+    with pytest.raises(CheckpointError, match="no folder owner/name, and the hub gave no repository"):
+        convert_checkpoint("owner/name", tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_hub_id_is_fetched_into_the_cache(tiny_flux_schnell, tmp_path, monkeypatch):
+    import huggingface_hub
+
+    asked = {}
+    monkeypatch.setattr(
+        huggingface_hub, "snapshot_download", lambda name, **options: asked.update(options) or str(tiny_flux_schnell)
+    )
+    convert_checkpoint("owner/name", tmp_path / "out")
+    assert open_checkpoint(tmp_path / "out").pipeline_class == "FluxPipeline"
+    from fnmatch import fnmatch
+
+    wanted = lambda name: any(fnmatch(name, pattern) for pattern in asked["allow_patterns"])  # noqa: E731
+    assert wanted("transformer/a.safetensors") and wanted("model_index.json") and wanted("tokenizer/merges.txt")
+    assert not wanted("flux1-schnell.safetensors") and not wanted("text_encoder/model.bin")
+
+
+def test_a_killed_conversion_leaves_no_destination(tiny_sd35, tmp_path):
+    code = f"""
+import convert.convert as c, time
+read = c.LazyArray.read
+def slow(self, block):
+    print("reading", flush=True)
+    time.sleep(0.2)
+    return read(self, block)
+c.LazyArray.read = slow
+c.convert_checkpoint({str(tiny_sd35)!r}, {str(tmp_path / "out")!r})
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "reading\n"
+    time.sleep(0.5)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    assert [path.name.startswith(".out.partial-") for path in tmp_path.iterdir()] == [True]
+    with pytest.raises(CheckpointError, match="is not a folder"):
+        open_checkpoint(tmp_path / "out")
+    with pytest.raises(CheckpointError, match="holds neither"):
+        open_checkpoint(next(tmp_path.iterdir()))
+    convert_checkpoint(tiny_sd35, tmp_path / "out")  # and nothing is in the way of another try
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), "could not be written: No space left on device"),
+        (OSError(errno.EROFS, os.strerror(errno.EROFS)), "could not be written: Read-only file system"),
+    ],
+)
+def test_a_disk_that_fills_up(error, message, tiny_flux_dev, tmp_path, monkeypatch):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(convert_module, "write_config", fail)
+    with pytest.raises(CheckpointError, match=message):
+        convert_checkpoint(tiny_flux_dev, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_write_that_fails_midway(tiny_flux_dev, tmp_path):
+    """The kernel refuses the weights' bytes, as a full disk does; the process goes on and cleans up."""
+    code = f"""
+import resource, signal
+from convert import convert_checkpoint
+from dfa2_jax import CheckpointError
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))
+try:
+    convert_checkpoint({str(tiny_flux_dev)!r}, {str(tmp_path / "out")!r})
+except CheckpointError as error:
+    print(error)
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "could not be written" in run.stdout and "File too large" in run.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interrupt_leaves_nothing(tiny_flux_dev, tmp_path, capsys, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(convert_module, "write_config", interrupt)
+    assert main([str(tiny_flux_dev), str(tmp_path / "out")]) == 130
+    assert list(tmp_path.iterdir()) == []
+    assert "nothing was kept" in capsys.readouterr().err
+
+
+def test_too_small_a_disk_is_refused_first(tiny_flux_dev, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: type("usage", (), {"free": 1000}))
+    with pytest.raises(CheckpointError, match="has 1,000 bytes free, the checkpoint needs [0-9,]+: make room"):
+        convert_checkpoint(tiny_flux_dev, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_written(tiny_flux_dev, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="cannot be written"):
+        convert_checkpoint(tiny_flux_dev, tmp_path / "file" / "out")
+
+
+def test_a_read_only_folder(tiny_flux_dev, tmp_path, monkeypatch):
+    """As for a user who is not root: root may write anywhere."""
+
+    def refuse(**_):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(tempfile, "mkdtemp", refuse)
+    with pytest.raises(CheckpointError, match="cannot be written: Permission denied"):
+        convert_checkpoint(tiny_flux_dev, tmp_path / "out")
+
+
+def test_loading_holds_one_layer_beside_the_final_arrays(tiny_flux_dev):
+    """A layer is let go before the next is read."""
+    checkpoint = open_checkpoint(tiny_flux_dev)
+    for leaf in checkpoint.leaves("transformer").values():
+        assert all(len(block.read()) == 1 for block in leaf.blocks) or len(leaf.blocks) == 1
+    assert jax.tree.leaves(nnx.state(checkpoint.load("transformer")))
+
+
+def test_config_says_what_was_converted(tiny_sd35, tmp_path):
+    convert_checkpoint(tiny_sd35, tmp_path / "out", "bfloat16")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["components"]["transformer"]["dtype"] == "bfloat16"
+    assert config["components"]["transformer"]["class"] == "SD3Transformer2DModel"
+    assert set(config["versions"]) == {"dfa2-jax", "jax", "orbax-checkpoint"}
