@@ -4,9 +4,11 @@ A rule is a regular expression over a whole key, the path of the parameter, and 
 `layer` is the number of a block: equal blocks are stacked, so block 3 fills row 3 of its parameter (`place`).
 """
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,7 +16,7 @@ import numpy as np
 from dfa2_jax.checkpoint import Block, Leaf, raise_faults
 from dfa2_jax.models.sd3 import SD3Config
 
-from .safetensors_mmap import Tensor
+from .safetensors_mmap import DTYPES, Tensor
 
 Turn = Callable[[np.ndarray], np.ndarray]
 
@@ -255,12 +257,26 @@ def shape_fault(piece: Piece, expected: tuple[int, ...]) -> str | None:
     return f"{piece.tensor.key} is {list(piece.tensor.shape)}, which does not fill {piece.path} {list(expected)}"
 
 
+BLOCK_BYTES = 2**26
+"""Of a parameter that is no stack of layers: T5-XXL's embeddings (263 MB) go in blocks of rows, too."""
+
+
 def make_leaf(shape: tuple[int, ...], pieces: list[Piece]) -> Leaf:
-    def block(piece: Piece) -> Block:
-        def read() -> np.ndarray:
-            rows = piece.turn(piece.tensor.array())
-            return rows if piece.layer is None else rows[None]
+    dtype = DTYPES[pieces[0].tensor.dtype]
+    if pieces[0].layer is not None:
+        blocks = [Block(piece.tensor.source, piece.layer or 0, partial(read_layer, piece)) for piece in pieces]
+    else:
+        (piece,) = pieces
+        row_bytes = math.prod(shape[1:]) * dtype.itemsize
+        rows = max(1, BLOCK_BYTES // max(1, row_bytes))
+        starts = range(0, shape[0], rows) if shape else [0]
+        blocks = [Block(piece.tensor.source, start, partial(read_rows, piece, start, rows)) for start in starts]
+    return Leaf(shape, dtype, blocks)
 
-        return Block(piece.tensor.source, piece.layer or 0, read)
 
-    return Leaf(shape, pieces[0].tensor.array().dtype, [block(piece) for piece in pieces])
+def read_layer(piece: Piece) -> np.ndarray:
+    return piece.turn(piece.tensor.array())[None]
+
+
+def read_rows(piece: Piece, start: int, rows: int) -> np.ndarray:
+    return piece.turn(piece.tensor.array())[start : start + rows]

@@ -248,8 +248,9 @@ def open_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def variant_of(name: str, stem: str) -> str | None:
-    """The variant in a weight file's name: '' for the full one, 'fp16' for `stem.fp16.safetensors`; None: another file."""
-    pattern = rf"{re.escape(stem)}(?:\.([a-z0-9_]+))?\.safetensors|{re.escape(stem)}\.safetensors\.index(?:\.([a-z0-9_]+))?\.json"
+    """The variant in a weight file's name: '' of the full one, 'fp16' of `stem.fp16.safetensors`; None: not weights."""
+    stem, variant = re.escape(stem), r"(?:\.([a-z0-9_]+))?"
+    pattern = rf"{stem}{variant}\.safetensors|{stem}\.safetensors\.index{variant}\.json"
     match = re.fullmatch(pattern, name)
     return None if match is None else (match.group(1) or match.group(2) or "")
 

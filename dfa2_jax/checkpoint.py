@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -49,7 +50,7 @@ HOST_BYTES = 8_000_000  # smaller parameters are put together on the host: one t
 
 
 class CheckpointError(ValueError):
-    """A checkpoint folder or file cannot be used. The message names the file, the field, both values and the way out."""
+    """A checkpoint folder or file cannot be used. The message names file, field, both values and the way out."""
 
 
 def compute_dtype(class_name: str, stored: DTypeLike, requested: DTypeLike | None, platform: str) -> np.dtype:
@@ -252,8 +253,9 @@ class ConvertedCheckpoint(Checkpoint):
         config = read_json(path)
         if config.get("format") != FORMAT or config.get("format_version") != FORMAT_VERSION:
             raise CheckpointError(
-                f"{path} has format={config.get('format')!r:.100}, format_version={config.get('format_version')!r:.100}; "
-                f"this version reads {FORMAT!r}, {FORMAT_VERSION}. Convert the diffusers folder again."
+                f"{path} has format={config.get('format')!r:.100}, "
+                f"format_version={config.get('format_version')!r:.100}; this version reads {FORMAT!r}, "
+                f"{FORMAT_VERSION}. Convert the diffusers folder again."
             )
         try:
             components = {name: dict(entry) for name, entry in config["components"].items()}
@@ -296,7 +298,7 @@ def orbax_name(path: tuple[Any, ...]) -> str:
 
 
 def open_zarr(folder: Path, shape: tuple[int, ...], dtype: np.dtype) -> Leaf:
-    """A parameter of an Orbax checkpoint (`use_ocdbt=False`), read in blocks of as many rows as were written at once."""
+    """A parameter of an Orbax checkpoint (`use_ocdbt=False`), read in blocks of as many rows as one chunk holds."""
     import tensorstore as ts
 
     kvstore = {"driver": "file", "path": f"{folder}/"}
@@ -307,7 +309,7 @@ def open_zarr(folder: Path, shape: tuple[int, ...], dtype: np.dtype) -> Leaf:
         raise CheckpointError(f"{folder} cannot be opened: {error!s:.200}") from error
     if (array.shape, array.dtype.numpy_dtype) != (shape, dtype):
         raise CheckpointError(f"{folder} holds {array.dtype.name} {array.shape}, expected {dtype.name} {shape}")
-    rows = array.chunk_layout.read_chunk.shape[0]
+    rows = (array.chunk_layout.read_chunk.shape or shape)[0] or 1
 
     def read(start: int) -> np.ndarray:
         try:
@@ -331,7 +333,7 @@ def raise_faults(headline: str, faults: Mapping[str, Sequence[str]], shown: int 
         raise CheckpointError(f"{headline}.\n" + "\n".join(lines))
 
 
-def open_checkpoint(folder: str | Path) -> Checkpoint:
+def open_checkpoint(folder: str | PathLike[str]) -> Checkpoint:
     """Open a diffusers pipeline folder or one that `dfa2-convert` wrote; reads no weights yet.
 
     Raises:

@@ -15,7 +15,7 @@ from .schedule import embedded_scalar, flow_match_sigmas
 logger = logging.getLogger("dfa2_jax")
 
 Encode = Callable[..., Any]
-"""`encode(encoder name, tokenizer name, prompts, length, *args)`: the encoder's output, or None if the folder has none."""
+"""`encode(encoder, tokenizer, prompts, length, *args)`: the encoder's output, None if the folder has none."""
 
 
 class Embeddings(NamedTuple):

@@ -277,23 +277,22 @@ class Pipeline:
         scalar_dtype = self.dtype if self.torch_rounding else np.dtype(np.float32)
         timesteps = self.family.model_timesteps(sigmas[:-1] * np.float32(1000), scalar_dtype)
         guidance = self.family.embedded_guidance(request.guidance_scale, scalar_dtype)
-        inputs = Inputs(
+        return Inputs(
             text=text,
             pooled=pooled,
             positions=self.family.positions(text.shape[1], rows, columns),
             sigmas=pad_steps(sigmas, extra=1),
             timesteps=pad_steps(sinusoid(timesteps)),
             guidance=None if guidance is None else sinusoid(guidance),
-            guidance_scale=None if request.scale is None else np.float32(request.scale),
+            guidance_scale=None if request.scale is None else np.asarray(request.scale, np.float32),
             skip=None,
         )
-        return inputs
 
     def _skip(self, request: Request, scale: float, start: float, stop: float) -> SkipGuidance:
         step = np.arange(request.steps)
         return SkipGuidance(
-            layers=np.isin(np.arange(self._num_layers), request.skip_layers),
-            scale=np.float32(scale),
+            layers=np.isin(np.arange(self._num_layers), request.skip_layers or []),
+            scale=np.asarray(scale, np.float32),
             active=pad_steps((step > request.steps * start) & (step < request.steps * stop)),
         )
 
@@ -374,9 +373,9 @@ class Clock:
         self.seconds: dict[str, float] = {"compile": 0.0}
 
     @staticmethod
-    def _on_event(event: str, seconds: float, **_: Any) -> None:
+    def _on_event(event: str, duration_secs: float, **_: Any) -> None:
         if event == "/jax/core/compile/backend_compile_duration":
-            Clock.compiled += seconds
+            Clock.compiled += duration_secs
 
     def lap(self, name: str) -> None:
         """Since the last lap; compilation is counted apart, not in the lap."""

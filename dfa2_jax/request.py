@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from .families import Embeddings, Flux, SD3
+from .families import SD3, Embeddings, Flux
 
 MAX_SEQUENCE_LENGTH = 512
 OUTPUT_TYPES = ("pil", "np", "latent")

@@ -7,7 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Bool, Float, Int
+
+Array = jax.Array | np.ndarray
 
 STEP_BLOCK = 64
 """Per-step inputs are padded to a multiple of this many steps, so that up to 64 steps share one program."""
@@ -94,7 +96,7 @@ def denoise(
 def guided_velocity(
     model: Any, latents: Float[Array, "B V C"], i: Int[Array, ""], inputs: Inputs, rounded: Any
 ) -> Array:
-    """Velocity under classifier-free guidance (arXiv 2207.12598) and skip-layer guidance, as diffusers combines them."""
+    """Velocity under classifier-free (arXiv 2207.12598) and skip-layer guidance, combined as in diffusers."""
     text, pooled, timestep = inputs.text, inputs.pooled, inputs.timesteps[i][None]
 
     def velocity(latents: Array, text: Array, pooled: Array, **kwargs: Any) -> Array:

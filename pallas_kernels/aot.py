@@ -104,4 +104,4 @@ def compile_for(
 
 
 def _descriptions() -> Any:
-    return files(__package__).joinpath("targets")
+    return files("pallas_kernels").joinpath("targets")

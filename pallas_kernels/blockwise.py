@@ -1,6 +1,6 @@
 """Dense attention in portable XLA, in blocks, so that the scores never exist as a whole.
 
-Two shapes of the same idea. Accelerators take a chunk of queries of every head at once. XLA's CPU backend runs a batched
+Two shapes of one idea. Accelerators take a chunk of queries of every head at once. XLA's CPU backend runs a batched
 product on one core and a plain one on all, so there the loop is over heads and tiles, and every product is plain.
 """
 
@@ -68,7 +68,7 @@ def tiled_attention(
 
         def visit(carries: tuple, start: Array | int, size: int) -> tuple:
             k_block, v_block = cut(k, index, start, size), cut(v, index, start, size)
-            return tuple(_online(*carry, q, k_block, v_block) for carry, q in zip(carries, queries, strict=True))
+            return tuple(_online(carry, q, k_block, v_block) for carry, q in zip(carries, queries, strict=True))
 
         fresh = jnp.full(rows, -jnp.inf), jnp.zeros(rows), jnp.zeros((rows, dim))
         whole, rest = divmod(keys, block)
@@ -95,9 +95,9 @@ def _even(total: int, size: int, together: int) -> tuple[int, int]:
     return min(total, -(-total // (count * together))), count
 
 
-def _online(maximum: Array, total: Array, acc: Array, q: Array, k: Array, v: Array) -> tuple[Array, Array, Array]:
+def _online(carry: tuple[Array, Array, Array], q: Array, k: Array, v: Array) -> tuple[Array, Array, Array]:
     """One step of online softmax (arXiv 1805.02867); scores in units of log 2."""
-    highest = jax.lax.Precision.HIGHEST
+    (maximum, total, acc), highest = carry, jax.lax.Precision.HIGHEST
     scores = jnp.dot(q, k.T, precision=highest)
     new = jnp.maximum(maximum, scores.max(1))
     decay, weights = exp2(maximum - new), exp2(scores - new[:, None])
@@ -105,7 +105,7 @@ def _online(maximum: Array, total: Array, acc: Array, q: Array, k: Array, v: Arr
 
 
 def exp2(x: Float[Array, "*dims"]) -> Float[Array, "*dims"]:
-    """2**x for x <= 0 to a relative 1e-7: a polynomial on [-1/2, 1/2] and an exponent. XLA's CPU exp takes twice as long.
+    """2**x for x <= 0 to a relative 1e-7: a polynomial on [-1/2, 1/2], an exponent. XLA's CPU exp takes twice as long.
 
     Below -126 the result stays at 2**-126, which no sum of weights in [0, 1] can tell from zero.
     """

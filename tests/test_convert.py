@@ -17,8 +17,8 @@ import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 
-from convert import convert_checkpoint
 from convert import convert as convert_module
+from convert import convert_checkpoint
 from convert.__main__ import main
 from dfa2_jax.checkpoint import CheckpointError, compute_dtype, open_checkpoint
 
@@ -86,10 +86,10 @@ def test_parameters_equal_the_torch_tensors(tiny_flux_dev, tiny_sd35):
     sd3 = leaves(open_checkpoint(tiny_sd35), "transformer")
     torch = {key: tensor.array() for key, tensor in open_weights(tiny_sd35 / "transformer").items()}
     patch = torch["pos_embed.proj.weight"]
+    np.testing.assert_array_equal(sd3["patch_embed", "kernel"][...].reshape(2, 2, 16, 64), patch.transpose(2, 3, 1, 0))
     np.testing.assert_array_equal(
-        sd3["patch_embed", "kernel"][...].reshape(2, 2, 16, 64), patch.transpose(2, 3, 1, 0)
+        sd3["segments", 1, "attn", "to_q", "bias"][0], torch["transformer_blocks.2.attn.to_q.bias"]
     )
-    np.testing.assert_array_equal(sd3["segments", 1, "attn", "to_q", "bias"][0], torch["transformer_blocks.2.attn.to_q.bias"])
     assert isinstance(sd3["pos_embed",].get_value(), np.ndarray), "the position table left the host"
 
 

@@ -22,7 +22,9 @@ def folder(tiny_flux_schnell, tmp_path):
     for name in ("transformer", "scheduler"):
         shutil.copytree(tiny_flux_schnell / name, folder / name)
     index = json.loads((tiny_flux_schnell / "model_index.json").read_text())
-    (folder / "model_index.json").write_text(json.dumps({k: index[k] for k in ("_class_name", "transformer", "scheduler")}))
+    (folder / "model_index.json").write_text(
+        json.dumps({k: index[k] for k in ("_class_name", "transformer", "scheduler")})
+    )
     return folder
 
 
@@ -65,6 +67,8 @@ def shift(header, by):
     header[KEY]["data_offsets"] = [begin + by, end + by]
 
 
+ENTRY = b'"a":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}'
+
 HEADERS = {
     "header longer than the file": ({"header_bytes": 2**40}, lambda h: None, "header claims 1099511627776 bytes"),
     "header over the limit": ({"header_bytes": 10**9}, lambda h: None, "header claims 1000000000 bytes"),
@@ -77,7 +81,7 @@ HEADERS = {
     "negative": ({}, lambda h: h[KEY].update(data_offsets=[-4, 0]), "expected an integer"),
     "unknown dtype": ({}, lambda h: h[KEY].update(dtype="F7"), "unknown dtype 'F7'"),
     "huge shape": ({}, lambda h: h[KEY].update(shape=[2**40, 2**20]), "needs"),
-    "duplicate": ({}, lambda h: b'{"a":{"dtype":"F32","shape":[0],"data_offsets":[0,0]},"a":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}}', "duplicate key 'a'"),
+    "duplicate": ({}, lambda h: b"{%s,%s}" % (ENTRY, ENTRY), "duplicate key 'a'"),
 }  # fmt: skip
 
 

@@ -1,5 +1,7 @@
 """The joint attention block that SD3 and FLUX share, and its attention projections."""
 
+from typing import Any
+
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
@@ -91,11 +93,11 @@ class JointBlock(nnx.Module):
         to = {"dtype": dtype, "rngs": rngs}
         self.last = last
         self.norm1 = AdaLN(width, 3 if dual else 2, **to)
-        self.norm1_context = AdaLNOut(width, **to) if last else AdaLN(width, 2, **to)
+        self.norm1_context: Any = AdaLNOut(width, **to) if last else AdaLN(width, 2, **to)
         self.attn = Attention(width, num_heads, qk_norm=qk_norm, joint=True, text_out=not last, **to)
         self.attn2 = Attention(width, num_heads, qk_norm=qk_norm, **to) if dual else None
         self.ff = MLP(width, 4 * width, **to)
-        self.ff_context = None if last else MLP(width, 4 * width, **to)
+        self.ff_context: Any = None if last else MLP(width, 4 * width, **to)
 
     def __call__(
         self,

@@ -1,6 +1,6 @@
 """Layers that the transformers, encoders and autoencoder share.
 
-Dim letters, everywhere in this project: `B` batch, `T` query tokens, `S` key tokens, `N` heads, `H` head dim, `D` width.
+Dim letters, everywhere in the project: `B` batch, `T` query tokens, `S` key tokens, `N` heads, `H` head dim, `D` width.
 Norms, softmax and position tables are computed in float32 and cast back once; float32 matrix products are IEEE float32.
 """
 
@@ -11,12 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float
 from jax.typing import DTypeLike
+from jaxtyping import Array, Float
 
 
 def matmul_precision(dtype: DTypeLike) -> jax.lax.Precision | None:
-    """HIGHEST for float32: JAX's default on NVIDIA is TF32 where torch's is IEEE, and no CPU test sees the difference."""
+    """HIGHEST for float32: JAX's default on NVIDIA is TF32, torch's is IEEE, and no CPU test sees the difference."""
     return jax.lax.Precision.HIGHEST if jnp.dtype(dtype) == jnp.float32 else None
 
 

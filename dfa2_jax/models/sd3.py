@@ -55,7 +55,7 @@ class SD3Config:
     def from_json(cls, config: dict[str, Any]) -> "SD3Config":
         """From diffusers' config.json; fields that diffusers may omit take diffusers' defaults, others are ignored."""
         defaults = {"patch_size": 2, "in_channels": 16, "sample_size": 128, "qk_norm": None}
-        known = {name: config.get(name, defaults.get(name)) for name in cls.__dataclass_fields__}
+        known: dict[str, Any] = {name: config.get(name, defaults.get(name)) for name in cls.__dataclass_fields__}
         known["out_channels"] = config.get("out_channels") or known["in_channels"]
         known["dual_attention_layers"] = tuple(config.get("dual_attention_layers") or ())
         missing = sorted(name for name, value in known.items() if value is None and name != "qk_norm")
