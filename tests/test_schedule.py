@@ -1,7 +1,5 @@
 """Sigmas and noise against diffusers and torch."""
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -10,6 +8,7 @@ from hypothesis import strategies as st
 from dfa2_jax.families import SD3, Flux
 from dfa2_jax.models.flux import FluxConfig
 from dfa2_jax.models.layers import sinusoid
+from dfa2_jax.models.sd3 import SD3Config
 from dfa2_jax.schedule import embedded_scalar, flow_match_sigmas, torch_randn
 
 SD3_SCHEDULER = {"shift": 3.0}
@@ -56,9 +55,11 @@ def test_known_values():
 def test_sd3_dynamic_shift_defaults_to_its_own_maximum():
     """diffusers' SD3 pipeline falls back to max_shift 1.16 where FLUX's has 1.15."""
     config = {"use_dynamic_shifting": True}
-    sizes = SimpleNamespace(in_channels=16, sample_size=128)
+    heads = {"attention_head_dim": 16, "num_attention_heads": 2, "caption_projection_dim": 32}
+    widths = {"joint_attention_dim": 32, "pooled_projection_dim": 8, "pos_embed_max_size": 4, "num_layers": 1}
+    model = SD3(SD3Config.from_json(heads | widths), config, np.zeros((16, 32)))
     theirs = diffusers_sigmas(config, 10, 4096, max_shift=1.16).sigmas.numpy()
-    np.testing.assert_allclose(SD3(sizes, config, None).sigmas(None, 10, 4096), theirs, rtol=1.2e-7)
+    np.testing.assert_allclose(model.sigmas(None, 10, 4096), theirs, rtol=1.2e-7)
 
 
 @pytest.mark.parametrize(
