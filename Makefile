@@ -18,6 +18,9 @@ need_python = $(if $($(1)),,$(error Python $(2) with venv is missing. Install it
 PTXAS = $(firstword $(wildcard $(or $(CUDA_HOME),/usr/local/cuda)/bin/ptxas $(AOT)/lib/python3.12/site-packages/nvidia/cu13/bin/ptxas))
 need_ptxas = $(if $(PTXAS),,$(error ptxas is missing. Install CUDA 13 in /usr/local/cuda, or `$(AOT)/bin/pip install --no-deps nvidia-cuda-nvcc==13.0.* nvidia-nvvm==13.0.*`))
 
+# Compiled programs are kept: half of a test run is XLA, and .ci/run runs most programs twice.
+CACHE := JAX_COMPILATION_CACHE_DIR=$(CURDIR)/build/xla JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.3
+
 .PHONY: demo test lint aot lock clean
 
 demo: $(VENV)/ready
@@ -31,7 +34,7 @@ demo: $(VENV)/ready
 	@echo "Images (of random weights: what they show is that all of it runs) are in build/demo/images"
 
 test: $(VENV)/ready
-	$(BIN)/python -m pytest -q -m "not aot"
+	$(CACHE) $(BIN)/python -m pytest -q -m "not aot"
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .
@@ -42,8 +45,8 @@ lint: $(VENV)/ready
 aot: $(AOT)/ready $(NEXT)/ready build/tiny
 	$(call need_ptxas)
 	JAX_PLATFORMS=cpu JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 $(AOT)/bin/python -m pytest -q -m "aot and not torch"
-	JAX_PLATFORMS=cpu JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 DFA2_TINY=build/tiny $(AOT)/bin/python -m pytest -q -m "not aot and not torch"
-	JAX_PLATFORMS=cpu DFA2_TINY=build/tiny $(NEXT)/bin/python -m pytest -q -m "not aot and not torch"
+	JAX_PLATFORMS=cpu JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 DFA2_TINY=build/tiny $(CACHE) $(AOT)/bin/python -m pytest -q -m "not aot and not torch"
+	JAX_PLATFORMS=cpu DFA2_TINY=build/tiny $(CACHE) $(NEXT)/bin/python -m pytest -q -m "not aot and not torch"
 
 build/tiny: $(VENV)/ready tests/tiny.py
 	rm -rf $@

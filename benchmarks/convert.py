@@ -3,10 +3,11 @@
     python -m benchmarks.convert [--rounds 3] [--blocks 5,9 10,18] [--folder DIR] [--out results.json]
 
 The folders are made on the spot: FLUX.1-dev's true shapes in bfloat16, fewer blocks, normal values. Every measurement
-is a process of its own, watched from outside (RssAnon of /proc/PID/status every 20 ms; a page that belongs to a file, as
-in a memory map of safetensors, can be dropped at any time and does not count). Its source has just been read, so lies in
-the page cache as far as it fits, and everything written before has been synced. Contenders take turns, round by round:
+is a process of its own, watched from outside (RssAnon of /proc/PID/status every 20 ms; pages of mapped files can be
+dropped at any time and do not count). Its source has just been read, so lies in the page cache as far as it fits, and
+everything written before has been synced. Contenders take turns, round by round:
 
+    plain write         as many bytes from one buffer to one file, and fsync: what the disk gives at that moment
     convert             `convert_checkpoint`, with its fsync
     orbax               a plain Orbax save, `use_ocdbt=False` and else its defaults (which compress with zstd), of the
                         same number of bytes in arrays of the same shapes that lie in memory before the clock starts
@@ -39,6 +40,7 @@ from benchmarks.machine import describe_machine
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 SHARD_BYTES = 5_000_000_000
+SUFFIX = {"plain write": ".plain", "orbax": ".orbax", "orbax uncompressed": ".orbax"}
 WIDTH, HEAD, MLP, TEXT, POOLED, CHANNELS = 3072, 128, 12288, 4096, 768, 64  # FLUX.1-dev
 
 
@@ -165,17 +167,28 @@ def save_with_orbax(folder: Path, target: Path, **options: Any) -> tuple[float, 
     return time.perf_counter() - start, sum(array.nbytes for array in tree.values())
 
 
+def write_plainly(target: Path, nbytes: int) -> None:
+    buffer = next(values()).view(np.uint8).data[: 2**24]
+    with target.open("wb", buffering=0) as file:
+        while nbytes > 0:
+            nbytes -= file.write(buffer)
+        os.fsync(file.fileno())
+
+
 def child(contender: str, folder: Path, target: Path) -> dict[str, Any]:
     """One measurement, in the process that makes it."""
     import jax
 
+    import dfa2_jax.models  # noqa: F401  (what a load imports counts as "before")
     from convert import convert_checkpoint
     from dfa2_jax.checkpoint import open_checkpoint
 
     jax.device_put(np.zeros(8)).block_until_ready()  # the backend is up, as in any process that uses JAX
     row: dict[str, Any] = {"before": anonymous_bytes()}
     start = time.perf_counter()
-    if contender == "convert":
+    if contender == "plain write":
+        write_plainly(target, sum(path.stat().st_size for path in folder.rglob("*.safetensors")))
+    elif contender == "convert":
         convert_checkpoint(folder, target)
     elif contender.startswith("orbax"):
         options = {"use_compression": False} if "uncompressed" in contender else {}
@@ -202,7 +215,8 @@ def measure(contender: str, folder: Path, target: Path) -> dict[str, Any]:
         time.sleep(0.02)
     if process.returncode:
         raise RuntimeError(f"{contender} ended with {process.returncode}")
-    return json.loads(process.stdout.read().splitlines()[-1]) | {"peak": peak}
+    row = json.loads(process.stdout.read().splitlines()[-1])
+    return row | {"peak": peak, "load_average": os.getloadavg()[0]}
 
 
 def warm(folder: Path) -> None:
@@ -251,24 +265,31 @@ def main() -> None:
         for _ in range(args.rounds):
             for folder, nbytes in sizes:
                 orbax = ["orbax", "orbax uncompressed"] if nbytes == min(size for _, size in sizes) else []
-                for contender in ["convert", "load diffusers", "load converted", *orbax]:
-                    target = folder.with_suffix(".orbax" if contender in orbax else ".converted")
+                for contender in ["convert", "load diffusers", "load converted", "plain write", *orbax]:
+                    target = folder.with_suffix(SUFFIX.get(contender, ".converted"))
                     row = measure(contender, folder, target)
                     results.setdefault((contender, nbytes), []).append(row)
                     print(f"{contender:20} {nbytes / 1e9:6.2f} GB  {json.dumps(row)}", flush=True)
                     if contender in orbax:
                         shutil.rmtree(target)
+                    elif contender == "plain write":
+                        target.unlink()
                 shutil.rmtree(folder.with_suffix(".converted"))
+            report(results, args.out)
+
+
+def report(results: dict[tuple[str, int], list[dict[str, Any]]], out: Path) -> None:
+    """Write and print the medians of the rounds so far."""
     rows = [summarise(contender, nbytes, found) for (contender, nbytes), found in results.items()]
     layer = max(math.prod(shape) * BFLOAT16.itemsize for shape in shapes_of(1, 1).values())
-    report = {"machine": describe_machine(), "page_cache": "warm", "largest_layer_gb": layer / 1e9, "rows": rows}
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(report, indent=1) + "\n")
+    content = {"machine": describe_machine(), "page_cache": "warm", "largest_layer_gb": layer / 1e9, "rows": rows}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(content, indent=1) + "\n")
     print(f"\nmedians; largest layer {layer / 1e9:.3f} GB\n{'':20}     GB  seconds   GB/s  peak GB  above arrays GB")
     for row in rows:
         above = f"{row['peak_above_arrays_gb']:.3f}" if "peak_above_arrays_gb" in row else ""
         numbers = f"{row['weights_gb']:6.2f} {row['seconds']:8.1f} {row['gb_per_second']:6.2f}"
-        print(f"{row['contender']:20} {numbers} {row['peak_anonymous_gb']:8.3f}  {above}")
+        print(f"{row['contender']:20} {numbers} {row['peak_anonymous_gb']:8.3f}  {above}", flush=True)
 
 
 if __name__ == "__main__":
