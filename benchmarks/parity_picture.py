@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw
 from dfa2_jax import Pipeline
 
 PROMPT, SEED, SIZE = "a large red circle on the left of a blue background", 7, 192
-AMPLIFIED = 100_000
+AMPLIFIED = 1_000_000
 ROWS = {"sd35": {"guidance_scale": 4.5}, "flux-dev": {"guidance_scale": 3.5}}
 
 

@@ -1,0 +1,52 @@
+"""Damages safetensors files and indexes many times over; stops at the first that is taken in a wrong way.
+
+    python -m benchmarks.fuzz [--count 100000] [--seed 1] [--out benchmarks/results/fuzz.json]
+
+Each must be read as safetensors' own reader reads it, or refused with a CheckpointError, in memory of at most twice the
+files and a constant. The test suite does 2,000 with another seed; the damage is that of tests/mutations.py.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from tqdm import trange
+
+from benchmarks.machine import describe_machine
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from mutations import SLACK_BYTES, Fuzzer  # noqa: E402
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--count", type=int, default=100_000)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/fuzz.json"))
+    args = parser.parse_args()
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        fuzzer = Fuzzer(Path(folder), args.seed)
+        for _ in trange(args.count, disable=None):
+            fuzzer.step()
+    result = {
+        "machine": describe_machine(),
+        "mutations": args.count,
+        "seed": args.seed,
+        **fuzzer.counts,
+        "other_exceptions": 0,  # the first would have ended the run
+        "peak_bytes": fuzzer.peak_bytes,
+        "peak_above_twice_the_files": fuzzer.peak_above_twice,
+        "allowed_above_twice_the_files": SLACK_BYTES,
+        "seconds": round(time.perf_counter() - start, 1),
+    }
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps({key: value for key, value in result.items() if key != "machine"}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
