@@ -38,9 +38,8 @@ def main() -> None:
         "seed": args.seed,
         **fuzzer.counts,
         "other_exceptions": 0,  # the first would have ended the run
-        "peak_bytes": fuzzer.peak_bytes,
-        "peak_above_twice_the_files": fuzzer.peak_above_twice,
-        "allowed_above_twice_the_files": SLACK_BYTES,
+        "peak_bytes_above_twice_the_files": fuzzer.peak_above_twice,
+        "allowed_bytes_above_twice_the_files": SLACK_BYTES,
         "seconds": round(time.perf_counter() - start, 1),
     }
     args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -19,7 +19,9 @@ import numpy as np
 from dfa2_jax.checkpoint import CheckpointError, read_json
 
 MAX_HEADER_BYTES = 100_000_000  # as the reference implementation
-MAX_TENSORS = 100_000  # FLUX.1 has 1,160; keeps a hostile header's records within the size of the file
+MAX_TENSORS = 10_000  # FLUX.1 has 1,160; a record takes 500 bytes, ten times what a hostile header needs to ask for it
+MAX_NAME_BYTES = 10_000  # of keys; decoding takes 13 times the bytes where one character lies outside of Latin-1
+MAX_METADATA_BYTES = 1_000_000  # of one value
 MAX_RANK = 8
 
 DTYPES: dict[str, np.dtype] = {
@@ -98,11 +100,13 @@ class Scanner:
             raise self.fail(repr(token.decode()))
         self.at += 1
 
-    def string(self) -> str:
+    def string(self, max_bytes: int = MAX_NAME_BYTES) -> str:
         self.skip()
         match = STRING.match(self.data, self.at, self.end)
         if match is None:
             raise self.fail("a string")
+        if match.end() - match.start() > max_bytes:
+            raise self.fail(f"a string of at most {max_bytes} bytes")
         text = json.loads(match.group())  # decodes escapes; a bare string cannot nest
         text.encode()  # lone surrogates are no text
         self.at = match.end()
@@ -144,7 +148,7 @@ class Scanner:
     def metadata(self) -> None:
         """Free text of whoever wrote the file: strings only, and unused."""
         for _ in self.members():
-            self.string()
+            self.string(MAX_METADATA_BYTES)
 
     def tensor(self) -> tuple[str, tuple[int, ...], tuple[int, ...]]:
         """(dtype, shape, offsets) of one entry."""

@@ -204,6 +204,7 @@ def load_leaf(leaf: Leaf, dtype: np.dtype, *, on_device: bool) -> jax.Array | np
         if check and not finite:
             raise overflow_error(block, dtype)
         array.block_until_ready()  # else blocks pile up in memory faster than they are placed
+        del rows  # else two layers lie in memory while the next is put
     return array
 
 
@@ -309,15 +310,23 @@ def open_zarr(folder: Path, shape: tuple[int, ...], dtype: np.dtype) -> Leaf:
         raise CheckpointError(f"{folder} cannot be opened: {error!s:.200}") from error
     if (array.shape, array.dtype.numpy_dtype) != (shape, dtype):
         raise CheckpointError(f"{folder} holds {array.dtype.name} {array.shape}, expected {dtype.name} {shape}")
-    rows = (array.chunk_layout.read_chunk.shape or shape)[0] or 1
+    chunk, metadata = array.chunk_layout.read_chunk.shape or shape, array.spec().to_json()["metadata"]
+    step = chunk[0] or 1
+    if metadata["compressor"] is not None or metadata["order"] != "C" or chunk[1:] != shape[1:] or shape[0] % step:
+        raise CheckpointError(f"{folder} is not as dfa2-convert writes it, one uncompressed chunk per layer")
+    nbytes = int(np.prod(chunk)) * dtype.itemsize
 
     def read(start: int) -> np.ndarray:
+        """The chunk's file, mapped: TensorStore would copy it twice."""
+        path = folder / ".".join(map(str, [start // step, *(0 for _ in chunk[1:])]))
         try:
-            return array[start : min(start + rows, shape[0])].read().result()
-        except (ValueError, OSError) as error:
-            raise CheckpointError(f"{folder} cannot be read: {error!s:.200}. Convert again.") from error
+            if (found := path.stat().st_size) != nbytes:
+                raise CheckpointError(f"{path} cannot be read: it has {found} bytes, not {nbytes}. Convert again.")
+            return np.memmap(path, dtype, "r", shape=chunk)
+        except OSError as error:
+            raise CheckpointError(f"{folder} cannot be read: {error.strerror or error}. Convert again.") from error
 
-    blocks = [Block(str(folder), start, partial(read, start)) for start in range(0, shape[0], rows)]
+    blocks = [Block(str(folder), start, partial(read, start)) for start in range(0, shape[0], step)]
     return Leaf(tuple(shape), dtype, blocks)
 
 

@@ -22,7 +22,7 @@ def dense_attention(
     q: Float[Array, "B T N H"], k: Float[Array, "B S N H"], v: Float[Array, "B S N H"]
 ) -> Float[Array, "B T N H"]:
     """Softmax attention over every key; scores, sums and outputs accumulate in float32."""
-    return tiled_attention(q, k, v) if jax.default_backend() == "cpu" else chunked_attention(q, k, v)
+    return jax.lax.platform_dependent(q, k, v, cpu=tiled_attention, default=chunked_attention)
 
 
 def chunked_attention(

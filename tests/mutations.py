@@ -13,8 +13,9 @@ from dfa2_jax.checkpoint import CheckpointError
 
 INDEX = "diffusion_pytorch_model.safetensors.index.json"
 SINGLE = "diffusion_pytorch_model.safetensors"
-SLACK_BYTES = 32_000
-"""For what does not grow with the file: a record per tensor, messages of 200 characters, tracebacks. Seen: 13 kB."""
+SLACK_BYTES = {"single": 32_000, "sharded": 250_000}
+"""For what does not grow with the file: records of tensors, messages of 200 characters, tracebacks (13 kB seen). An
+index goes through Python's JSON parser, which takes 180 bytes for each of at most 1,000 levels of nesting."""
 
 NUMBERS = [b"0", b"1", b"-1", b"00", b"1e9", b"1.5", b"255", b"65536", b"4294967296", b"9999999999999999", b"9" * 400]
 TOKENS = [b"{", b"}", b"[", b"]", b",", b":", b'"', b"\\", b"null", b"true", b"NaN", b"[" * 3000, b'{"a":' * 600]
@@ -122,7 +123,7 @@ class Fuzzer:
     def __init__(self, folder: Path, seed: int):
         self.rng, self.folder, self.samples = random.Random(seed), folder, write_samples(folder)
         self.counts = {"refused": 0, "read": 0}
-        self.peak_bytes = self.peak_above_twice = 0
+        self.peak_above_twice = dict.fromkeys(self.samples, 0)
         for name, files in self.samples.items():  # imports and caches are made before memory is counted
             assert read(folder / name) == reference(files)
 
@@ -154,8 +155,8 @@ class Fuzzer:
             peak = tracemalloc.get_traced_memory()[1]
             tracemalloc.stop()
         above = peak - 2 * sum(map(len, files.values()))
-        self.peak_bytes, self.peak_above_twice = max(self.peak_bytes, peak), max(self.peak_above_twice, above)
-        assert above <= SLACK_BYTES, f"{peak} bytes allocated, {above} above twice the files"
+        self.peak_above_twice[sample] = max(self.peak_above_twice[sample], above)
+        assert above <= SLACK_BYTES[sample], f"{peak} bytes allocated, {above} above twice the files"
         self.counts["refused" if found is None else "read"] += 1
         if found is not None:  # what is taken must be what the reference reader takes, and equal
             got = {key: (array.dtype.name, array.shape, array.tobytes()) for key, array in found.items()}

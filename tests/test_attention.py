@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from lowering import largest_intermediate
+from lowering import assert_highest_precision, largest_intermediate, lower_for_cuda
 
 from pallas_kernels import CACHED, FULL, Layout, arrow_attention, blockwise, dense_mask
 
@@ -74,6 +74,13 @@ def test_dense_attention_of_some_rows():
     q, k, v = draw((1, 40, 2, 16)), draw((1, 50, 2, 16), 1), draw((1, 50, 2, 16), 2)
     out = arrow_attention(q, k, v, layout=Layout(10, 40, False))
     np.testing.assert_allclose(out, oracle(q, k, v), atol=2e-6)
+
+
+def test_products_are_ieee_float32_and_chunked_on_a_gpu():
+    q = draw((1, 40, 2, 16))
+    lowered = lower_for_cuda(blockwise.dense_attention, q, q, q)
+    assert_highest_precision(lowered)
+    assert "while" not in lowered.as_text(), "tiles are for CPUs"
 
 
 def test_large_scores_do_not_overflow():

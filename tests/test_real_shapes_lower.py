@@ -9,7 +9,6 @@ from lowering import PRODUCT, lower_for_cuda
 from real_shapes import PUBLISHED, denoise_arguments
 
 from dfa2_jax.sampling import denoise
-from pallas_kernels import blockwise
 
 PARAMETERS = {
     "SD3-medium": 2_028_328_000,
@@ -33,9 +32,7 @@ def assert_float32_products_are_ieee(text):
 
 @pytest.mark.parametrize("pixels", [1024, 2048])
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_sampling_loop_lowers_for_cuda(name, pixels, monkeypatch):
-    # What an accelerator runs; by itself it looks at the device of this machine.
-    monkeypatch.setattr(blockwise, "dense_attention", blockwise.chunked_attention)
+def test_sampling_loop_lowers_for_cuda(name, pixels):
     graph, params, *rest = denoise_arguments(name, pixels)
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == PARAMETERS[name]
     lowered = denoise.trace(graph, params, *rest, implementation="blockwise").lower(lowering_platforms=("cuda",))
