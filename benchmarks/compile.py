@@ -4,8 +4,7 @@
 
 Compiles `dfa2_jax.sampling.denoise` (a traced number of steps, bfloat16, one image; SD3 with guidance) with its layers
 scanned and unrolled, and writes JSON and a Markdown table. About 20 minutes of CPU time, most of it for the unrolled
-programs.
-`pallas_kernels.aot` says what must be installed.
+programs. `pallas_kernels.aot` says what must be installed.
 """
 
 import argparse
@@ -36,7 +35,7 @@ Compiled for one {gpu} without a GPU, jax {jax}, cuDNN {cudnn}: `python -m bench
 - Copied per step: bytes of buffers that a denoising step fills with nothing but weights (`pallas_kernels.hlo`), chiefly
   slices that are taken out of a stack of layers before a matrix product reads them. `of weights` is their share of the
   model. They are read and written once: `costs` is that time at {rate} TB/s, had it nothing to hide behind.
-- No program copies weights before its first step, and none copies a whole stack.
+- Copied before the first step: {once} bytes at most. The largest buffer of such a copy: {largest:.0f} MB.
 - Products: on a GPU, XLA times both for each product and takes the faster. Here one is taken for all.
 - Compile: wall seconds of two cores that had other work beside, and in brackets the CPU seconds it took.
 """
@@ -130,7 +129,14 @@ def write(out: Path, rows: list[Row]) -> None:
     record["rows"] = [row._asdict() for row in rows]
     out.parent.mkdir(parents=True, exist_ok=True)
     out.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
-    notes = NOTES.format(gpu="NVIDIA H200", jax=jax.__version__, cudnn=cudnn, rate=BYTES_PER_SECOND / 1e12)
+    notes = NOTES.format(
+        gpu="NVIDIA H200",
+        jax=jax.__version__,
+        cudnn=cudnn,
+        rate=BYTES_PER_SECOND / 1e12,
+        once=max(row.copied_once for row in rows),
+        largest=max(row.largest_copy for row in rows) / 1e6,
+    )
     ordered = sorted(rows, key=lambda row: (list(PUBLISHED).index(row.model), row.pixels, row.layers, row.products))
     out.with_suffix(".md").write_text("\n".join([notes, HEADER, *(row.markdown() for row in ordered)]) + "\n")
 
