@@ -267,11 +267,17 @@ def make_leaf(shape: tuple[int, ...], pieces: list[Piece]) -> Leaf:
         blocks = [Block(piece.tensor.source, piece.layer or 0, partial(read_layer, piece)) for piece in pieces]
     else:
         (piece,) = pieces
-        row_bytes = math.prod(shape[1:]) * dtype.itemsize
-        rows = max(1, BLOCK_BYTES // max(1, row_bytes))
+        rows = equal_blocks(shape, math.prod(shape) * dtype.itemsize)
         starts = range(0, shape[0], rows) if shape else [0]
         blocks = [Block(piece.tensor.source, start, partial(read_rows, piece, start, rows)) for start in starts]
     return Leaf(shape, dtype, blocks)
+
+
+def equal_blocks(shape: tuple[int, ...], nbytes: int) -> int:
+    """Rows of a block: equal blocks of at most `BLOCK_BYTES`, since a chunk of an array has one size."""
+    fewest, rows = -(-nbytes // BLOCK_BYTES), shape[0] if shape else 1
+    counts = [count for count in range(max(1, fewest), 4 * fewest + 1) if rows % count == 0]
+    return rows // counts[0] if counts else max(1, rows)
 
 
 def read_layer(piece: Piece) -> np.ndarray:

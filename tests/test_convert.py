@@ -51,16 +51,38 @@ def test_both_routes_give_the_same_parameters(name, request, tmp_path):
         assert (converted.tokenizer_folder(tokenizer) / "tokenizer.json").is_file()
 
 
-def test_plain_orbax_restores_into_the_model(tiny_sd35, tmp_path):
-    convert_checkpoint(tiny_sd35, tmp_path / "out")
-    checkpoint = open_checkpoint(tmp_path / "out")
+def assert_plain_orbax_restores(folder):
+    checkpoint = open_checkpoint(folder)
     abstract = nnx.state(checkpoint.abstract("transformer", jnp.float32))
-    restored = ocp.StandardCheckpointer().restore(tmp_path / "out" / "weights" / "transformer", abstract)
+    restored = ocp.StandardCheckpointer().restore(folder / "weights" / "transformer", abstract)
     wanted = leaves(checkpoint, "transformer")
     found = dict(nnx.to_flat_state(restored))
     assert found.keys() == wanted.keys()
     for path, leaf in wanted.items():
         np.testing.assert_array_equal(found[path][...], leaf[...])
+
+
+def test_plain_orbax_restores_into_the_model(tiny_sd35, tmp_path):
+    convert_checkpoint(tiny_sd35, tmp_path / "out")
+    assert_plain_orbax_restores(tmp_path / "out")
+
+
+def test_large_tables_go_in_equal_blocks_of_rows(tiny_sd35, tmp_path, monkeypatch):
+    """As T5-XXL's embeddings and SD3's position table do at their true sizes."""
+    from convert import rules
+
+    assert rules.equal_blocks((32128, 4096), 32128 * 4096 * 2) == 8032
+    assert rules.equal_blocks((7,), 14) == 7
+    monkeypatch.setattr(rules, "BLOCK_BYTES", 50_000)
+    source = open_checkpoint(tiny_sd35)
+    table = source.leaves("transformer")["pos_embed",]
+    assert [block.start for block in table.blocks] == list(range(0, 576, 576 // len(table.blocks)))
+    assert len(table.blocks) > 1
+    convert_checkpoint(tiny_sd35, tmp_path / "out")
+    monkeypatch.undo()
+    for component in ("transformer", "text_encoder_2", "text_encoder_3"):
+        assert_equal_weights(open_checkpoint(tmp_path / "out"), open_checkpoint(tiny_sd35), component)
+    assert_plain_orbax_restores(tmp_path / "out")
 
 
 def test_dtypes_agree_between_the_routes_and_keep_the_fingerprint(tiny_flux_dev, tmp_path):

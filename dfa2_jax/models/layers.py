@@ -153,7 +153,7 @@ def run_blocks(
 ) -> Any:
     """Scan `carry = step(block, carry, per_layer[i])` over the layer axis of stacked `blocks`.
 
-    `unroll` is `jax.lax.scan`'s: 1 compiles one block, True all of them (README, "Scan or unroll", has the costs).
+    `unroll` is `jax.lax.scan`'s: 1 compiles one block, True all of them, which brings next to nothing (README).
     """
     graph, params = nnx.split(blocks)
 
