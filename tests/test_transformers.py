@@ -146,5 +146,6 @@ def test_float32_products_are_ieee(folder):
 def test_flux_wants_guidance_when_it_embeds_it(tiny_flux_dev):
     case = Case(tiny_flux_dev)
     graph, params = case.load(jnp.float32)
+    inputs = jax.tree.map(jnp.asarray, case.inputs(jnp.float32)[:5])
     with pytest.raises(ValueError, match="guidance_embeds"):
-        nnx.merge(graph, params)(*case.inputs(jnp.float32)[:5])
+        nnx.merge(graph, params)(*inputs)
