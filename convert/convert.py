@@ -70,6 +70,7 @@ class LazyArrayHandler(ocp.type_handlers.NumpyHandler):
         rows = max((stop - start for start, stop in spans(value.leaf)), default=1)
         tspec["metadata"]["chunks"] = [rows, *value.shape[1:]] if value.shape else []
         store = await ts.open(ts.Spec(tspec), create=True, open=True, context=ts_context)
+        assert store.kvstore is not None  # a file store
         folder = Path(store.kvstore.path)
 
         def write(block: Block) -> None:
@@ -91,7 +92,7 @@ class LazyArrayHandler(ocp.type_handlers.NumpyHandler):
 def write_chunk(path: Path, array: np.ndarray) -> None:
     """An uncompressed zarr chunk: the array's bytes. TensorStore would copy them first, a page fault per 4 kB."""
     with path.open("wb", buffering=0) as file:
-        rest = memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+        rest = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
         while rest:
             rest = rest[file.write(rest) :]
         os.fsync(file.fileno())

@@ -310,8 +310,9 @@ def open_zarr(folder: Path, shape: tuple[int, ...], dtype: np.dtype) -> Leaf:
         raise CheckpointError(f"{folder} cannot be opened: {error!s:.200}") from error
     if (array.shape, array.dtype.numpy_dtype) != (shape, dtype):
         raise CheckpointError(f"{folder} holds {array.dtype.name} {array.shape}, expected {dtype.name} {shape}")
-    chunk, metadata = array.chunk_layout.read_chunk.shape or shape, array.spec().to_json()["metadata"]
-    step = chunk[0] or 1
+    metadata = array.spec().to_json()["metadata"]
+    chunk: tuple[int, ...] = tuple(metadata["chunks"])
+    step = chunk[0]
     if metadata["compressor"] is not None or metadata["order"] != "C" or chunk[1:] != shape[1:] or shape[0] % step:
         raise CheckpointError(f"{folder} is not as dfa2-convert writes it, one uncompressed chunk per layer")
     nbytes = int(np.prod(chunk)) * dtype.itemsize
