@@ -9,13 +9,15 @@ everything written before has been synced. Contenders take turns, round by round
 
     plain write         as many bytes from one buffer to one file, and fsync: what the disk gives at that moment
     convert             `convert_checkpoint`, with its fsync
+    convert float32     the same with dtype="float32": every weight is cast, twice the bytes are written
     orbax               a plain Orbax save, `use_ocdbt=False` and else its defaults (which compress with zstd), of the
                         same number of bytes in arrays of the same shapes that lie in memory before the clock starts
     orbax uncompressed  the same with `use_compression=False`, which is what `convert` writes
     load diffusers      `open_checkpoint(...).load("transformer", "bfloat16")` of the diffusers folder
     load converted      the same of the converted folder
 
-Orbax holds all arrays in memory (twice while it saves), so it runs at the smallest size only.
+Orbax holds all arrays in memory (twice while it saves), so it runs at the smallest size only, as does float32.
+GB and GB/s count the bytes of the source.
 """
 
 import argparse
@@ -40,7 +42,8 @@ from benchmarks.machine import describe_machine
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 SHARD_BYTES = 5_000_000_000
-SUFFIX = {"plain write": ".plain", "orbax": ".orbax", "orbax uncompressed": ".orbax"}
+ALONE = {"plain write": ".plain", "convert float32": ".float32", "orbax": ".orbax", "orbax uncompressed": ".orbax"}
+"""Contenders whose output nobody reads, and its suffix."""
 WIDTH, HEAD, MLP, TEXT, POOLED, CHANNELS = 3072, 128, 12288, 4096, 768, 64  # FLUX.1-dev
 
 
@@ -188,8 +191,8 @@ def child(contender: str, folder: Path, target: Path) -> dict[str, Any]:
     start = time.perf_counter()
     if contender == "plain write":
         write_plainly(target, sum(path.stat().st_size for path in folder.rglob("*.safetensors")))
-    elif contender == "convert":
-        convert_checkpoint(folder, target)
+    elif contender.startswith("convert"):
+        convert_checkpoint(folder, target, dtype="float32" if "float32" in contender else None)
     elif contender.startswith("orbax"):
         options = {"use_compression": False} if "uncompressed" in contender else {}
         row["seconds"], row["arrays"] = save_with_orbax(folder, target, **options)
@@ -264,16 +267,16 @@ def main() -> None:
             sizes.append((folder, write_folder(folder, *map(int, blocks.split(",")))))
         for _ in range(args.rounds):
             for folder, nbytes in sizes:
-                orbax = ["orbax", "orbax uncompressed"] if nbytes == min(size for _, size in sizes) else []
-                for contender in ["convert", "load diffusers", "load converted", "plain write", *orbax]:
-                    target = folder.with_suffix(SUFFIX.get(contender, ".converted"))
+                contenders = ["convert", "load diffusers", "load converted", "plain write"]
+                if nbytes == min(size for _, size in sizes):
+                    contenders += ["convert float32", "orbax", "orbax uncompressed"]
+                for contender in contenders:
+                    target = folder.with_suffix(ALONE.get(contender, ".converted"))
                     row = measure(contender, folder, target)
                     results.setdefault((contender, nbytes), []).append(row)
                     print(f"{contender:20} {nbytes / 1e9:6.2f} GB  {json.dumps(row)}", flush=True)
-                    if contender in orbax:
-                        shutil.rmtree(target)
-                    elif contender == "plain write":
-                        target.unlink()
+                    if contender in ALONE:
+                        target.unlink() if target.is_file() else shutil.rmtree(target)
                 shutil.rmtree(folder.with_suffix(".converted"))
             report(results, args.out)
 

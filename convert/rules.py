@@ -35,14 +35,9 @@ def conv(x: np.ndarray) -> np.ndarray:
     return x.transpose(2, 3, 1, 0)
 
 
-def patches(x: np.ndarray) -> np.ndarray:
-    """A convolution over whole patches as the matrix of a product: rows in the order (row, column, channel)."""
-    return conv(x).reshape(-1, x.shape[0])
-
-
 def table(x: np.ndarray) -> np.ndarray:
     """[1, cells, D] as [cells, D]."""
-    return x[0]
+    return x.squeeze(0)
 
 
 def attention_columns(x: np.ndarray) -> np.ndarray:
@@ -124,7 +119,7 @@ VAE_ATTENTION = r"(?P<at>(en|de)coder\.mid_block)\.attentions\.0\."
 RULES: dict[str, list[Rule]] = {
     "SD3Transformer2DModel": [
         Rule(r"pos_embed\.pos_embed", "pos_embed", table),
-        Rule(r"pos_embed\.proj\.weight", "patch_embed.kernel", patches),
+        Rule(r"pos_embed\.proj\.weight", "patch_embed.kernel", conv),
         Rule(r"pos_embed\.proj\.bias", "patch_embed.bias"),
         *EMBEDDERS,
         *joint_blocks("segments."),

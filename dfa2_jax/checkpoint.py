@@ -6,9 +6,9 @@ of memory is the final arrays plus one layer, whatever the size of the checkpoin
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -47,6 +47,7 @@ PIPELINES: dict[str, dict[str, tuple[str, ...]]] = {
 
 MAX_JSON_BYTES = 10_000_000  # FLUX.1's index of 1,160 keys has 120 kB
 HOST_BYTES = 8_000_000  # smaller parameters are put together on the host: one transfer, and no program to compile
+SLAB_BYTES = 2**22  # what is read, turned and cast at once there
 
 
 class CheckpointError(ValueError):
@@ -122,6 +123,7 @@ class Checkpoint(ABC):
         kind = MODELS[self.classes[component]]
         try:
             config = kind.config_from_json(self.configs[component])
+            check_layers(config)
             return nnx.eval_shape(lambda: kind.build(config, dtype=dtype, rngs=nnx.Rngs(0)))
         except (ValueError, TypeError, ZeroDivisionError, OverflowError) as error:
             raise CheckpointError(f"The {component} in {self.folder} has an unusable config.json: {error}") from error
@@ -145,6 +147,13 @@ class Checkpoint(ABC):
         return nnx.merge(graph, nnx.from_flat_state(filled))
 
 
+def check_layers(config: Any) -> None:
+    """A count of layers sizes loops and messages before any weight is seen. Published models have at most 57."""
+    for name, value in vars(config).items():
+        if name.endswith("_layers") and not isinstance(value, tuple) and not (type(value) is int and 0 < value <= 999):
+            raise ValueError(f"{name}={value!r:.100} is not a number of layers from 1 to 999")
+
+
 def must_be_finite(source: np.dtype, target: np.dtype) -> bool:
     """Only float16 overflows in practice: bfloat16 and float32 share their range."""
     return np.float16 in (source, target)
@@ -157,55 +166,80 @@ def overflow_error(block: Block, dtype: np.dtype) -> CheckpointError:
     )
 
 
-def on_host(leaf: Leaf, dtype: np.dtype) -> np.ndarray:
-    """The whole parameter as a NumPy array of `dtype`."""
-    array = np.empty(leaf.shape, dtype)
-    for block in leaf.blocks:
-        rows = block.read()
-        place = array[block.start : block.start + len(rows)]
+@cache
+def cpu_device() -> Any:
+    """A jax.Device, or None where JAX_PLATFORMS names only others."""
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError:
+        return None
+
+
+def slabs(block: Block, dtype: np.dtype) -> Iterator[tuple[tuple[slice, ...], np.ndarray]]:
+    """The block as contiguous arrays of `dtype`, in order, each with its place in the parameter.
+
+    Slabs are small because malloc keeps what is freed below its threshold (32 MB at most), in a heap per thread. A
+    jax.Array on CPU turns a strided view at 1.5 GB/s a core, five times as fast as NumPy and as XLA's own transpose;
+    NumPy casts as fast as XLA does, and compiles nothing.
+    """
+    rows = block.read()
+    axis = 1 if rows.ndim > 1 and rows.shape[0] == 1 else 0
+    start = block.start if axis == 0 else 0
+    for part in np.array_split(rows, min(-(-rows.nbytes // SLAB_BYTES), rows.shape[axis]), axis=axis):
+        turned = np.ascontiguousarray(part) if (cpu := cpu_device()) is None else np.asarray(jax.device_put(part, cpu))
         with np.errstate(over="ignore"):  # reported below, by name
-            place[...] = rows.astype(dtype, copy=False)
-        if must_be_finite(leaf.dtype, dtype) and not np.isfinite(place).all():
+            turned = turned.astype(dtype, copy=False)
+        if must_be_finite(rows.dtype, dtype) and not np.isfinite(turned).all():
             raise overflow_error(block, dtype)
+        index = slice(start, start := start + part.shape[axis])
+        yield (slice(block.start, block.start + 1), index)[1 - axis :], turned
+
+
+def on_host(leaf: Leaf, dtype: np.dtype) -> np.ndarray:
+    """The whole parameter, aligned so that a jax.Array on CPU can share its memory."""
+    nbytes = int(np.prod(leaf.shape)) * dtype.itemsize
+    memory = np.empty(nbytes + 64, np.uint8)
+    array = memory[-memory.ctypes.data % 64 :][:nbytes].view(dtype).reshape(leaf.shape)
+    for block in leaf.blocks:
+        for index, rows in slabs(block, dtype):
+            array[index] = rows
     return array
 
 
 @partial(jax.jit, donate_argnums=0, static_argnames=("axes", "check"))
-def place(target: jax.Array, rows: jax.Array, start: jax.Array, *, axes: tuple[int, ...], check: bool) -> Any:
+def place(
+    target: jax.Array, rows: jax.Array, start: jax.Array, *, axes: tuple[int, ...], check: bool
+) -> tuple[jax.Array, jax.Array]:
     """`target` with `rows.transpose(axes)` from `start` on, in place; and whether they are finite, if to `check`."""
     rows = rows.transpose(axes).astype(target.dtype)
     finite = jnp.isfinite(rows).all() if check else jnp.array(True)
     return jax.lax.dynamic_update_slice_in_dim(target, rows, start, axis=0), finite
 
 
-def put(rows: np.ndarray) -> tuple[jax.Array, tuple[int, ...]]:
-    """`rows` on the device and the axes that bring them into order there.
-
-    A view of a torch kernel is strided. On CPU, device_put itself transposes at the speed of a plain copy (1.5 GB/s a
-    core, five times XLA's own transpose); on an accelerator the bytes go over as they lie and turn there.
-    """
-    if jax.default_backend() == "cpu":
-        return jax.device_put(rows), tuple(range(rows.ndim))
-    order = tuple(int(axis) for axis in np.argsort([-stride for stride in rows.strides], kind="stable"))
-    return jax.device_put(rows.transpose(order)), tuple(int(axis) for axis in np.argsort(order))
-
-
-def load_leaf(leaf: Leaf, dtype: np.dtype, *, on_device: bool) -> jax.Array | np.ndarray:
-    """The parameter as one array, filled block by block."""
-    if not on_device:
-        return on_host(leaf, dtype)
-    if int(np.prod(leaf.shape)) * dtype.itemsize <= HOST_BYTES:
-        return jax.device_put(on_host(leaf, dtype))
+def on_accelerator(leaf: Leaf, dtype: np.dtype) -> jax.Array:
+    """The whole parameter, filled block by block: the bytes go over as they lie in the file and turn there."""
     array = jnp.zeros(leaf.shape, dtype)
     check = must_be_finite(leaf.dtype, dtype)
     for block in leaf.blocks:
-        rows, axes = put(block.read())
-        array, finite = place(array, rows, np.int32(block.start), axes=axes, check=check)
+        rows = block.read()
+        order = np.argsort([-stride for stride in rows.strides], kind="stable").tolist()
+        axes = tuple(np.argsort(order).tolist())
+        array, finite = place(
+            array, jax.device_put(rows.transpose(order)), np.int32(block.start), axes=axes, check=check
+        )
         if check and not finite:
             raise overflow_error(block, dtype)
         array.block_until_ready()  # else blocks pile up in memory faster than they are placed
-        del rows  # else two layers lie in memory while the next is put
     return array
+
+
+def load_leaf(leaf: Leaf, dtype: np.dtype, *, on_device: bool) -> jax.Array | np.ndarray:
+    """The parameter as one array."""
+    if not on_device:
+        return on_host(leaf, dtype)
+    if jax.default_backend() == "cpu" or int(np.prod(leaf.shape)) * dtype.itemsize <= HOST_BYTES:
+        return jax.device_put(on_host(leaf, dtype))
+    return on_accelerator(leaf, dtype)
 
 
 def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
@@ -236,7 +270,7 @@ def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
 
 def check_pipeline(path: Path, pipeline_class: Any, classes: Mapping[str, str]) -> None:
     """Refuse pipelines and components of other classes, by name."""
-    if pipeline_class not in PIPELINES:
+    if not isinstance(pipeline_class, str) or pipeline_class not in PIPELINES:
         raise CheckpointError(f"{path} is of a {pipeline_class!r:.200}; supported are {sorted(PIPELINES)}.")
     for component, allowed in PIPELINES[pipeline_class].items():
         found = classes.get(component)
@@ -267,7 +301,7 @@ class ConvertedCheckpoint(Checkpoint):
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CheckpointError(f"{path} lacks or garbles a field ({error!r:.200}): convert again.") from error
         for name, dtype in self._dtypes.items():
-            if dtype not in FLOAT_DTYPES:
+            if not isinstance(dtype, str) or dtype not in FLOAT_DTYPES:
                 raise CheckpointError(f"{path}: dtype={dtype!r:.100} of {name} is not one of {sorted(FLOAT_DTYPES)}.")
         check_pipeline(path, config.get("pipeline_class"), classes)
         super().__init__(folder, config["pipeline_class"], classes, configs)

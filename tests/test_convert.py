@@ -20,6 +20,7 @@ from flax import nnx
 from convert import convert as convert_module
 from convert import convert_checkpoint
 from convert.__main__ import main
+from dfa2_jax import checkpoint as checkpoint_module
 from dfa2_jax.checkpoint import CheckpointError, compute_dtype, open_checkpoint
 
 FOLDERS = ["tiny_sd35", "tiny_flux_dev"]
@@ -108,7 +109,7 @@ def test_parameters_equal_the_torch_tensors(tiny_flux_dev, tiny_sd35):
     sd3 = leaves(open_checkpoint(tiny_sd35), "transformer")
     torch = {key: tensor.array() for key, tensor in open_weights(tiny_sd35 / "transformer").items()}
     patch = torch["pos_embed.proj.weight"]
-    np.testing.assert_array_equal(sd3["patch_embed", "kernel"][...].reshape(2, 2, 16, 64), patch.transpose(2, 3, 1, 0))
+    np.testing.assert_array_equal(sd3["patch_embed", "kernel"][...], patch.transpose(2, 3, 1, 0))
     np.testing.assert_array_equal(
         sd3["segments", 1, "attn", "to_q", "bias"][0], torch["transformer_blocks.2.attn.to_q.bias"]
     )
@@ -197,12 +198,12 @@ def test_a_hub_id_is_fetched_into_the_cache(tiny_flux_schnell, tmp_path, monkeyp
 def test_a_killed_conversion_leaves_no_destination(tiny_sd35, tmp_path):
     code = f"""
 import convert.convert as c, time
-read = c.LazyArray.read
-def slow(self, block):
+slabs = c.slabs
+def slow(*args):
     print("reading", flush=True)
     time.sleep(0.2)
-    return read(self, block)
-c.LazyArray.read = slow
+    return slabs(*args)
+c.slabs = slow
 c.convert_checkpoint({str(tiny_sd35)!r}, {str(tmp_path / "out")!r})
 """
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
@@ -288,12 +289,48 @@ def test_a_read_only_folder(tiny_flux_dev, tmp_path, monkeypatch):
         convert_checkpoint(tiny_flux_dev, tmp_path / "out")
 
 
-def test_loading_holds_one_layer_beside_the_final_arrays(tiny_flux_dev):
-    """A layer is let go before the next is read."""
-    checkpoint = open_checkpoint(tiny_flux_dev)
-    for leaf in checkpoint.leaves("transformer").values():
-        assert all(len(block.read()) == 1 for block in leaf.blocks) or len(leaf.blocks) == 1
-    assert jax.tree.leaves(nnx.state(checkpoint.load("transformer")))
+@pytest.mark.parametrize("cpu", [True, False], ids=["cpu", "no-cpu-backend"])
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, jnp.bfloat16])
+def test_slabs_cover_a_parameter_in_small_parts(cpu, dtype, tiny_sd35, monkeypatch):
+    monkeypatch.setattr(checkpoint_module, "SLAB_BYTES", 1000)
+    if not cpu:
+        monkeypatch.setattr(checkpoint_module, "cpu_device", lambda: None)
+    cut = 0
+    for leaf in open_checkpoint(tiny_sd35).leaves("transformer").values():
+        whole = np.full(leaf.shape, np.nan, dtype)
+        for block in leaf.blocks:
+            parts = list(checkpoint_module.slabs(block, np.dtype(dtype)))
+            assert all(rows.flags.c_contiguous and rows.dtype == dtype for _, rows in parts)
+            for _, rows in parts:
+                count = rows.shape[1] if rows.ndim > 1 and len(block.read()) == 1 else len(rows)
+                assert rows.size // count * (count - 1) * leaf.dtype.itemsize <= 1000, "more than one row too many"
+            flat = np.concatenate([rows.ravel() for _, rows in parts])
+            np.testing.assert_array_equal(flat, block.read().astype(dtype).ravel())
+            for index, rows in parts:
+                whole[index] = rows
+            cut += len(parts) > 1
+        np.testing.assert_array_equal(whole, np.concatenate([block.read() for block in leaf.blocks]).astype(dtype))
+    assert cut > 20
+
+
+@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
+def test_accelerators_get_the_same_arrays(dtype, tiny_flux_dev):
+    """They are filled by a program of their own, which runs on CPU as well."""
+    for leaf in open_checkpoint(tiny_flux_dev).leaves("transformer").values():
+        ours = checkpoint_module.on_accelerator(leaf, np.dtype(dtype))
+        np.testing.assert_array_equal(ours, checkpoint_module.on_host(leaf, np.dtype(dtype)))
+
+
+def test_arrays_on_the_host_are_not_copied(tiny_flux_dev, monkeypatch):
+    on_host, pointers = checkpoint_module.on_host, []
+
+    def watched(leaf, dtype):
+        pointers.append(on_host(leaf, dtype))
+        return pointers[-1]
+
+    monkeypatch.setattr(checkpoint_module, "on_host", watched)
+    arrays = jax.tree.leaves(nnx.state(open_checkpoint(tiny_flux_dev).load("transformer")))
+    assert {array.unsafe_buffer_pointer() for array in arrays} == {array.ctypes.data for array in pointers}
 
 
 def test_config_says_what_was_converted(tiny_sd35, tmp_path):

@@ -1,6 +1,7 @@
 """Damaged, foreign and unsupported folders: each is told what is wrong with which file."""
 
 import json
+import re
 import shutil
 import struct
 
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from convert import convert_checkpoint
 from convert.safetensors_mmap import open_safetensors
 from dfa2_jax import Pipeline
 from dfa2_jax.checkpoint import CheckpointError, open_checkpoint
@@ -305,3 +307,46 @@ def test_a_damaged_converted_folder(folder, tmp_path):
 def test_the_pipeline_passes_faults_on(folder, tmp_path):
     with refuses(folder, "is not a folder. Hub ids are for dfa2-convert"):
         Pipeline.from_pretrained("owner/name")
+
+
+# --- shapes and configs that only look right
+
+
+@pytest.mark.parametrize(
+    "key, shape",
+    [
+        ("pos_embed.proj.weight", (64, 4, 4, 4)),  # as many numbers as (64, 16, 2, 2), in other patches
+        ("pos_embed.proj.weight", (64, 16, 4, 1)),
+        ("pos_embed.pos_embed", (2, 576, 64)),  # two tables
+    ],
+)
+def test_misshapen_patches_and_position_tables(key, shape, tiny_sd35, tmp_path):
+    folder = shutil.copytree(tiny_sd35, tmp_path / "model")
+    edit_tensors(folder, lambda tensors: tensors.update({key: np.zeros(shape, np.float32)}))
+    with refuses(folder, rf"1 wrong shapes: {re.escape(key)} is {re.escape(str(list(shape)))}"):
+        load(folder)
+
+
+@pytest.mark.parametrize("value", [None, 1.5, "x", [], {}, 10**30, 10**6])
+@pytest.mark.parametrize(
+    "component, field",
+    [("transformer", "num_layers"), ("text_encoder", "num_hidden_layers"), ("text_encoder_3", "num_layers")],
+)
+def test_impossible_layer_counts(component, field, value, tiny_sd35, tmp_path):
+    folder = shutil.copytree(tiny_sd35, tmp_path / "model")
+    edit_json(folder / component / "config.json", **{field: value})
+    with refuses(folder, rf"The {component} in .*{field}|The {component} in .*config.json"):
+        open_checkpoint(folder).leaves(component)
+
+
+@pytest.mark.parametrize("value", [[], {}, 1, None])
+def test_names_that_are_no_text(value, folder, tmp_path):
+    convert_checkpoint(folder, tmp_path / "converted")
+    edit_json(folder / "model_index.json", _class_name=value)
+    with refuses(folder, "model_index.json is of a"):
+        open_checkpoint(folder)
+    config = json.loads((tmp_path / "converted" / "config.json").read_text())
+    config["components"]["transformer"]["dtype"] = value
+    (tmp_path / "converted" / "config.json").write_text(json.dumps(config))
+    with refuses(folder, "of transformer is not one of"):
+        open_checkpoint(tmp_path / "converted")

@@ -1,5 +1,6 @@
 """Stable Diffusion 3 and 3.5 (arXiv 2403.03206): joint blocks over [visual, text], learned sizes from a config."""
 
+import math
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
@@ -14,7 +15,7 @@ from jaxtyping import Array, Bool, Float
 from pallas_kernels.layout import Layout
 
 from .blocks import JointBlock
-from .layers import MLP, AdaLNOut, linear, run_blocks, stack
+from .layers import MLP, AdaLNOut, linear, matmul_precision, run_blocks, stack
 
 
 class Segment(NamedTuple):
@@ -68,9 +69,13 @@ class SD3Config:
         return self.num_attention_heads * self.attention_head_dim
 
     @property
+    def patch_shape(self) -> tuple[int, int, int]:
+        """Of one visual token's numbers: patch rows, patch columns, channels."""
+        return self.patch_size, self.patch_size, self.in_channels
+
+    @property
     def token_channels(self) -> int:
-        """Numbers in one visual token: patch rows, patch columns, channels."""
-        return self.patch_size**2 * self.in_channels
+        return math.prod(self.patch_shape)
 
     @property
     def segments(self) -> tuple[Segment, ...]:
@@ -100,8 +105,17 @@ class SD3Transformer(nnx.Module):
         to = {"dtype": dtype, "rngs": rngs}
         width = config.width
         self.dtype = jnp.dtype(dtype)
+        self.patch_shape = config.patch_shape
         self.pos_embed = PositionTable(jnp.zeros((config.pos_embed_max_size**2, width), dtype))
-        self.patch_embed = linear(config.token_channels, width, **to)
+        self.patch_embed = nnx.LinearGeneral(  # diffusers' convolution over whole patches, as a product
+            config.patch_shape,
+            width,
+            axis=(-3, -2, -1),
+            dtype=dtype,
+            param_dtype=dtype,
+            precision=matmul_precision(dtype),
+            rngs=rngs,
+        )
         self.timestep_embedder = MLP(256, width, width, activation=jax.nn.silu, **to)
         self.text_embedder = MLP(config.pooled_projection_dim, width, width, activation=jax.nn.silu, **to)
         self.context_embedder = linear(config.joint_attention_dim, width, **to)
@@ -140,7 +154,8 @@ class SD3Transformer(nnx.Module):
             skip: blocks to leave out (skip-layer guidance); traced, so another choice compiles nothing.
         """
         layout = Layout(num_text=text.shape[1], num_visual=tokens.shape[1], text_first=self.text_first)
-        visual = self.patch_embed(tokens.astype(self.dtype)) + positions.astype(self.dtype)
+        patches = tokens.astype(self.dtype).reshape(*tokens.shape[:-1], *self.patch_shape)
+        visual = self.patch_embed(patches) + positions.astype(self.dtype)
         vector = self.timestep_embedder(timestep.astype(self.dtype)) + self.text_embedder(pooled)
         context = self.context_embedder(text)
 
