@@ -1,11 +1,11 @@
 """Safetensors files as zero-copy NumPy views of a memory map, every byte of the header checked first.
 
-The header is scanned as bytes, with no general JSON parser: nesting, number size and memory are bounded by the grammar,
-and nothing is allocated from what a file merely claims. Rules follow the reference implementation (a header of at most
-100 MB; tensors that cover the buffer in order, without gaps or overlaps), stricter where that allows unknown fields.
+Headers and indexes are scanned as bytes, with no general JSON parser: nesting, number size and memory are bounded by
+the grammar, and nothing is allocated from what a file merely claims: what is kept is a record of 500 bytes for each
+tensor. Rules follow the reference implementation (a header of at most 100 MB; tensors that cover the buffer in order,
+without gaps or overlaps), stricter where that allows unknown fields, and names outside of ASCII or with escapes.
 """
 
-import json
 import math
 import mmap
 import re
@@ -16,12 +16,10 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from dfa2_jax.checkpoint import CheckpointError, read_json
+from dfa2_jax.checkpoint import MAX_JSON_BYTES, CheckpointError
 
 MAX_HEADER_BYTES = 100_000_000  # as the reference implementation
-MAX_TENSORS = 10_000  # FLUX.1 has 1,160; a record takes 500 bytes, ten times what a hostile header needs to ask for it
-MAX_NAME_BYTES = 10_000  # of keys; decoding takes 13 times the bytes where one character lies outside of Latin-1
-MAX_METADATA_BYTES = 1_000_000  # of one value
+MAX_TENSORS = 10_000  # FLUX.1 has 1,160
 MAX_RANK = 8
 
 DTYPES: dict[str, np.dtype] = {
@@ -47,7 +45,17 @@ DTYPES: dict[str, np.dtype] = {
 }
 
 SPACE = re.compile(rb"[ \t\r\n]*+")
-STRING = re.compile(rb'"[^"\\\x00-\x1f]*+(?:\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4})[^"\\\x00-\x1f]*+)*+"')
+NAME = re.compile(rb'"([ !#-\[\]-~]{0,1000}+)"')
+UNICODE = (  # well-formed UTF-8 beyond ASCII (RFC 3629, section 4)
+    rb"[\xc2-\xdf][\x80-\xbf]|\xe0[\xa0-\xbf][\x80-\xbf]|\xed[\x80-\x9f][\x80-\xbf]|[\xe1-\xec\xee\xef][\x80-\xbf]{2}"
+    rb"|\xf0[\x90-\xbf][\x80-\xbf]{2}|[\xf1-\xf3][\x80-\xbf]{3}|\xf4[\x80-\x8f][\x80-\xbf]{2}"
+)
+ESCAPE = (  # surrogates in pairs only
+    rb'\\["\\/bfnrt]|\\u(?![dD][89a-fA-F])[0-9a-fA-F]{4}'
+    rb"|\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}"
+)
+TEXT = re.compile(rb'"(?:[ !#-\[\]-\x7f]++|' + UNICODE + rb"|" + ESCAPE + rb')*+"')
+SCALAR = re.compile(rb"-?(?:0|[1-9][0-9]*+)(?:\.[0-9]++)?+(?:[eE][+-]?[0-9]++)?+|true|false|null|" + TEXT.pattern)
 INTEGER = re.compile(rb"(?:0|[1-9][0-9]{0,15}+)(?![0-9.eE])")
 
 
@@ -86,10 +94,15 @@ class Scanner:
         found = bytes(self.data[self.at : min(self.at + 20, self.end)])
         return ValueError(f"expected {wanted} at byte {self.at}, found {found!r}")
 
+    def match(self, pattern: re.Pattern[bytes], wanted: str) -> re.Match[bytes]:
+        found = pattern.match(self.data, self.at, self.end)
+        if found is None:
+            raise self.fail(wanted)
+        self.at = found.end()
+        return found
+
     def skip(self) -> None:
-        match = SPACE.match(self.data, self.at, self.end)
-        assert match is not None  # it may match nothing, but it matches
-        self.at = match.end()
+        self.match(SPACE, "space, or nothing")
 
     def peek(self, token: bytes) -> bool:
         self.skip()
@@ -100,25 +113,13 @@ class Scanner:
             raise self.fail(repr(token.decode()))
         self.at += 1
 
-    def string(self, max_bytes: int = MAX_NAME_BYTES) -> str:
+    def name(self) -> str:
         self.skip()
-        match = STRING.match(self.data, self.at, self.end)
-        if match is None:
-            raise self.fail("a string")
-        if match.end() - match.start() > max_bytes:
-            raise self.fail(f"a string of at most {max_bytes} bytes")
-        text = json.loads(match.group())  # decodes escapes; a bare string cannot nest
-        text.encode()  # lone surrogates are no text
-        self.at = match.end()
-        return text
+        return self.match(NAME, "a name in plain ASCII of at most 1000 characters").group(1).decode()
 
     def integer(self) -> int:
         self.skip()
-        match = INTEGER.match(self.data, self.at, self.end)
-        if match is None:
-            raise self.fail("an integer from 0 to 10**16 - 1")
-        self.at = match.end()
-        return int(match.group())
+        return int(self.match(INTEGER, "an integer from 0 to 10**16 - 1").group())
 
     def integers(self, max_count: int) -> tuple[int, ...]:
         values: list[int] = []
@@ -140,7 +141,7 @@ class Scanner:
             if not first:
                 self.take(b",")
             first = False
-            name = self.string()
+            name = self.name()
             self.take(b":")
             yield name
         self.take(b"}")
@@ -148,7 +149,8 @@ class Scanner:
     def metadata(self) -> None:
         """Free text of whoever wrote the file: strings only, and unused."""
         for _ in self.members():
-            self.string(MAX_METADATA_BYTES)
+            self.skip()
+            self.match(TEXT, "a string")
 
     def tensor(self) -> tuple[str, tuple[int, ...], tuple[int, ...]]:
         """(dtype, shape, offsets) of one entry."""
@@ -157,7 +159,7 @@ class Scanner:
             if field in fields:
                 raise ValueError(f"duplicate field {field!r:.100}")
             if field == "dtype":
-                fields[field] = self.string()
+                fields[field] = self.name()
             elif field == "shape":
                 fields[field] = self.integers(MAX_RANK)
             elif field == "data_offsets":
@@ -167,6 +169,11 @@ class Scanner:
         if len(fields) != 3 or len(fields["data_offsets"]) != 2:
             raise ValueError(f"an entry needs dtype, shape and two data_offsets, got {fields!r:.200}")
         return fields["dtype"], fields["shape"], fields["data_offsets"]  # pyright: ignore[reportReturnType]
+
+    def finish(self) -> None:
+        self.skip()
+        if self.at != self.end:
+            raise self.fail("the end")
 
 
 def scan_header(data: mmap.mmap, begin: int, end: int) -> dict[str, tuple[str, tuple[int, ...], tuple[int, ...]]]:
@@ -187,9 +194,7 @@ def scan_header(data: mmap.mmap, begin: int, end: int) -> dict[str, tuple[str, t
             entries[key] = scanner.tensor()
         except ValueError as error:
             raise ValueError(f"key {key!r:.200}: {error}") from error
-    scanner.skip()
-    if scanner.at != end:
-        raise scanner.fail("the end of the header")
+    scanner.finish()
     return entries
 
 
@@ -274,17 +279,44 @@ def find_weights(folder: Path, stems: Sequence[str] = ("diffusion_pytorch_model"
     return folder / min(found, key=lambda item: (item[0] != "", item[0] != "fp16", item[0], item[1].endswith("rs")))[1]
 
 
+def scan_index(data: mmap.mmap) -> dict[str, str]:
+    """`weight_map` of an index: the shard of every key. All else is passed over."""
+    scanner, shards, shared = Scanner(data, 0, len(data)), {}, {}
+    for field in scanner.members():
+        if field != "weight_map":
+            for _ in scanner.members() if scanner.peek(b"{") else [None]:
+                scanner.skip()
+                scanner.match(SCALAR, "a number or a string")
+            continue
+        for key in scanner.members():
+            if key in shards:
+                raise ValueError(f"duplicate key {key!r:.200}")
+            if len(shards) == MAX_TENSORS:
+                raise ValueError(f"more than {MAX_TENSORS} tensors")
+            name = scanner.name()
+            if not re.fullmatch(r"\w[\w.-]*\.safetensors", name):
+                raise ValueError(
+                    f"key {key!r:.200} is placed in {name!r:.200}: only plain names of safetensors files in the same "
+                    "folder are followed"
+                )
+            shards[key] = shared.setdefault(name, name)
+    scanner.finish()
+    if not shards:
+        raise ValueError("it has no 'weight_map', or an empty one")
+    return shards
+
+
 def open_index(index: Path) -> dict[str, Tensor]:
     """Every tensor of a sharded component; index and shards must name the same keys."""
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{index} has no 'weight_map' object: download or save it again.")
-    for key, name in weight_map.items():
-        if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+\.safetensors", name) or name.startswith("."):
-            raise CheckpointError(
-                f"{index} places key {key!r:.200} in {name!r:.200}: only plain names of safetensors files in the same "
-                "folder are followed."
-            )
+    try:
+        with index.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            if len(data) > MAX_JSON_BYTES:
+                raise ValueError(f"it has {len(data)} bytes, more than {MAX_JSON_BYTES}")
+            weight_map = scan_index(data)
+    except OSError as error:
+        raise CheckpointError(f"{index} cannot be read: {error.strerror or error}.") from error
+    except ValueError as error:
+        raise CheckpointError(f"{index} is not a sound index: {error}. Download or save it again.") from error
     tensors: dict[str, Tensor] = {}
     names = sorted(set(weight_map.values()))
     for name in names:

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import struct
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -71,6 +72,8 @@ def shift(header, by):
 
 ENTRY = b'"a":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}'
 
+METADATA = b'{"__metadata__":{"a":"%s"}}'
+
 HEADERS = {
     "header longer than the file": ({"header_bytes": 2**40}, lambda h: None, "header claims 1099511627776 bytes"),
     "header over the limit": ({"header_bytes": 10**9}, lambda h: None, "header claims 1000000000 bytes"),
@@ -84,6 +87,11 @@ HEADERS = {
     "unknown dtype": ({}, lambda h: h[KEY].update(dtype="F7"), "unknown dtype 'F7'"),
     "huge shape": ({}, lambda h: h[KEY].update(shape=[2**40, 2**20]), "needs"),
     "duplicate": ({}, lambda h: b"{%s,%s}" % (ENTRY, ENTRY), "duplicate key 'a'"),
+    "key outside of ASCII": ({}, lambda h: '{"é":{}}'.encode(), "expected a name in plain ASCII"),
+    "long key": ({}, lambda h: b'{"%s":{}}' % (b"a" * 1001), "of at most 1000 characters"),
+    "lone surrogate": ({}, lambda h: METADATA % rb"\ud800", "expected a string"),
+    "no UTF-8": ({}, lambda h: METADATA % b"\xed\xa0\x80", "expected a string"),
+    "too many": ({}, lambda h: b"{%s}" % b",".join(b'"%d%s' % (n, ENTRY[2:]) for n in range(10_001)), "more than 1"),
 }  # fmt: skip
 
 
@@ -120,6 +128,20 @@ def test_the_reader_reads_what_safetensors_writes(tmp_path):
         np.testing.assert_array_equal(read[key].array(), value)
 
 
+def test_metadata_is_checked_without_a_copy(tmp_path):
+    note = 'é €\U0001f600 "\\' * 100_000
+    save_file({"a": np.zeros(2, np.float32)}, tmp_path / "x.safetensors", metadata={"note": note})
+    escaped = json.dumps({"__metadata__": {"note": note}}).encode()
+    (tmp_path / "y.safetensors").write_bytes(struct.pack("<Q", len(escaped)) + escaped)
+    tracemalloc.start()
+    try:
+        assert list(open_safetensors(tmp_path / "x.safetensors")) == ["a"]
+        assert not open_safetensors(tmp_path / "y.safetensors")
+        assert tracemalloc.get_traced_memory()[1] < 100_000
+    finally:
+        tracemalloc.stop()
+
+
 def shard(folder, weight_map=None):
     """Two shards and their index."""
     tensors = load_file(folder / WEIGHTS)
@@ -129,7 +151,10 @@ def shard(folder, weight_map=None):
     for name, part in parts.items():
         save_file({key: tensors[key] for key in part}, folder / "transformer" / name)
     full = {key: name for name, part in parts.items() for key in part} | (weight_map or {})
-    index = {"metadata": {}, "weight_map": {key: name for key, name in full.items() if name is not None}}
+    index = {
+        "metadata": {"total_size": 1.5e-3, "note": "é"},
+        "weight_map": {key: name for key, name in full.items() if name is not None},
+    }
     (folder / "transformer" / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
 
 
@@ -144,7 +169,7 @@ def test_shards_load(folder):
     [
         ({KEY: "../../outside.safetensors"}, "only plain names of safetensors files in the same"),
         ({KEY: "/etc/passwd"}, "only plain names"),
-        ({KEY: 3}, "only plain names"),
+        ({KEY: 3}, "is not a sound index: expected a name"),
         ({KEY: "absent.safetensors"}, "names absent.safetensors, which is missing"),
         ({"more.weight": "a.safetensors"}, "names 1 keys that no shard holds, first 'more.weight'"),
         ({KEY: None}, f"holds key '{KEY}'"),
