@@ -4,7 +4,6 @@ import errno
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -197,21 +196,20 @@ def test_a_hub_id_is_fetched_into_the_cache(tiny_flux_schnell, tmp_path, monkeyp
 
 def test_a_killed_conversion_leaves_no_destination(tiny_sd35, tmp_path):
     code = f"""
-import convert.convert as c, time
+import convert.convert as c, os, time
 slabs = c.slabs
 def slow(*args):
-    print("reading", flush=True)
+    os.write(1, b"reading\\n")  # one call, for several threads read at once
     time.sleep(0.2)
     return slabs(*args)
 c.slabs = slow
 c.convert_checkpoint({str(tiny_sd35)!r}, {str(tmp_path / "out")!r})
 """
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-    assert process.stdout.readline() == "reading\n"
-    time.sleep(0.5)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    process.stdout.close()
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
+        first = process.stdout.readline()
+        time.sleep(0.5)
+        process.kill()
+    assert first == "reading\n"
     assert [path.name.startswith(".out.partial-") for path in tmp_path.iterdir()] == [True]
     with pytest.raises(CheckpointError, match="is not a folder"):
         open_checkpoint(tmp_path / "out")
