@@ -86,6 +86,8 @@ def write_chunk(path: Path, arrays: Iterable[np.ndarray]) -> int:
             while rest:
                 rest = rest[file.write(rest) :]
         os.fsync(file.fileno())
+        if hasattr(os, "posix_fadvise"):  # else what is written drives the source out of the page cache
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         return file.tell()
 
 
