@@ -1,9 +1,15 @@
-"""The definition of arrow attention: every implementation equals this mask."""
+"""The definition of arrow attention, and what it costs: every implementation equals this mask."""
+
+from types import ModuleType
+from typing import NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Int
 
-from .layout import FULL, Layout
+from .layout import CACHED, FULL, Layout
+
+IntArray = Int[Array, "..."] | Int[np.ndarray, "..."] | int
 
 
 def dense_mask(half_window: Int[Array, " N"], layout: Layout) -> Bool[Array, "N S S"]:
@@ -25,3 +31,116 @@ def dense_mask(half_window: Int[Array, " N"], layout: Layout) -> Bool[Array, "N 
     near = jnp.abs(position[:, None] - position[None, :])[None] <= half_window[:, None, None]
     text = is_text[:, None] | is_text[None, :]
     return near | text[None] | (half_window == FULL)[:, None, None]
+
+
+def kept_pairs(half_window: Int[np.ndarray, " N"], layout: Layout) -> Int[np.ndarray, " N"]:
+    """Query-key pairs that `dense_mask` keeps, per head; none of a cached head."""
+    text, visual = layout.num_text, layout.num_visual
+    w = np.where(half_window == FULL, visual, np.minimum(half_window, visual)).astype(np.int64)
+    band = np.where(w >= visual, visual**2, visual * (2 * w + 1) - w * (w + 1))
+    return np.where(half_window == CACHED, 0, band + text * (text + 2 * visual))
+
+
+def density(half_window: Int[np.ndarray, " N"], layout: Layout) -> np.ndarray:
+    """The kept fraction of all query-key pairs, per head."""
+    return kept_pairs(half_window, layout) / layout.length**2
+
+
+class Band(NamedTuple):
+    """Ranges of visual key tiles that a tile of visual queries visits: masked, in full, masked."""
+
+    start: IntArray
+    inner_start: IntArray
+    inner_stop: IntArray
+    stop: IntArray
+
+
+def _numpy(*values: IntArray) -> ModuleType:
+    """NumPy for what is known, JAX for what is traced."""
+    return np if all(isinstance(value, int | np.integer | np.ndarray) for value in values) else jnp
+
+
+def band(first: IntArray, last: IntArray, half_window: IntArray, num_visual: int, keys: int) -> Band:
+    """Key tiles of `keys` keys for the visual queries `first` to `last`, counted from the first visual token.
+
+    Inside, every query attends every key. Works on traced values, in kernels, too. `half_window` must not be negative.
+    """
+    xp = _numpy(first, last, half_window)
+    start = xp.maximum(first - half_window, 0) // keys
+    stop = -(-xp.minimum(last + half_window + 1, num_visual) // keys)
+    inner_start = xp.clip(-(-xp.maximum(last - half_window, 0) // keys), start, stop)
+    inner_stop = xp.clip(xp.minimum(first + half_window + 1, num_visual) // keys, inner_start, stop)
+    return Band(start, inner_start, inner_stop, stop)
+
+
+class Ring(NamedTuple):
+    """Ranges (start, stop) of visual key tiles between two windows, from left to right of the diagonal."""
+
+    masked: tuple[tuple[IntArray, IntArray], ...]
+    clean: tuple[tuple[IntArray, IntArray], ...]
+    """Every pair of these lies between the windows."""
+
+
+def ring(inner: Band, outer: Band) -> Ring:
+    """What `outer` keeps and `inner`, a narrower or empty band of the same queries, does not. A tile that the edges of
+    both windows cut, or that the inner one cuts, is visited for each of the two rings that share it."""
+    xp = _numpy(*inner, *outer)
+    left, right = xp.minimum(outer.inner_start, inner.start), xp.maximum(outer.inner_stop, inner.stop)
+    return Ring(
+        (
+            (outer.start, left),
+            (inner.start, inner.inner_start),
+            (inner.inner_stop, inner.stop),
+            (right, outer.stop),
+        ),
+        ((left, inner.start), (inner.stop, right)),
+    )
+
+
+class TileCount(NamedTuple):
+    """Tiles of one launch, per head."""
+
+    visited: np.ndarray
+    masked: np.ndarray
+    """Of the visited: those on an edge of the band, or ragged."""
+    total: int
+    """What a full head visits."""
+
+    @property
+    def density(self) -> np.ndarray:
+        return self.visited / self.total
+
+
+def count_tiles(half_window: Int[np.ndarray, " N"], layout: Layout, rows: int, keys: int) -> TileCount:
+    """Tiles of `rows` queries and `keys` keys that arrow attention visits, cut within text and within visual tokens."""
+    text, visual = layout.num_text, layout.num_visual
+    w = np.where(half_window < 0, visual, half_window).astype(np.int64)
+    first = np.arange(0, visual, rows)[:, None]
+    ranges = band(first, np.minimum(first + rows, visual) - 1, np.minimum(w, visual)[None], visual, keys)
+    of_band = np.asarray(ranges.stop - ranges.start).sum(0)
+    inside = np.asarray(ranges.inner_stop - ranges.inner_start).sum(0)
+    text_rows, visual_rows = -(-text // rows), -(-visual // rows)
+    text_keys, visual_keys = -(-text // keys), -(-visual // keys)
+    ragged = text_rows * ((text % keys > 0) + (visual % keys > 0)) + visual_rows * (text % keys > 0)
+    computed = half_window != CACHED
+    every = (text_rows + visual_rows) * (text_keys + visual_keys)
+    visited = text_rows * (text_keys + visual_keys) + visual_rows * text_keys + of_band
+    return TileCount(visited * computed, (of_band - inside + ragged) * computed, every)
+
+
+def official_density(half_window: Int[np.ndarray, " N"], layout: Layout, rows: int, keys: int) -> np.ndarray:
+    """The visited fraction of tiles in the authors' CUDA kernel, which cuts tiles from the first token on.
+
+    A tile that holds a text token is visited, and nothing is masked within tiles: the figures of the paper count these.
+    The kernel's own tiles are 128x128 (head_dim 64) and 128x64 (128).
+    """
+    length, text = layout.length, layout.text
+    first_row = np.arange(0, length, rows)[:, None]
+    first_key = np.arange(0, length, keys)[None, :]
+    last_row, last_key = (np.minimum(first + size, length) for first, size in ((first_row, rows), (first_key, keys)))
+    has_text = [
+        (first < text.stop) & (last > text.start) for first, last in ((first_row, last_row), (first_key, last_key))
+    ]
+    w = np.where(half_window < 0, length, half_window)[:, None, None]
+    near = (first_key < first_row + rows + w) & (last_key > first_row - w)
+    return np.where(half_window == CACHED, 0, (near | has_text[0] | has_text[1]).mean((1, 2)))
