@@ -1,17 +1,21 @@
-"""`arrow_attention`: checks its arguments and picks an implementation."""
+"""`arrow_attention` and `nested_arrow_attention`: check their arguments and pick an implementation."""
 
-from typing import NamedTuple
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from . import blockwise, reference
-from .layout import Layout
+from . import blockwise, reference, triton, triton_nested
+from .layout import CACHED, Layout
+from .tiles import tiles_for
 
-IMPLEMENTATIONS = ("reference", "blockwise", "cudnn")
+IMPLEMENTATIONS = ("reference", "blockwise", "triton", "cudnn")
 
 
 def arrow_attention(
@@ -23,7 +27,9 @@ def arrow_attention(
     layout: Layout,
     cache: Float[Array, "*L B T N H"] | None = None,
     layer: Int[Array, ""] | int | None = None,
+    head_order: Int[Array, " N"] | None = None,
     implementation: str | None = None,
+    interpret: bool = False,
 ) -> Float[Array, "*L B T N H"]:
     """Attention of which each head is full, an arrow (local band, text dense) or cached (DiTFastAttnV2, section 3.1).
 
@@ -33,36 +39,101 @@ def arrow_attention(
         half_window: visual tokens kept on each side of the diagonal, per head; `FULL` (-1), `CACHED` (-2). It is data:
             another plan compiles nothing. None: dense attention, decided at trace time.
         layout: which positions are text.
-        cache: the outputs that cached heads return, or a stack of them over layers with `layer`, the one to use.
-        implementation: None picks the best for the device: "cudnn" for dense 16-bit attention on NVIDIA, "blockwise"
-            for other dense attention, "reference" for arrows.
+        cache: the outputs that cached heads return, or a stack of them over layers with `layer`, the one to use. Where
+            it is donated or a loop carries it, the result takes its buffer, and cached heads cost nothing. Without a
+            cache, a cached head's output is NaN.
+        head_order: a permutation of the heads, those with most work first: the order in which the "triton" kernel
+            starts them. The result does not depend on it. None: as they come.
+        implementation: None picks the best for the device: for arrows "triton" on NVIDIA GPUs and "blockwise"
+            elsewhere, for dense attention "cudnn" (16-bit, NVIDIA) and "blockwise". "reference" is for tests.
+        interpret: run the "triton" kernel on any device, slowly, for tests.
 
     Returns:
         The output [B, T, N, H]; with a stack, the stack with this layer's entry replaced by the output.
 
     Raises:
-        ValueError: arguments that contradict each other; the message shows both values.
-        NotImplementedError: the named implementation cannot do this.
+        ValueError: arguments that contradict each other; the message shows both values. Those that only data shows
+            (cached heads without a cache, a layer out of the stack) are seen outside of `jax.jit` alone.
+        NotImplementedError: the named implementation cannot do this, or an arrow is differentiated.
     """
-    _check(q, k, v, half_window, layout, cache, layer)
-    if implementation is None:
-        implementation = (
-            "reference" if half_window is not None else dense_implementation(q.dtype, q.shape[-1]).implementation
-        )
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"{implementation=} is not one of {IMPLEMENTATIONS}.")
-    if half_window is not None and implementation != "reference":
-        raise NotImplementedError(f"{implementation=} computes dense attention only; pass 'reference' for arrows.")
-
-    stacked = cache is not None and layer is not None
-    entry = jax.lax.dynamic_index_in_dim(cache, layer, keepdims=False) if stacked else cache
-    if implementation == "cudnn":
-        out = jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
-    elif implementation == "blockwise":
-        out = blockwise.dense_attention(q, k, v)
+    _check(q, k, v, layout)
+    _check_heads(q, k, half_window, head_order)
+    _check_cache(q, half_window, cache, layer)
+    if half_window is None:
+        choice = dense_implementation(q.dtype, q.shape[-1])
     else:
+        choice = arrow_implementation(q.dtype, q.shape[-1])
+    implementation = _supported(implementation or choice.implementation, q, half_window is not None, interpret)
+    if half_window is None:
+        if implementation == "cudnn":
+            out = jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
+        elif implementation == "blockwise":
+            out = blockwise.dense_attention(q, k, v)
+        else:
+            out = reference.attention(q, k, v, None, layout, None)
+        return out if layer is None else jax.lax.dynamic_update_index_in_dim(cache, out, layer, 0)
+
+    half_window = jnp.asarray(half_window)
+    layer = None if layer is None or cache is None else jnp.clip(jnp.asarray(layer, jnp.int32), 0, cache.shape[0] - 1)
+
+    def attend(q, k, v, half_window, cache, layer, head_order):
+        if implementation == "triton":
+            tiles = tiles_for(gpu_kind(), q.shape[-1], q.dtype)
+            args = q, k, v, half_window, layout, cache, layer, head_order, tiles
+            return triton.arrow_attention(*args, interpret=interpret)
+        if implementation == "blockwise":
+            return blockwise.arrow_attention(q, k, v, half_window, layout, cache, layer)
+        if layer is None:
+            return reference.attention(q, k, v, half_window, layout, cache)
+        entry = jax.lax.dynamic_index_in_dim(cache, layer, keepdims=False)
         out = reference.attention(q, k, v, half_window, layout, entry)
-    return jax.lax.dynamic_update_index_in_dim(cache, out, layer, 0) if stacked else out
+        return jax.lax.dynamic_update_index_in_dim(cache, out, layer, 0)
+
+    return _without_gradient(attend)(q, k, v, half_window, cache, layer, head_order)
+
+
+def nested_arrow_attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T N H"],
+    v: Float[Array, "B T N H"],
+    half_windows: Int[Array, " W"],
+    *,
+    layout: Layout,
+    implementation: str | None = None,
+    interpret: bool = False,
+) -> Float[Array, "W+1 B T N H"]:
+    """Every head's output under each of a list of windows, and dense: what calibration compares (section 3.3).
+
+    Args:
+        q, k, v, layout, implementation, interpret: as in `arrow_attention`.
+        half_windows: visual tokens kept on each side of the diagonal, increasing, not negative. It is data.
+
+    Returns:
+        One output per window, then the dense one.
+
+    Raises:
+        ValueError: arguments that contradict each other; the message shows both values. Windows that do not increase
+            are seen outside of `jax.jit` alone.
+        NotImplementedError: the named implementation cannot do this, or it is differentiated.
+    """
+    _check(q, k, v, layout)
+    if q.shape[1] != k.shape[1]:
+        raise ValueError(f"Arrows need every query: {q.shape[1]=} but {k.shape[1]=}.")
+    _check_int32("half_windows", half_windows, (half_windows.size,))
+    values = _concrete(half_windows)
+    if values is not None and (np.any(values < 0) or np.any(np.diff(values) <= 0)):
+        raise ValueError(f"half_windows must be increasing and not negative, got {values.tolist()}.")
+    choice = arrow_implementation(q.dtype, q.shape[-1])
+    implementation = _supported(implementation or choice.implementation, q, True, interpret)
+
+    def attend(q, k, v, half_windows):
+        if implementation == "triton":
+            tiles = tiles_for(gpu_kind(), q.shape[-1], q.dtype)
+            return triton_nested.nested_arrow_attention(q, k, v, half_windows, layout, tiles, interpret=interpret)
+        module = blockwise if implementation == "blockwise" else reference
+        return module.nested_arrow_attention(q, k, v, half_windows, layout)
+
+    return _without_gradient(attend)(q, k, v, jnp.asarray(half_windows))
 
 
 class Choice(NamedTuple):
@@ -72,9 +143,16 @@ class Choice(NamedTuple):
     why: str
 
 
+def gpu_kind() -> str | None:
+    """Name of the NVIDIA GPU that programs are for: that of the mesh that is set, else the default device; or None."""
+    abstract = jax.sharding.get_abstract_mesh().abstract_device
+    kind = jax.devices()[0].device_kind if abstract is None else abstract.device_kind
+    return kind if "NVIDIA" in kind else None
+
+
 def dense_implementation(dtype: DTypeLike, head_dim: int) -> Choice:
-    """What dense attention runs on with the default device."""
-    if jax.default_backend() != "gpu" or "NVIDIA" not in jax.devices()[0].device_kind:
+    """What dense attention runs on."""
+    if gpu_kind() is None:
         return Choice("blockwise", f"the default device is {jax.devices()[0].device_kind!r}, not an NVIDIA GPU")
     if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16):
         return Choice("blockwise", f"cuDNN's fused attention is 16-bit, not {jnp.dtype(dtype).name}")
@@ -83,28 +161,116 @@ def dense_implementation(dtype: DTypeLike, head_dim: int) -> Choice:
     return Choice("cudnn", "the fastest dense attention on NVIDIA GPUs for 16-bit inputs")
 
 
-def _check(q, k, v, half_window, layout, cache, layer) -> None:
+def arrow_implementation(dtype: DTypeLike, head_dim: int) -> Choice:
+    """What arrow attention runs on."""
+    if gpu_kind() is None:
+        return Choice("blockwise", f"the default device is {jax.devices()[0].device_kind!r}, not an NVIDIA GPU")
+    if why := triton_lacks(dtype, head_dim):
+        return Choice("blockwise", why)
+    return Choice("triton", "one launch for full, arrow and cached heads")
+
+
+def triton_lacks(dtype: DTypeLike, head_dim: int) -> str | None:
+    """Why the "triton" kernels cannot serve this, if so."""
+    if head_dim not in (64, 128):
+        return f"the Triton kernels are built for a head_dim of 64 and 128, not {head_dim}"
+    if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16, jnp.float32):
+        return f"the Triton kernels take bfloat16, float16 and float32, not {jnp.dtype(dtype).name}"
+    capability = getattr(jax.devices()[0], "compute_capability", None)
+    if capability is not None and float(capability) < 8:
+        return f"the Triton kernels need compute capability 8.0 or above, not {capability}"
+    return None
+
+
+def _supported(implementation: str, q: Array, is_arrow: bool, interpret: bool) -> str:
+    """The name, if it can do this."""
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"{implementation=} is not one of {IMPLEMENTATIONS}.")
+    if interpret and implementation != "triton":
+        raise ValueError(f"{interpret=} is for the kernels of implementation='triton', not {implementation!r}.")
+    if implementation == "cudnn" and is_arrow:
+        raise NotImplementedError("implementation='cudnn' computes dense attention only; pass None for arrows.")
+    if implementation == "triton":
+        if not is_arrow:
+            raise NotImplementedError(
+                "implementation='triton' computes arrows; for dense attention pass None, or half windows of FULL."
+            )
+        if why := triton_lacks(q.dtype, q.shape[-1]):
+            raise NotImplementedError(f"{why}; pass implementation='blockwise'.")
+        if not interpret and gpu_kind() is None:
+            raise NotImplementedError(
+                f"implementation='triton' runs on NVIDIA GPUs, the default device is "
+                f"{jax.devices()[0].device_kind!r}; pass implementation='blockwise', or interpret=True in a test."
+            )
+    return implementation
+
+
+def _without_gradient(function: Callable[..., Array]) -> Callable[..., Array]:
+    """`function`, whose differentiation says that there is none."""
+    function = jax.custom_jvp(function)
+
+    @partial(function.defjvp)
+    def refuse(primals: Any, tangents: Any) -> Any:
+        raise NotImplementedError(
+            "Arrow attention has no gradient: it serves inference. Use half_window=None for what is differentiated."
+        )
+
+    return function
+
+
+def _concrete(x: Any) -> np.ndarray | None:
+    """The values, outside of `jax.jit` and other transformations."""
+    return None if isinstance(x, Tracer) else np.asarray(x)
+
+
+def _check_int32(name: str, x: Any, shape: tuple[int, ...]) -> None:
+    if x.shape != shape or x.dtype != np.int32:
+        raise ValueError(f"{name} must be int32 {list(shape)}, got {x.dtype} {x.shape}.")
+
+
+def _check(q: Array, k: Array, v: Array, layout: Layout) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.ndim != 4:
             raise ValueError(f"{name} must be [B, T, N, H], got {x.shape=}.")
         if x.dtype != q.dtype:
             raise ValueError(f"q, k and v must have one dtype, got {q.dtype=} and {name}.dtype={x.dtype}.")
+    if not jnp.issubdtype(q.dtype, jnp.floating):
+        raise ValueError(f"q, k and v must be floating-point, got {q.dtype}.")
     if k.shape != v.shape or (q.shape[0], *q.shape[2:]) != (k.shape[0], *k.shape[2:]):
         raise ValueError(f"q, k and v disagree on batch, heads or head_dim: {q.shape=}, {k.shape=}, {v.shape=}.")
     if k.shape[1] != layout.length:
         raise ValueError(f"{k.shape[1]=} tokens do not match {layout} of {layout.length}.")
+
+
+def _check_heads(q: Array, k: Array, half_window: Any, head_order: Any) -> None:
+    heads = q.shape[2]
+    if head_order is not None:
+        if half_window is None:
+            raise ValueError("head_order orders the heads of a half_window, which is None.")
+        _check_int32("head_order", head_order, (heads,))
+        order = _concrete(head_order)
+        if order is not None and sorted(order.tolist()) != list(range(heads)):
+            raise ValueError(f"head_order must be a permutation of {heads} heads, got {order.tolist()}.")
     if half_window is not None:
-        if half_window.shape != (q.shape[2],) or half_window.dtype != np.int32:
-            raise ValueError(f"half_window must be int32 [{q.shape[2]}], got {half_window.dtype} {half_window.shape}.")
+        _check_int32("half_window", half_window, (heads,))
+        values = _concrete(half_window)
+        if values is not None and values.size and values.min() < CACHED:
+            raise ValueError(f"half_window holds {values.min()}: below 0 there are FULL (-1) and CACHED (-2) only.")
         if q.shape[1] != k.shape[1]:
             raise ValueError(f"Arrows need every query: {q.shape[1]=} but {k.shape[1]=}.")
-    if layer is not None and cache is None:
-        raise ValueError(f"{layer=} names an entry of a cache stack, but cache is None.")
-    if cache is not None:
-        want = cache.shape if layer is None else cache.shape[1:]
-        if want != q.shape or cache.dtype != q.dtype:
-            raise ValueError(
-                f"cache must hold outputs like q: {cache.dtype} {cache.shape}, {layer=}, {q.dtype} {q.shape}."
-            )
-        if layer is not None and isinstance(layer, int) and not 0 <= layer < cache.shape[0]:
-            raise ValueError(f"{layer=} is outside the cache stack of {cache.shape[0]} layers.")
+
+
+def _check_cache(q: Array, half_window: Any, cache: Array | None, layer: Any) -> None:
+    if cache is None:
+        if layer is not None:
+            raise ValueError(f"{layer=} names an entry of a cache stack, but cache is None.")
+        values = None if half_window is None else _concrete(half_window)
+        if values is not None and CACHED in values:
+            raise ValueError(f"half_window={values.tolist()} has cached heads (-2), but cache is None.")
+        return
+    want = cache.shape if layer is None else cache.shape[1:]
+    if want != q.shape or cache.dtype != q.dtype:
+        raise ValueError(f"cache must hold outputs like q: {cache.dtype} {cache.shape}, {layer=}, {q.dtype} {q.shape}.")
+    index = None if layer is None else _concrete(layer)
+    if index is not None and not (index.ndim == 0 and 0 <= index < cache.shape[0]):
+        raise ValueError(f"layer={index.tolist()} is outside the cache stack of {cache.shape[0]} layers.")

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from .layout import CACHED, Layout
+from .layout import CACHED, FULL, Layout
 from .mask import dense_mask
 
 
@@ -21,6 +21,19 @@ def attention(
     if half_window is not None:
         scores = jnp.where(dense_mask(half_window, layout)[None], scores, -jnp.inf)
     out = jnp.einsum("BNTS,BSNH->BTNH", jax.nn.softmax(scores, axis=-1), v32, precision="highest").astype(q.dtype)
-    if half_window is None or cache is None:
+    if half_window is None:
         return out
-    return jnp.where((half_window == CACHED)[None, None, :, None], cache, out)
+    return jnp.where((half_window == CACHED)[:, None], jnp.nan if cache is None else cache, out)
+
+
+def nested_arrow_attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T N H"],
+    v: Float[Array, "B T N H"],
+    half_windows: Int[Array, " W"],
+    layout: Layout,
+) -> Float[Array, "W+1 B T N H"]:
+    def under(window: Int[Array, ""]) -> Float[Array, "B T N H"]:
+        return attention(q, k, v, jnp.broadcast_to(window, q.shape[2]), layout, None)
+
+    return jnp.stack([under(window) for window in jnp.append(half_windows, FULL)])

@@ -5,6 +5,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+from jax._src.lib.mlir import ir
+from jax.sharding import AbstractDevice, AbstractMesh
+from jaxlib.triton import dialect as triton_dialect
 
 PRODUCT = re.compile(r"stablehlo\.(dot_general|convolution)\b[^\n]*")
 
@@ -12,6 +15,26 @@ PRODUCT = re.compile(r"stablehlo\.(dot_general|convolution)\b[^\n]*")
 def lower_for_cuda(function: Any, *args: Any, **kwargs: Any) -> Any:
     """Lower `function` as for an NVIDIA GPU, which needs none."""
     return jax.jit(function).trace(*args, **kwargs).lower(lowering_platforms=("cuda",))
+
+
+def triton_kernels(function: Any, *args: Any, **kwargs: Any) -> dict[str, str]:
+    """Triton IR of every Pallas kernel of `function`, by name, lowered as for an H200."""
+    device = AbstractDevice(device_kind="NVIDIA H200", num_cores=None, platform="gpu")
+    with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
+        module = lower_for_cuda(function, *args, **kwargs).compiler_ir("stablehlo")
+    kernels = {}
+
+    def visit(operation: ir.Operation) -> ir.WalkResult:
+        if operation.name == "stablehlo.custom_call" and "triton" in str(operation.attributes["call_target_name"]):
+            config = operation.attributes["mhlo.backend_config"]
+            context = ir.Context()
+            triton_dialect.register_dialect(context)
+            text = str(ir.Module.parse(ir.StringAttr(config["ir"]).value_bytes, context=context))
+            kernels[ir.StringAttr(config["name"]).value] = text
+        return ir.WalkResult.ADVANCE
+
+    module.operation.walk(visit)
+    return kernels
 
 
 def assert_highest_precision(lowered: Any) -> None:

@@ -138,12 +138,6 @@ def test_bad_input_is_refused_with_both_values(change, message):
         arrow_attention(args.pop("q"), args.pop("k"), args.pop("v"), args.pop("half_window", None), **args)
 
 
-def test_an_implementation_says_what_it_cannot_do():
-    q = draw((1, 10, 2, 8))
-    with pytest.raises(NotImplementedError, match="pass 'reference'"):
-        arrow_attention(q, q, q, jnp.zeros(2, jnp.int32), layout=Layout(2, 8, True), implementation="blockwise")
-
-
 @pytest.mark.parametrize(("num_text", "num_visual"), [(-1, 5), (0, 0)])
 def test_layout_needs_tokens(num_text, num_visual):
     with pytest.raises(ValueError, match="num_text"):

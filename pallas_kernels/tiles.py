@@ -1,0 +1,55 @@
+"""Tile sizes of the Triton kernels, by GPU, head_dim and dtype."""
+
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """How the kernels cut the work.
+
+    Raises:
+        ValueError: a size is not a power of two that Triton can tile.
+    """
+
+    rows: int
+    """Queries of a program."""
+    keys: int
+    """Keys of one step of its loops."""
+    warps: int
+    stages: int
+    """Steps in flight: loads run ahead of products by one less."""
+    text_keys: int = 2048
+    """Keys that one program scans for text queries; the rest goes to other programs."""
+
+    def __post_init__(self) -> None:
+        for name in ("rows", "keys", "warps"):
+            value, least = getattr(self, name), 1 if name == "warps" else 16
+            if not isinstance(value, int) or value < least or value & (value - 1):
+                raise ValueError(f"{name}={value!r} must be a power of two of at least {least}.")
+        if not 1 <= self.stages <= 8 or self.text_keys < self.keys:
+            raise ValueError(f"{self.stages=} must be from 1 to 8, and {self.text_keys=} at least {self.keys=}.")
+
+
+TABLE = {
+    ("H200", 64, 2): Tiles(rows=64, keys=64, warps=4, stages=3),
+    ("H200", 128, 2): Tiles(rows=64, keys=64, warps=4, stages=3),
+    ("H200", 64, 4): Tiles(rows=32, keys=32, warps=4, stages=2),
+    ("H200", 128, 4): Tiles(rows=64, keys=16, warps=4, stages=2),
+    ("A100", 64, 2): Tiles(rows=64, keys=64, warps=4, stages=2),
+    ("A100", 128, 2): Tiles(rows=64, keys=64, warps=4, stages=2),
+    ("A100", 64, 4): Tiles(rows=32, keys=32, warps=4, stages=2),
+    ("A100", 128, 4): Tiles(rows=64, keys=16, warps=4, stages=2),
+}
+"""By GPU, head_dim and bytes of the dtype."""
+
+SAME = {"H200": "H200", "H100": "H200", "GH200": "H200"}
+"""GPUs of one architecture share a row; the A100's fits every other one from compute capability 8.0 on."""
+
+
+def tiles_for(gpu_kind: str | None, head_dim: int, dtype: DTypeLike) -> Tiles:
+    """The table's entry for a GPU, by JAX's name for it; None (interpret mode): the smallest."""
+    gpu = next((row for name, row in SAME.items() if name in (gpu_kind or "")), "A100")
+    return TABLE[gpu, head_dim, jnp.dtype(dtype).itemsize]
