@@ -98,7 +98,9 @@ class Cut:
 
     @property
     def parts(self) -> int:
-        return -(-self.layout.length // self.tiles.text_keys) if self.layout.num_text else 1
+        """Of the keys, for text queries: each with a whole tile at least, as the mean of no values is not a number."""
+        whole = self.layout.num_text // self.tiles.keys + self.layout.num_visual // self.tiles.keys
+        return max(1, min(-(-self.layout.length // self.tiles.text_keys), whole)) if self.layout.num_text else 1
 
     @property
     def text_programs(self) -> int:

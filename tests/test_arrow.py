@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from lowering import triton_kernels
 
@@ -90,9 +90,15 @@ def calls(draw_):
     return layout, np.array(half_window, np.int32), shape, draw_(st.sampled_from(DTYPES)), tiles
 
 
+MORE_PARTS_THAN_TILES = (
+    Layout(1, 64, text_first=False), np.array([FULL], np.int32), (1, 65, 1, 64), jnp.float32, Tiles(16, 64, 4, 2, 64)
+)  # fmt: skip
+
+
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@settings(max_examples=15, deadline=None, derandomize=True)
+@settings(max_examples=10, deadline=None, derandomize=True)
 @given(call=calls(), seed=st.integers(0, 2**31))
+@example(call=MORE_PARTS_THAN_TILES, seed=0)
 def test_arrows_equal_the_oracle(implementation, call, seed):
     layout, half_window, shape, dtype, tiles = call
     q, k, v, cache = (draw(shape, seed + i, dtype) for i in range(4))
@@ -111,7 +117,7 @@ def test_arrows_equal_the_oracle(implementation, call, seed):
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@settings(max_examples=6, deadline=None, derandomize=True)
+@settings(max_examples=4, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_nested_outputs_equal_their_own_calls(implementation, data):
     layout, _, (batch, length, _, dim), dtype, tiles = data.draw(calls())
