@@ -6,12 +6,14 @@ product on one core and a plain one on all, so there the loop is over heads and 
 
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int, UInt
 
-from .layout import FULL, Layout
+from .layout import CACHED, FULL, Layout
 
 SCORE_BYTES = 2**28
 """Float32 scores held at once in chunks of queries. FLUX at 2048 px would need 27 GB for all of them."""
@@ -77,9 +79,10 @@ def tiled_attention(
 
     def head(i: Array, out: Array) -> Array:
         index = i // heads, i % heads
-        return every.each(out, index, every.count, partial(_attend_all, q, k, v, index))
+        this = _Head.of(q, k, v, index)
+        return _put(out, index, every.each(jnp.zeros_like(this.q), every.count, this.attend_all), q.dtype)
 
-    return jax.lax.fori_loop(0, q.shape[0] * heads, head, jnp.zeros_like(q))
+    return _values(jax.lax.fori_loop(0, q.shape[0] * heads, head, _bits(jnp.zeros_like(q))), q.dtype)
 
 
 def arrow_attention(
@@ -103,28 +106,49 @@ def arrow_attention(
     banded = _Rows(visual.start, layout.num_visual, BAND_ROWS, BAND_TILES)
     sizes = sorted({min(size, layout.num_visual) for size in BAND_KEYS} - {0})
 
-    def head(i: Array, out: Array) -> Array:
-        index = i // heads, i % heads
-        target = index[0] + (0 if layer is None else layer * batch), index[1]
-        window = half_window[index[1]]
+    def compute(index: Index, window: Array) -> Float[Array, "T H"]:
+        this = _Head.of(q, k, v, index)
         is_full = (window == FULL) | (window >= layout.num_visual)
-        is_arrow = (window >= 0) & ~is_full
-        attend = partial(_attend_all, q, k, v, index)
-        out = every.each(out, target, jnp.where(is_full, every.count, 0), attend)
-        out = text.each(out, target, jnp.where(is_arrow, text.count, 0), attend)
-        span = jnp.minimum(banded.size + 2 * jnp.maximum(window, 0), layout.num_visual)
+        out = every.each(jnp.zeros_like(this.q), jnp.where(is_full, every.count, 0), this.attend_all)
+        out = text.each(out, jnp.where(is_full, 0, text.count), this.attend_all)
+        span = jnp.minimum(banded.size + 2 * window, layout.num_visual)
         blocks = -(-span // max(sizes, default=1))
         need, smaller = -(-span // blocks), 0
         for size in sizes:
-            taken = is_arrow & (need > smaller) & (need <= size)
-            band = partial(_attend_band, q, k, v, index, layout, window, size, blocks)
-            out = banded.each(out, target, jnp.where(taken, banded.count, 0), band)
+            taken = ~is_full & (need > smaller) & (need <= size)
+            band = partial(this.attend_band, layout, window, size, blocks)
+            out = banded.each(out, jnp.where(taken, banded.count, 0), band)
             smaller = size
         return out
 
+    def head(i: Array, stack: Array) -> Array:
+        b, n = i // heads, i % heads
+        entry = b + (0 if layer is None else layer * batch)
+        once = jnp.where(half_window[n] == CACHED, 0, 1)
+
+        def put(_: Array, stack: Array) -> Array:
+            return _put(stack, (entry, n), compute((b, n), half_window[n]), q.dtype)
+
+        return jax.lax.fori_loop(0, once, put, stack)
+
     start = jnp.full_like(q, jnp.nan) if cache is None else cache
-    stack = start.reshape(-1, *q.shape[1:])  # entries in a row: written in place, wherever the layer's begins
-    return jax.lax.fori_loop(0, batch * heads, head, stack).reshape(start.shape)
+    stack = _bits(start.reshape(-1, *q.shape[1:]))  # entries in a row: written in place, wherever the layer's begins
+    return _values(jax.lax.fori_loop(0, batch * heads, head, stack), q.dtype).reshape(start.shape)
+
+
+def _bits(x: Float[Array, "*dims"]) -> UInt[Array, "*dims"]:
+    """XLA's CPU backend updates 16-bit floats by way of a float32 copy of the whole array, integers in place."""
+    return jax.lax.bitcast_convert_type(x, {2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize])
+
+
+def _values(x: UInt[Array, "*dims"], dtype: DTypeLike) -> Float[Array, "*dims"]:
+    return jax.lax.bitcast_convert_type(x, dtype)
+
+
+def _put(
+    out: UInt[Array, "B T N H"], index: Index, head: Float[Array, "T H"], dtype: DTypeLike
+) -> UInt[Array, "B T N H"]:
+    return jax.lax.dynamic_update_slice(out, _bits(head.astype(dtype))[None, :, None], (index[0], 0, index[1], 0))
 
 
 class _Rows:
@@ -134,7 +158,7 @@ class _Rows:
         self.start, self.length, self.together = start, length, together
         self.size, self.count = _even(length, size, together) if length else (0, 0)
 
-    def each(self, out: Array, index: Index, count: Array | int, attend: Callable[..., Carries]) -> Array:
+    def each(self, out: Float[Array, "T H"], count: Array | int, attend: Callable[..., Carries]) -> Float[Array, "T H"]:
         """`out` with the rows of the first `count` groups filled in with what `attend(starts, rows)` says."""
 
         def group(i: Array, out: Array) -> Array:
@@ -142,78 +166,75 @@ class _Rows:
             tiles = range(self.together)
             starts = [self.start + jnp.minimum((i * self.together + tile) * self.size, last) for tile in tiles]
             for start, (_, total, acc) in zip(starts, attend(starts, self.size), strict=True):
-                done = (acc / total[:, None]).astype(out.dtype)[None, :, None]
-                out = jax.lax.dynamic_update_slice(out, done, (index[0], start, index[1], 0))
+                out = jax.lax.dynamic_update_slice(out, acc / total[:, None], (start, 0))
             return out
 
         return jax.lax.fori_loop(0, count, group, out) if self.length else out
 
 
-def _cut(x: Array, index: Index, start: Array | int, size: int) -> Float[Array, "size H"]:
-    """Tokens of one head of one sample."""
-    part = jax.lax.dynamic_slice(x, (index[0], start, index[1], 0), (1, size, 1, x.shape[-1]))
-    return part.reshape(size, -1).astype(jnp.float32)
+class _Head(NamedTuple):
+    """Float32 tokens of one head of one sample, in one piece: each tile reads them again. Queries are scaled."""
+
+    q: Float[Array, "T H"]
+    k: Float[Array, "S H"]
+    v: Float[Array, "S H"]
+
+    @classmethod
+    def of(cls, q: Array, k: Array, v: Array, index: Index) -> "_Head":
+        def cut(x: Array) -> Float[Array, "T H"]:
+            size = 1, x.shape[1], 1, x.shape[3]
+            return jax.lax.dynamic_slice(x, (index[0], 0, index[1], 0), size).reshape(size[1::2]).astype(jnp.float32)
+
+        return cls(cut(q) * (q.shape[-1] ** -0.5 * LOG2_E), cut(k), cut(v))
+
+    def attend_all(self, starts: list[Array], rows: int) -> Carries:
+        fresh = (_fresh(rows, self.q.shape[1]),) * len(starts)
+        return self.visit([_cut(self.q, start, rows) for start in starts], fresh, slice(0, len(self.k)))
+
+    def visit(self, queries: list[Array], carries: Carries, keys: slice) -> Carries:
+        """Every key of a static range, in equal blocks and a remainder."""
+        length = keys.stop - keys.start
+        block, _ = _even(length, TILE_KEYS, 1)
+
+        def visit(carries: Carries, start: Array | int, size: int) -> Carries:
+            k, v = _cut(self.k, start, size), _cut(self.v, start, size)
+            return tuple(_online(carry, q, k, v) for carry, q in zip(carries, queries, strict=True))
+
+        whole, rest = divmod(length, block)
+        carries = jax.lax.fori_loop(0, whole, lambda j, c: visit(c, keys.start + j * block, block), carries)
+        return visit(carries, keys.start + whole * block, rest) if rest else carries
+
+    def attend_band(
+        self, layout: Layout, window: Array, size: int, blocks: Array, starts: list[Array], rows: int
+    ) -> Carries:
+        """Text keys, then `blocks` blocks of `size` visual keys from the window's first one on."""
+        queries, keys = [_cut(self.q, start, rows) for start in starts], layout.visual
+        carries = (_fresh(rows, self.q.shape[1]),) * len(starts)
+        if layout.num_text:  # for the rows of all tiles at once: a tall product is the faster one
+            fresh = (_fresh(rows * len(starts), self.q.shape[1]),)
+            (tall,) = self.visit([jnp.concatenate(queries)], fresh, layout.text)
+            carries = tuple(zip(*(jnp.split(x, len(starts)) for x in tall), strict=True))
+        firsts = [jnp.maximum(jnp.minimum(start - window, keys.stop - size * blocks), keys.start) for start in starts]
+
+        def visit(j: Array, carries: Carries) -> Carries:
+            out = []
+            for carry, q, start, first in zip(carries, queries, starts, firsts, strict=True):
+                new = first + j * size
+                at = jnp.minimum(new, keys.stop - size)  # the last block may overlap the one before
+                key = at + jnp.arange(size)[None]
+                kept = (jnp.abs(start + jnp.arange(rows)[:, None] - key) <= window) & (key >= new)
+                out.append(_online(carry, q, _cut(self.k, at, size), _cut(self.v, at, size), kept))
+            return tuple(out)
+
+        return jax.lax.fori_loop(0, blocks, visit, carries)
 
 
-def _queries(q: Array, index: Index, starts: list[Array], rows: int) -> list[Array]:
-    return [_cut(q, index, start, rows) * (q.shape[-1] ** -0.5 * LOG2_E) for start in starts]
+def _cut(x: Float[Array, "T H"], start: Array | int, size: int) -> Float[Array, "size H"]:
+    return jax.lax.dynamic_slice_in_dim(x, start, size)
 
 
 def _fresh(rows: int, dim: int) -> Carry:
     return jnp.full(rows, -jnp.inf), jnp.zeros(rows), jnp.zeros((rows, dim))
-
-
-def _visit(k: Array, v: Array, index: Index, queries: list[Array], carries: Carries, keys: slice) -> Carries:
-    """Every key of a static range, in equal blocks and a remainder."""
-    length = keys.stop - keys.start
-    block, _ = _even(length, TILE_KEYS, 1)
-
-    def visit(carries: Carries, start: Array | int, size: int) -> Carries:
-        k_block, v_block = _cut(k, index, start, size), _cut(v, index, start, size)
-        return tuple(_online(carry, q, k_block, v_block) for carry, q in zip(carries, queries, strict=True))
-
-    whole, rest = divmod(length, block)
-    carries = jax.lax.fori_loop(0, whole, lambda j, c: visit(c, keys.start + j * block, block), carries)
-    return visit(carries, keys.start + whole * block, rest) if rest else carries
-
-
-def _attend_all(q: Array, k: Array, v: Array, index: Index, starts: list[Array], rows: int) -> Carries:
-    fresh = (_fresh(rows, q.shape[-1]),) * len(starts)
-    return _visit(k, v, index, _queries(q, index, starts, rows), fresh, slice(0, k.shape[1]))
-
-
-def _attend_band(
-    q: Array,
-    k: Array,
-    v: Array,
-    index: Index,
-    layout: Layout,
-    window: Array,
-    size: int,
-    blocks: Array,
-    starts: list[Array],
-    rows: int,
-) -> Carries:
-    """Text keys, then `blocks` blocks of `size` visual keys from the window's first one on."""
-    queries, dim, keys = _queries(q, index, starts, rows), q.shape[-1], layout.visual
-    carries = (_fresh(rows, dim),) * len(starts)
-    if layout.num_text:  # for the rows of all tiles at once: a tall product is the faster one
-        fresh = (_fresh(rows * len(starts), dim),)
-        (tall,) = _visit(k, v, index, [jnp.concatenate(queries)], fresh, layout.text)
-        carries = tuple(zip(*(jnp.split(x, len(starts)) for x in tall), strict=True))
-    firsts = [jnp.maximum(jnp.minimum(start - window, keys.stop - size * blocks), keys.start) for start in starts]
-
-    def visit(j: Array, carries: Carries) -> Carries:
-        out = []
-        for carry, queries_, start, first in zip(carries, queries, starts, firsts, strict=True):
-            new = first + j * size
-            at = jnp.minimum(new, keys.stop - size)  # the last block may overlap the one before
-            key = at + jnp.arange(size)[None]
-            kept = (jnp.abs(start + jnp.arange(rows)[:, None] - key) <= window) & (key >= new)
-            out.append(_online(carry, queries_, _cut(k, index, at, size), _cut(v, index, at, size), kept))
-        return tuple(out)
-
-    return jax.lax.fori_loop(0, blocks, visit, carries)
 
 
 def nested_arrow_attention(
