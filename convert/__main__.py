@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 from tqdm import tqdm
 
-from dfa2_jax.checkpoint import FLOAT_DTYPES, CheckpointError
+from dfa2_jax.checkpoint import FLOAT_DTYPES
+from dfa2_jax.faults import CheckpointError
 
 from .convert import convert_checkpoint
 
@@ -28,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 bar.update(done - bar.n)
 
             convert_checkpoint(args.src, args.dst, args.dtype, progress=progress)
-    except CheckpointError as error:
+    except (CheckpointError, OSError) as error:
         print(f"dfa2-convert: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

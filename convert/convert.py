@@ -22,13 +22,13 @@ from dfa2_jax.checkpoint import (
     FORMAT,
     FORMAT_VERSION,
     Block,
-    CheckpointError,
     Leaf,
     compute_dtype,
     open_checkpoint,
     orbax_name,
     slabs,
 )
+from dfa2_jax.faults import CheckpointError
 
 from .diffusers import DiffusersCheckpoint
 
@@ -121,7 +121,10 @@ def convert_checkpoint(
     components = [name for name in checkpoint.classes if name != "scheduler"]
     dtypes = {name: written_dtype(checkpoint, name, dtype) for name in components}
     leaves = {name: checkpoint.leaves(name) for name in components}  # every fault is found before the first write
-    tokenizers = [checkpoint.tokenizer_folder(f"tokenizer{name[12:]}") for name in components if "encoder" in name]
+    checkpoint.check_schedule()
+    tokenizers = [f"tokenizer{name[12:]}" for name in components if "encoder" in name]
+    for name in tokenizers:
+        checkpoint.tokenizer(name)
     sizes = [np.prod(leaf.shape) * dtypes[name].itemsize for name in components for leaf in leaves[name].values()]
     total, written = int(sum(sizes)), 0
 
@@ -142,8 +145,8 @@ def convert_checkpoint(
         for name in components:
             arrays = {path: LazyArray(leaf, dtypes[name], done) for path, leaf in leaves[name].items()}
             save_orbax(partial / "weights" / name, arrays)
-        for folder in tokenizers:
-            shutil.copytree(folder, partial / folder.name)
+        for name in tokenizers:
+            shutil.copytree(checkpoint.tokenizer_folder(name), partial / name)
         write_config(partial / "config.json", checkpoint, dtypes)
         partial.chmod(0o755)  # mkdtemp made it private
         sync_tree(partial)

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from dfa2_jax.checkpoint import FLOAT_DTYPES, Checkpoint, CheckpointError, Leaf, check_pipeline, read_json
+from dfa2_jax.checkpoint import FLOAT_DTYPES, Checkpoint, Leaf, check_pipeline
+from dfa2_jax.faults import CheckpointError, read_json
 
 from .rules import map_weights
 from .safetensors_mmap import DTYPES, Tensor, open_weights

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dfa2_jax.checkpoint import Block, Leaf, raise_faults
+from dfa2_jax.checkpoint import Block, Leaf
+from dfa2_jax.faults import raise_faults
 from dfa2_jax.models.sd3 import SD3Config
 
 from .safetensors_mmap import DTYPES, Tensor

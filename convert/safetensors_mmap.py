@@ -16,7 +16,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from dfa2_jax.checkpoint import MAX_JSON_BYTES, CheckpointError
+from dfa2_jax.faults import MAX_JSON_BYTES, CheckpointError
 
 MAX_HEADER_BYTES = 100_000_000  # as the reference implementation
 MAX_TENSORS = 10_000  # FLUX.1 has 1,160

@@ -3,6 +3,6 @@
 Dim letters: `B` batch, `T` query tokens, `S` key tokens, `N` heads, `H` head dim, `D` width.
 """
 
-from .checkpoint import CheckpointError as CheckpointError
+from .faults import CheckpointError as CheckpointError
 from .pipeline import Output as Output
 from .pipeline import Pipeline as Pipeline

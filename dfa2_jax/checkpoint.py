@@ -1,10 +1,9 @@
 """Opened checkpoints: what a diffusers folder and a converted one have in common, and loading either into a model.
 
-A parameter is loaded in blocks along its leading axis, one layer at a time, straight into its final array. So the peak
-of memory is the final arrays plus one layer, whatever the size of the checkpoint.
+A parameter is loaded straight into its final array, on the host by slabs of a few megabytes, on an accelerator by
+layers. So the peak of memory is the final arrays and little more, whatever the size of the checkpoint.
 """
 
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,10 @@ import ml_dtypes
 import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
+
+from .faults import CheckpointError, blame, check_fields, raise_faults, read_json
+from .schedule import flow_match_sigmas
+from .tokenizers import Tokenizer
 
 FORMAT, FORMAT_VERSION = "dfa2-jax checkpoint", 1
 FLOAT_DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
@@ -45,13 +48,8 @@ PIPELINES: dict[str, dict[str, tuple[str, ...]]] = {
 }
 """Supported pipelines: the class that each component must have. Transformer and scheduler must be there."""
 
-MAX_JSON_BYTES = 10_000_000  # FLUX.1's index of 1,160 keys has 120 kB
 HOST_BYTES = 8_000_000  # smaller parameters are put together on the host: one transfer, and no program to compile
 SLAB_BYTES = 2**22  # what is read, turned and cast at once there
-
-
-class CheckpointError(ValueError):
-    """A checkpoint folder or file cannot be used. The message names file, field, both values and the way out."""
 
 
 def compute_dtype(class_name: str, stored: DTypeLike, requested: DTypeLike | None, platform: str) -> np.dtype:
@@ -60,7 +58,10 @@ def compute_dtype(class_name: str, stored: DTypeLike, requested: DTypeLike | Non
     Without a request it is the stored one, and float32 on CPU. Where float16 would overflow (T5, autoencoder) the
     component takes bfloat16 or float32 instead, asked for or not.
     """
-    dtype = jnp.dtype(requested if requested is not None else "float32" if platform == "cpu" else stored)
+    try:
+        dtype = jnp.dtype(requested if requested is not None else "float32" if platform == "cpu" else stored)
+    except TypeError as error:
+        raise CheckpointError(f"dtype={requested!r} is not supported: use one of {sorted(FLOAT_DTYPES)}.") from error
     if dtype.name not in FLOAT_DTYPES:
         raise CheckpointError(f"dtype={dtype.name} is not supported: use one of {sorted(FLOAT_DTYPES)}.")
     return jnp.dtype(OVERFLOWING.get(class_name, dtype)) if dtype == jnp.float16 else dtype
@@ -115,18 +116,36 @@ class Checkpoint(ABC):
             raise CheckpointError(f"{path} is missing: the pipeline cannot read prompts without this tokenizer.")
         return path
 
+    def tokenizer(self, name: str) -> Tokenizer:
+        folder = self.tokenizer_folder(name)
+        with blame(f"{folder} is not a tokenizer that can be read"):
+            return Tokenizer.load(folder)
+
+    def check_schedule(self) -> None:
+        """Make schedules, so that a scheduler_config.json that cannot is seen before any weight is."""
+        with blame(f"The scheduler in {self.folder} has an unusable scheduler_config.json"):
+            for sigmas in (2, [1.0, 0.5]):
+                found = flow_match_sigmas(self.configs["scheduler"], sigmas, 4096)
+                if not np.isfinite(found).all():
+                    raise ValueError(f"its sigmas are {found.tolist()}")
+
+    def config(self, component: str) -> Any:
+        """The component's config.json as the model's own type, every field of the type that it declares."""
+        from dfa2_jax.models import MODELS
+
+        self.check_component(component)
+        with blame(f"The {component} in {self.folder} has an unusable config.json"):
+            config = MODELS[self.classes[component]].config_from_json(self.configs[component])
+            check_fields(config)
+            return config
+
     def abstract(self, component: str, dtype: DTypeLike) -> nnx.Module:
         """The component's model with shapes in place of arrays."""
         from dfa2_jax.models import MODELS
 
-        self.check_component(component)
-        kind = MODELS[self.classes[component]]
-        try:
-            config = kind.config_from_json(self.configs[component])
-            check_layers(config)
+        config, kind = self.config(component), MODELS[self.classes[component]]
+        with blame(f"The {component} in {self.folder} has an unusable config.json"):
             return nnx.eval_shape(lambda: kind.build(config, dtype=dtype, rngs=nnx.Rngs(0)))
-        except (ValueError, TypeError, ZeroDivisionError, OverflowError) as error:
-            raise CheckpointError(f"The {component} in {self.folder} has an unusable config.json: {error}") from error
 
     def load(self, component: str, dtype: DTypeLike | None = None) -> nnx.Module:
         """The component's model with its weights on the default device (see `compute_dtype` for `dtype`).
@@ -145,13 +164,6 @@ class Checkpoint(ABC):
             on_device = isinstance(variable, nnx.Param)
             filled.append((path, variable.replace(load_leaf(leaves[path], variable.dtype, on_device=on_device))))
         return nnx.merge(graph, nnx.from_flat_state(filled))
-
-
-def check_layers(config: Any) -> None:
-    """A count of layers sizes loops and messages before any weight is seen. Published models have at most 57."""
-    for name, value in vars(config).items():
-        if name.endswith("_layers") and not isinstance(value, tuple) and not (type(value) is int and 0 < value <= 999):
-            raise ValueError(f"{name}={value!r:.100} is not a number of layers from 1 to 999")
 
 
 def must_be_finite(source: np.dtype, target: np.dtype) -> bool:
@@ -240,32 +252,6 @@ def load_leaf(leaf: Leaf, dtype: np.dtype, *, on_device: bool) -> jax.Array | np
     if jax.default_backend() == "cpu" or int(np.prod(leaf.shape)) * dtype.itemsize <= HOST_BYTES:
         return jax.device_put(on_host(leaf, dtype))
     return on_accelerator(leaf, dtype)
-
-
-def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
-    """A JSON object from a file, refusing what a damaged or hostile file can hold."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) != len(pairs):
-            names = [name for name, _ in pairs]
-            raise ValueError(f"duplicate key {max(names, key=names.count)!r:.200}")
-        return found
-
-    try:
-        size = path.stat().st_size
-        if size > max_bytes:
-            raise CheckpointError(f"{path} has {size} bytes, more than the {max_bytes} that such a file may have.")
-        content = json.loads(path.read_bytes().decode(), object_pairs_hook=unique)
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.") from error
-    except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(f"{path} is not valid JSON: {error!s:.200}") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} must hold a JSON object, not {type(content).__name__}.")
-    return content
 
 
 def check_pipeline(path: Path, pipeline_class: Any, classes: Mapping[str, str]) -> None:
@@ -365,18 +351,6 @@ def open_zarr(folder: Path, shape: tuple[int, ...], dtype: np.dtype) -> Leaf:
     return Leaf(tuple(shape), dtype, blocks)
 
 
-def raise_faults(headline: str, faults: Mapping[str, Sequence[str]], shown: int = 8) -> None:
-    """One error for all faults, `shown` of each kind; nothing where there are none."""
-    lines = []
-    for kind, found in faults.items():
-        if found:
-            more = [f"... and {len(found) - shown} more"] if len(found) > shown else []
-            prefix = f"{len(found)} {kind}: " if kind else ""
-            lines.append(prefix + "; ".join([*(f"{fault:.300}" for fault in found[:shown]), *more]))
-    if lines:
-        raise CheckpointError(f"{headline}.\n" + "\n".join(lines))
-
-
 def open_checkpoint(folder: str | PathLike[str]) -> Checkpoint:
     """Open a diffusers pipeline folder or one that `dfa2-convert` wrote; reads no weights yet.
 
@@ -385,7 +359,7 @@ def open_checkpoint(folder: str | PathLike[str]) -> Checkpoint:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise CheckpointError(f"{folder} is not a folder. Hub ids are for dfa2-convert, which downloads them.")
+        raise CheckpointError(f"{folder} is not a folder, nor a hub id (owner/name), which dfa2-convert downloads.")
     if (folder / "model_index.json").exists():
         from convert import DiffusersCheckpoint
 

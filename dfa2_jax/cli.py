@@ -24,6 +24,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, NotImplementedError, OSError) as error:
         print(f"dfa2 {args.command}: {error}", file=sys.stderr)
         return 2
+    except MemoryError as error:
+        print(f"dfa2 {args.command}: not enough memory: {error}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print(f"dfa2 {args.command}: interrupted", file=sys.stderr)
         return 130
@@ -70,8 +73,24 @@ PIPELINE_OPTIONS = (
 )
 
 
+def devices() -> list[Any]:
+    """JAX's.
+
+    Raises:
+        OSError: JAX cannot start, with its reason.
+    """
+    import jax
+
+    try:
+        return jax.devices()
+    except Exception as error:  # a RuntimeError, or an AssertionError where JAX_PLATFORMS names what is not installed
+        asked = os.environ.get("JAX_PLATFORMS") or "not set"
+        raise OSError(f"JAX finds no device to run on (JAX_PLATFORMS is {asked}): {error!r:.300}") from error
+
+
 def run_sample(args: argparse.Namespace) -> int:
     enable_compilation_cache()
+    devices()
     from .pipeline import Pipeline
 
     args.out.mkdir(parents=True, exist_ok=True)
@@ -90,7 +109,8 @@ def run_sample(args: argparse.Namespace) -> int:
 
 
 def save_image(image: Any, folder: Path, prompt: str, metadata: dict[str, Any]) -> Path:
-    """Write a PNG named after its prompt, never over another; its text chunk "dfa2_jax" says how to make it again."""
+    """Write a PNG named after its prompt, never over another nor in part; its text chunk "dfa2_jax" says how to make it
+    again."""
     from PIL.PngImagePlugin import PngInfo
 
     info = PngInfo()
@@ -100,11 +120,22 @@ def save_image(image: Any, folder: Path, prompt: str, metadata: dict[str, Any]) 
     while True:
         path = folder / f"{stem}-{number}.png"
         try:
-            with open(path, "xb") as file:
-                image.save(file, format="PNG", pnginfo=info)
-            return path
+            path.touch(exist_ok=False)  # the name is ours
+            break
         except FileExistsError:
             number += 1
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with open(partial, "wb") as file:
+            image.save(file, format="PNG", pnginfo=info)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        for file in (partial, path):
+            file.unlink(missing_ok=True)
+        raise
+    return path
 
 
 def enable_compilation_cache() -> None:
@@ -118,8 +149,6 @@ def enable_compilation_cache() -> None:
 
 
 def run_doctor(args: argparse.Namespace) -> int:
-    import jax
-
     from .models.attention import dense_implementation
 
     for name in ("dfa2-jax", "jax", "jaxlib", "flax", "orbax-checkpoint"):
@@ -127,8 +156,8 @@ def run_doctor(args: argparse.Namespace) -> int:
             print(f"{name:17s} {version(name)}")
         except PackageNotFoundError:
             print(f"{name:17s} not installed")
-    device = jax.devices()[0]
-    print(f"{'device':17s} {len(jax.devices())} x {device.device_kind} ({device.platform})")
+    device = devices()[0]
+    print(f"{'device':17s} {len(devices())} x {device.device_kind} ({device.platform})")
     print(f"{'driver':17s} {_driver()}")
     for dtype, head_dim, model in (("bfloat16", 64, "SD3"), ("bfloat16", 128, "FLUX.1"), ("float32", 128, "float32")):
         choice = dense_implementation(dtype, head_dim)

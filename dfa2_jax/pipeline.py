@@ -18,7 +18,6 @@ from tqdm import tqdm
 
 from .checkpoint import open_checkpoint
 from .families import FAMILIES, Embeddings
-from .models import MODELS
 from .models.layers import sinusoid
 from .models.patches import patchify, unpatchify
 from .models.sd3 import PositionTable
@@ -80,7 +79,8 @@ class Pipeline:
         self._checkpoint, self._requested_dtype = checkpoint, dtype
         self.torch_rounding = torch_rounding
         self.fingerprint: str = checkpoint.fingerprint
-        self.config = MODELS[checkpoint.classes["transformer"]].config_from_json(checkpoint.configs["transformer"])
+        self.config = checkpoint.config("transformer")
+        checkpoint.check_schedule()
         started = time.perf_counter()
         transformer = checkpoint.load("transformer", dtype)
         self.dtype = transformer.dtype
@@ -194,7 +194,7 @@ class Pipeline:
             if encoder not in self._checkpoint.configs:
                 return None
             if tokenizer not in self._tokenizers:
-                self._tokenizers[tokenizer] = Tokenizer.load(self._checkpoint.tokenizer_folder(tokenizer))
+                self._tokenizers[tokenizer] = self._checkpoint.tokenizer(tokenizer)
             ids = self._tokenizers[tokenizer].encode(prompts, length)
             return self._component(encoder)(ids, *args)
 
@@ -241,18 +241,21 @@ class Pipeline:
     def _start(self, request: Request, latents: Any, seed: int | list[int], rows: int, columns: int) -> tuple:
         """Patchified latents [B, V, P] to start from, and the seed of each image."""
         if latents is not None:
-            tokens = self.family.input_tokens(np.asarray(latents, np.float32), rows, columns)
-            if len(tokens) != request.batch:
-                raise ValueError(f"{len(tokens)} latents for a batch of {request.batch} images.")
-            return tokens, [None] * request.batch
+            return self._given_tokens(latents, request, rows, columns), [None] * request.batch
         seeds = seeds_of(seed, request.batch)
         patch = self.config.patch_size
         shape = (self.family.latent_channels, rows * patch, columns * patch)
-        if isinstance(seed, int):
-            noise = torch_randn(seed, (request.batch, *shape))
+        if np.ndim(seed) == 0:
+            noise = torch_randn(seeds[0], (request.batch, *shape))
         else:
             noise = np.concatenate([torch_randn(one, (1, *shape)) for one in seeds])
         return patchify(noise, patch, self.family.order), seeds
+
+    def _given_tokens(self, latents: Any, request: Request, rows: int, columns: int) -> np.ndarray:
+        tokens = self.family.input_tokens(np.asarray(latents, np.float32), rows, columns)
+        if len(tokens) != request.batch:
+            raise ValueError(f"{len(tokens)} latents for a batch of {request.batch} images.")
+        return tokens
 
     def _embed(self, request: Request) -> Embeddings:
         """[unconditional, conditional] embeddings of every image, in the transformer's dtype."""
@@ -319,12 +322,14 @@ class Pipeline:
         for i in tqdm(range(request.steps), desc="denoise", disable=not progress):
             tokens = jax.block_until_ready(run(latents=tokens, start=i, stop=i + 1))
             if callback is not None:
-                seen = self.family.output_latents(np.asarray(tokens), rows, columns)
-                returned = callback(self, i, float(timesteps[i]), {"latents": seen}) or {}
-                if unknown := sorted(set(returned) - {"latents"}):
-                    raise ValueError(f"callback_on_step_end returned {unknown}; only 'latents' can be replaced.")
-                if returned.get("latents", seen) is not seen:
-                    tokens = self.family.input_tokens(np.asarray(returned["latents"], np.float32), rows, columns)
+                seen = {"latents": np.array(self.family.output_latents(np.asarray(tokens), rows, columns))}
+                returned = seen if (result := callback(self, i, float(timesteps[i]), seen)) is None else result
+                if not isinstance(returned, dict) or set(returned) - {"latents"}:
+                    raise ValueError(
+                        f"callback_on_step_end must return a dict of 'latents' alone, got {returned!r:.200}"
+                    )
+                latents = np.asarray(returned.get("latents", seen["latents"]), np.float32)  # changed in place, perhaps
+                tokens = self._given_tokens(latents, request, rows, columns)
         return np.asarray(tokens)
 
     def _images(self, tokens: np.ndarray, request: Request, rows: int, columns: int) -> Any:
@@ -338,7 +343,7 @@ class Pipeline:
     def _metadata(self, args: dict[str, Any], request: Request, seeds: list[int | None]) -> dict[str, Any]:
         """Arguments as resolved; arrays only by their shape."""
         given = {
-            name: value if isinstance(value, (str, int, float, list)) else f"array{list(np.shape(value))}"
+            name: f"array{list(np.shape(value))}" if name.endswith(("embeds", "latents")) else plain(value)
             for name, value in args.items()
             if value is not None and name not in ("progress", "callback_on_step_end", "output_type", "seed", "sigmas")
         }
@@ -346,9 +351,9 @@ class Pipeline:
             "height": request.height,
             "width": request.width,
             "num_inference_steps": request.steps,
-            "guidance_scale": request.guidance_scale,
+            "guidance_scale": plain(request.guidance_scale),
             "max_sequence_length": request.length,
-            "seed": args["seed"] if seeds[0] is not None else None,
+            "seed": plain(args["seed"]) if seeds[0] is not None else None,
             "sigmas": None if request.sigmas is None else [float(sigma) for sigma in request.sigmas],
             "pipeline": self._checkpoint.pipeline_class,
             "fingerprint": self.fingerprint,
@@ -357,6 +362,11 @@ class Pipeline:
             "versions": {"dfa2_jax": version("dfa2-jax"), "jax": jax.__version__},
         }
         return given | resolved
+
+
+def plain(value: Any) -> Any:
+    """As JSON knows it: no NumPy numbers, no tuples."""
+    return np.asarray(value).tolist() if isinstance(value, (np.ndarray, np.generic, tuple, list)) else value
 
 
 class Clock:

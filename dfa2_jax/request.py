@@ -58,7 +58,9 @@ def resolve(args: dict[str, Any], family: SD3 | Flux, multiple: int, default_siz
     if args["output_type"] not in OUTPUT_TYPES:
         raise ValueError(f"output_type={args['output_type']!r} is not one of {OUTPUT_TYPES}.")
     defaults = family.defaults
-    guidance_scale = _or(args["guidance_scale"], defaults.guidance_scale)
+    guidance_scale = _number("guidance_scale", _or(args["guidance_scale"], defaults.guidance_scale))
+    for name in ("true_cfg_scale", *(f"skip_layer_guidance_{part}" for part in ("scale", "start", "stop"))):
+        _number(name, args[name])
     has_negative = args["negative_prompt"] is not None or args["negative_prompt_embeds"] is not None
     scale = family.guidance(guidance_scale, args["true_cfg_scale"], has_negative)
     positive = _prompts(args, family, "")
@@ -87,7 +89,10 @@ def resolve(args: dict[str, Any], family: SD3 | Flux, multiple: int, default_siz
 
 def seeds_of(seed: int | list[int], batch: int) -> list[int]:
     """One seed per image of the batch; an int is repeated, since it draws all of them."""
-    seeds = [seed] * batch if isinstance(seed, int) else list(seed)
+    values = np.asarray(seed)
+    if values.ndim > 1 or not np.issubdtype(values.dtype, np.integer) or (values < 0).any():
+        raise ValueError(f"seed={seed!r} must be an integer, or one integer per image, none negative.")
+    seeds = [int(one) for one in (values if values.ndim else [values] * batch)]
     if len(seeds) != batch:
         raise ValueError(f"{len(seeds)} seeds for a batch of {batch} images: pass an int or one seed per image.")
     return seeds
@@ -103,10 +108,18 @@ def _positive_int(name: str, value: Any) -> int:
     return int(value)
 
 
+def _number(name: str, value: Any) -> Any:
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.number)) or not np.isfinite(value):
+        raise ValueError(f"{name}={value!r} must be a finite number.")
+    return value  # as it came: the metadata shows it
+
+
 def _steps(args: dict[str, Any], default: int) -> int:
     if args["sigmas"] is None:
         return _positive_int("num_inference_steps", _or(args["num_inference_steps"], default))
-    steps = len(args["sigmas"])
+    steps = np.size(args["sigmas"])
+    if np.ndim(args["sigmas"]) != 1 or not steps:
+        raise ValueError(f"sigmas={args['sigmas']!r} must be a list of numbers in (0, 1].")
     if args["num_inference_steps"] not in (None, steps):
         raise ValueError(
             f"num_inference_steps={args['num_inference_steps']} but {steps} sigmas: leave one of them out."
@@ -115,8 +128,12 @@ def _steps(args: dict[str, Any], default: int) -> int:
 
 
 def _clip_skip(clip_skip: int | None, family: SD3 | Flux) -> int:
-    if clip_skip is not None and (not isinstance(family, SD3) or clip_skip < 0):
-        raise ValueError(f"{clip_skip=} must be 0 or more, and is for SD3 only: FLUX reads CLIP's pooled state.")
+    if clip_skip is not None and (
+        not isinstance(family, SD3) or not isinstance(clip_skip, (int, np.integer)) or clip_skip < 0
+    ):
+        raise ValueError(
+            f"{clip_skip=} must be an integer of 0 or more, and is for SD3 only: FLUX reads CLIP's pooled state."
+        )
     return clip_skip or 0
 
 
@@ -126,6 +143,8 @@ def _skip_layers(layers: list[int] | None, family: SD3 | Flux, count: int, scale
         return None
     if not isinstance(family, SD3):
         raise ValueError(f"skip_guidance_layers={layers} is for SD3 only: FLUX has no skip-layer guidance.")
+    if np.ndim(layers) != 1 or not np.issubdtype(np.asarray(layers, None if len(layers) else int).dtype, np.integer):
+        raise ValueError(f"skip_guidance_layers={layers!r} must be a list of layer numbers.")
     if outside := [layer for layer in layers if not 0 <= layer < count]:
         raise ValueError(f"skip_guidance_layers={layers}: {outside} are not among the model's {count} layers.")
     return None if scale is None else layers
@@ -149,6 +168,11 @@ def _texts(args: dict[str, Any], family: SD3 | Flux, prefix: str) -> list[list[s
         value = [value] if isinstance(value, str) else value
         if not isinstance(value, list) or not value or not all(isinstance(text, str) for text in value):
             raise ValueError(f"{name}={value!r} must be a string or a list of strings, not empty.")
+        for text in value:
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                raise ValueError(f"{name}={text!r} is not valid text: {error.reason}.") from error
         texts.append(value)
     if len({len(value) for value in texts}) > 1:
         counts = dict(zip(names, map(len, texts), strict=False))
@@ -186,7 +210,7 @@ def _embeddings(args: dict[str, Any], family: SD3 | Flux, prefix: str) -> Embedd
         raise ValueError(f"{names[0]} and {names[1]} go together: {names[given.index(False)]} is None.")
     text, pooled = (np.asarray(args[name]) for name in names)
     config = family.config
-    if text.ndim != 3 or text.shape[2] != config.joint_attention_dim:
+    if text.ndim != 3 or text.shape[2] != config.joint_attention_dim or not text.size:
         raise ValueError(f"{names[0]} must be [batch, tokens, {config.joint_attention_dim}], got {list(text.shape)}.")
     if pooled.shape != (len(text), config.pooled_projection_dim):
         want = [len(text), config.pooled_projection_dim]

@@ -30,16 +30,16 @@ def flow_match_sigmas(
         num_visual: visual tokens, on which a dynamic shift depends (FLUX.1-dev).
 
     Raises:
-        ValueError: the config asks for something that is not implemented, or a sigma is outside (0, 1].
+        ValueError: the config asks for what is not implemented or lacks a number, or a sigma is outside (0, 1].
     """
     if config.get("_class_name", "FlowMatchEulerDiscreteScheduler") != "FlowMatchEulerDiscreteScheduler":
         raise ValueError(f"scheduler {config['_class_name']!r} is not supported, only FlowMatchEulerDiscreteScheduler.")
     if asked := [name for name in UNSUPPORTED if config.get(name)]:
         raise ValueError(f"scheduler_config.json sets {asked}, which is not supported: unset it.")
-    dynamic, shift = config.get("use_dynamic_shifting", False), config.get("shift", 1.0)
+    dynamic, shift = config.get("use_dynamic_shifting", False), _positive(config, "shift", 1.0)
 
     if isinstance(sigmas, int):
-        steps = config.get("num_train_timesteps", 1000)
+        steps = _positive(config, "num_train_timesteps", 1000)
         ends = np.array([1.0, 1 / steps], np.float32)
         ends = (ends if dynamic else _shift(ends, shift)).astype(np.float64)
         levels = np.linspace(ends[0] * steps, ends[1] * steps, sigmas) / steps
@@ -60,6 +60,13 @@ def flow_match_sigmas(
     return np.append(levels.astype(np.float32), np.float32(0))
 
 
+def _positive(config: dict[str, Any], name: str, default: int | float) -> Any:
+    value = config.get(name, default)
+    if type(value) not in (int, float) or not 0 < value < math.inf:
+        raise ValueError(f"scheduler_config.json: {name}={value!r:.100} is not a positive number.")
+    return value
+
+
 def _shift(sigma: np.ndarray, shift: float) -> np.ndarray:
     """Resolution-dependent shift of Stable Diffusion 3 (arXiv 2403.03206, equation 23)."""
     return shift * sigma / (1 + (shift - 1) * sigma)
@@ -67,8 +74,12 @@ def _shift(sigma: np.ndarray, shift: float) -> np.ndarray:
 
 def _dynamic_shift(config: dict[str, Any], num_visual: int) -> float:
     """mu, linear in the number of visual tokens; not clamped (3.23 for 2048 px)."""
-    base_tokens, max_tokens = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
-    base, top = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+    base_tokens, max_tokens = (
+        _positive(config, f"{end}_image_seq_len", of) for end, of in (("base", 256), ("max", 4096))
+    )
+    base, top = _positive(config, "base_shift", 0.5), _positive(config, "max_shift", 1.15)
+    if base_tokens == max_tokens:
+        raise ValueError(f"scheduler_config.json: base_image_seq_len and max_image_seq_len are both {max_tokens}.")
     slope = (top - base) / (max_tokens - base_tokens)
     return num_visual * slope + (base - slope * base_tokens)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from convert.safetensors_mmap import open_weights
-from dfa2_jax.checkpoint import CheckpointError
+from dfa2_jax.faults import CheckpointError
 
 INDEX = "diffusion_pytorch_model.safetensors.index.json"
 SINGLE = "diffusion_pytorch_model.safetensors"

@@ -1,5 +1,6 @@
 """`dfa2 sample` and `dfa2 doctor`, as a user runs them."""
 
+import errno
 import json
 import os
 import subprocess
@@ -85,6 +86,35 @@ def test_sample_reports_bad_input_in_one_line(arguments, message, tiny_sd35, tmp
 def test_sample_of_no_folder(tmp_path, cache, capsys):
     assert cli.main(["sample", str(tmp_path / "absent"), "--prompt", PROMPT, "--out", str(tmp_path)]) == 2
     assert "absent is not a folder" in capsys.readouterr().err
+
+
+def test_an_image_is_written_as_a_whole_or_not_at_all(tmp_path, monkeypatch):
+    image = Image.new("RGB", (64, 64), "red")
+
+    def fail(self, file, **kwargs):
+        file.write(b"half a")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+        patch.setattr(Image.Image, "save", fail)
+        cli.save_image(image, tmp_path, PROMPT, {})
+    assert not list(tmp_path.iterdir())
+    path = cli.save_image(image, tmp_path, PROMPT, {"seed": 1})
+    assert list(tmp_path.iterdir()) == [path]
+    with Image.open(path) as written:
+        assert written.size == (64, 64)
+
+
+@pytest.mark.parametrize("arguments", [["doctor"], ["sample", "folder", "--prompt", PROMPT, "--out", "images"]])
+def test_without_a_device_one_line_says_so(arguments, cache, monkeypatch, capsys):
+    def fail():
+        raise RuntimeError("Unable to initialize backend 'cuda'")
+
+    monkeypatch.setattr(jax, "devices", fail)
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    assert cli.main(arguments) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert "JAX finds no device to run on (JAX_PLATFORMS is cuda)" in line and "Unable to initialize" in line
 
 
 def test_doctor_names_device_and_attention(capsys):

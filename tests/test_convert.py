@@ -20,7 +20,8 @@ from convert import convert as convert_module
 from convert import convert_checkpoint
 from convert.__main__ import main
 from dfa2_jax import checkpoint as checkpoint_module
-from dfa2_jax.checkpoint import CheckpointError, compute_dtype, open_checkpoint
+from dfa2_jax.checkpoint import compute_dtype, open_checkpoint
+from dfa2_jax.faults import CheckpointError
 
 FOLDERS = ["tiny_sd35", "tiny_flux_dev"]
 

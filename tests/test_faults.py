@@ -13,7 +13,8 @@ from safetensors.numpy import load_file, save_file
 from convert import convert_checkpoint
 from convert.safetensors_mmap import open_safetensors
 from dfa2_jax import Pipeline
-from dfa2_jax.checkpoint import CheckpointError, open_checkpoint
+from dfa2_jax.checkpoint import open_checkpoint
+from dfa2_jax.faults import CheckpointError
 
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 
@@ -72,6 +73,8 @@ def shift(header, by):
 
 ENTRY = b'"a":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}'
 
+PAST_THE_END = "overlap: data_offsets|data_offsets give|tensors take"
+
 METADATA = b'{"__metadata__":{"a":"%s"}}'
 
 HEADERS = {
@@ -81,8 +84,8 @@ HEADERS = {
     "not an object": ({}, lambda h: b"[1]", r"starts with b'\['"),
     "deep nesting": ({}, lambda h: b'{"a":' + b"[" * 100_000, "expected"),
     "overlap": ({}, lambda h: shift(h, -4), "overlap: data_offsets start"),
-    "gap": ({}, lambda h: shift(h, 4), "gap|overlap"),
-    "past the end": ({}, lambda h: h[KEY].update(data_offsets=[0, 10**12]), "overlap|data_offsets give|truncated"),
+    "gap": ({}, lambda h: shift(h, 4), "(gap|overlap): data_offsets start"),
+    "past the end": ({}, lambda h: h[KEY].update(data_offsets=[0, 10**12]), PAST_THE_END),
     "negative": ({}, lambda h: h[KEY].update(data_offsets=[-4, 0]), "expected an integer"),
     "unknown dtype": ({}, lambda h: h[KEY].update(dtype="F7"), "unknown dtype 'F7'"),
     "huge shape": ({}, lambda h: h[KEY].update(shape=[2**40, 2**20]), "needs"),
@@ -108,7 +111,7 @@ def test_corrupt_headers(case, folder):
 def test_truncated_files(keep, folder):
     data = (folder / WEIGHTS).read_bytes()
     (folder / WEIGHTS).write_bytes(data[:keep])
-    with refuses(folder, "smallest safetensors|header claims|truncated"):
+    with refuses(folder, "smallest safetensors|header claims|tensors take"):
         load(folder)
 
 
@@ -329,8 +332,44 @@ def test_a_damaged_converted_folder(folder, tmp_path):
         load(out)
 
 
+@pytest.mark.parametrize(
+    ("family", "file", "change", "message"),
+    [
+        ("sd35", "tokenizer_3/tokenizer.json", "{", "tokenizer_3 is not a tokenizer that can be read"),
+        ("sd35", "tokenizer/tokenizer.json", "[]", "tokenizer is not a tokenizer that can be read"),
+        (
+            "sd35",
+            "scheduler/scheduler_config.json",
+            {"shift": None},
+            "unusable scheduler_config.json: .*shift=None is not a positive",
+        ),
+        ("sd35", "scheduler/scheduler_config.json", {"shift": "x"}, "unusable scheduler_config.json"),
+        ("sd35", "scheduler/scheduler_config.json", {"use_karras_sigmas": True}, "use_karras_sigmas"),
+        ("sd35", "vae/config.json", {"scaling_factor": None}, "The vae in .* config.json: scaling_factor=None"),
+        ("sd35", "text_encoder/config.json", {"eos_token_id": None}, "The text_encoder in .*eos_token_id=None"),
+        ("sd35", "transformer/config.json", {"sample_size": True}, "The transformer in .*sample_size=True is not int"),
+        ("flux", "transformer/config.json", {"axes_dims_rope": 5}, "The transformer in .* config.json"),
+        ("flux", "transformer/config.json", {"guidance_embeds": 1}, "guidance_embeds=1 is not bool"),
+    ],
+)
+@pytest.mark.usefixtures("no_shape_checks")
+def test_damaged_configs_are_named_before_anything_is_written(
+    family, file, change, message, tiny_sd35, tiny_flux_schnell, tmp_path
+):
+    folder = shutil.copytree({"sd35": tiny_sd35, "flux": tiny_flux_schnell}[family], tmp_path / "model")
+    if isinstance(change, dict):
+        edit_json(folder / file, **change)
+    else:
+        (folder / file).write_text(change)
+    with refuses(folder, message):
+        convert_checkpoint(folder, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    with refuses(folder, message):
+        Pipeline.from_pretrained(folder)("a star", height=64, width=64, num_inference_steps=1, progress=False)
+
+
 def test_the_pipeline_passes_faults_on(folder, tmp_path):
-    with refuses(folder, "is not a folder. Hub ids are for dfa2-convert"):
+    with refuses(folder, "is not a folder, nor a hub id"):
         Pipeline.from_pretrained("owner/name")
 
 

@@ -16,10 +16,11 @@ PACKAGES = {package.__name__: Path(package.__file__).parent for package in (conv
 # module -> what it may import of ours; a name covers what is under it
 ALLOWED = {
     "pallas_kernels": ["pallas_kernels"],
-    "convert": ["convert", "dfa2_jax.models", "dfa2_jax.checkpoint"],
+    "convert": ["convert", "dfa2_jax.models", "dfa2_jax.checkpoint", "dfa2_jax.faults"],
     "dfa2_jax.models": ["dfa2_jax.models", "pallas_kernels.layout"],
     "dfa2_jax.models.attention": ["pallas_kernels"],
-    "dfa2_jax.checkpoint": [],
+    "dfa2_jax.faults": [],
+    "dfa2_jax.checkpoint": ["dfa2_jax.faults", "dfa2_jax.schedule", "dfa2_jax.tokenizers"],
     "dfa2_jax.tokenizers": [],
     "dfa2_jax.schedule": [],
     "dfa2_jax.sampling": ["dfa2_jax.models"],
@@ -30,7 +31,7 @@ ALLOWED = {
         for name in ("models", "checkpoint", "families", "request", "sampling", "schedule", "tokenizers")
     ],
     "dfa2_jax.cli": ["dfa2_jax.models.attention", "dfa2_jax.pipeline", "dfa2_jax.checkpoint"],
-    "dfa2_jax": ["dfa2_jax.pipeline", "dfa2_jax.checkpoint"],
+    "dfa2_jax": ["dfa2_jax.pipeline", "dfa2_jax.faults"],
 }
 
 

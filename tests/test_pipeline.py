@@ -176,8 +176,24 @@ def test_a_callback_can_replace_the_latents_and_nothing_else(tiny_flux_dev):
         return {"latents": np.zeros_like(values["latents"])} if step == 7 else None
 
     assert not ours(**arguments, callback_on_step_end=freeze_last).images.any()
-    with pytest.raises(ValueError, match="noise"):
-        ours(**arguments, callback_on_step_end=lambda *_: {"noise": 1})
+    for wrong, message in (
+        ({"noise": 1}, "dict of 'latents' alone, got {'noise'"),
+        (True, "dict of 'latents' alone, got True"),
+        ({"latents": np.zeros((2, 16, 64))}, "2 latents for a batch of 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ours(**arguments, callback_on_step_end=lambda *_, wrong=wrong: wrong)
+
+
+@pytest.mark.parametrize("name", ["tiny_sd35", "tiny_flux_dev"])
+def test_a_callback_can_change_the_latents_in_place(name, request):
+    ours = Pipeline.from_pretrained(request.getfixturevalue(name))
+
+    def clear_last(pipeline, step, timestep, values):
+        values["latents"] *= step < 7
+
+    arguments = {"height": 64, "width": 64, "output_type": "latent", "progress": False} | COMMON
+    assert not ours(PROMPTS[0], **arguments, callback_on_step_end=clear_last).images.any()
 
 
 @pytest.mark.torch
@@ -219,3 +235,20 @@ def test_output_says_how_the_images_were_made(tiny_sd35):
     assert set(output.timings) == {"encode", "denoise", "per_step", "decode", "compile"}
     assert output.timings["per_step"] == pytest.approx(output.timings["denoise"] / 2)
     assert output.timings["compile"] > 0 and again.timings["compile"] == 0
+
+
+@pytest.mark.usefixtures("no_shape_checks")
+def test_numpy_arguments_are_taken_and_recorded_as_plain_ones(tiny_sd35):
+    import json
+
+    ours = Pipeline.from_pretrained(tiny_sd35)
+    common = {"height": 64, "width": 64, "max_sequence_length": 16, "progress": False}
+    plain = {"seed": 5, "guidance_scale": 2.0, "sigmas": [1.0, 0.5], "skip_guidance_layers": [1]}
+    numpy = {
+        "seed": np.int64(5), "guidance_scale": np.float32(2.0), "sigmas": np.array([1.0, 0.5]),
+        "skip_guidance_layers": (1,),
+    }  # fmt: skip
+    outputs = [ours(PROMPTS[0], **common, **options) for options in (plain, numpy)]
+    np.testing.assert_array_equal(*(np.asarray(output.images[0]) for output in outputs))
+    recorded = [json.loads(json.dumps(output.metadata)) for output in outputs]
+    assert recorded[0] == recorded[1]

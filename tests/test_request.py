@@ -1,13 +1,11 @@
 """What the pipeline refuses, before any work, and what it says."""
 
-import inspect
 import logging
 
 import numpy as np
 import pytest
 
 from dfa2_jax.pipeline import Pipeline
-from dfa2_jax.request import resolve
 
 PROMPT = "a large red circle"
 SD3_EMBEDS = {"prompt_embeds": np.zeros((1, 109, 96)), "pooled_prompt_embeds": np.zeros((1, 80))}
@@ -50,6 +48,11 @@ SD3_REFUSALS = [
     ({"prompt": PROMPT, "skip_guidance_layers": [4]}, r"\[4\] are not among the model's 4 layers"),
     ({"prompt": PROMPT, "true_cfg_scale": 2.0}, "true_cfg_scale=2.0"),
     ({"prompt": PROMPT, "output_type": "torch"}, "output_type='torch'"),
+    ({"prompt": "\ud800"}, "prompt='\\\\ud800' is not valid text: surrogates not allowed"),
+    ({"prompt": PROMPT, "guidance_scale": float("nan")}, "guidance_scale=nan must be a finite number"),
+    ({"prompt": PROMPT, "skip_layer_guidance_scale": float("inf")}, "skip_layer_guidance_scale=inf"),
+    ({"prompt_embeds": np.zeros((0, 5, 96)), "pooled_prompt_embeds": np.zeros((0, 80))}, r"96\], got \[0, 5, 96\]"),
+    ({"prompt": PROMPT, "sigmas": []}, r"sigmas=\[\] must be a list of numbers"),
 ]
 
 FLUX_REFUSALS = [
@@ -76,13 +79,22 @@ def test_flux_refuses(arguments, message, dev):
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [({"prompt": [1]}, "list of strings"), ({"prompt": PROMPT, "num_inference_steps": 2.5}, "num_inference_steps=2.5")],
+    [
+        ({"prompt": [1]}, "list of strings"),
+        ({"num_inference_steps": 2.5}, "num_inference_steps=2.5"),
+        ({"seed": 1.5}, "seed=1.5 must be an integer"),
+        ({"seed": [[1]]}, r"seed=\[\[1\]\] must be an integer, or one"),
+        ({"sigmas": 0.5}, "sigmas=0.5 must be a list"),
+        ({"guidance_scale": "5"}, "guidance_scale='5' must be a finite number"),
+        ({"skip_guidance_layers": [0.5]}, r"skip_guidance_layers=\[0.5\] must be a list of layer numbers"),
+        ({"clip_skip": 0.5}, "clip_skip=0.5 must be an integer"),
+    ],
 )
+@pytest.mark.usefixtures("no_shape_checks")
 def test_wrong_types_are_refused_without_a_type_checker_too(arguments, message, sd35):
-    given = dict.fromkeys(inspect.signature(Pipeline.__call__).parameters)
-    given |= {"true_cfg_scale": 1.0, "num_images_per_prompt": 1, "output_type": "pil"} | arguments
+    given = {"prompt": PROMPT, "height": 64, "width": 64, "progress": False} | arguments
     with pytest.raises(ValueError, match=message):
-        resolve(given, sd35.family, 16, 128, 4)
+        sd35(**given)
 
 
 def test_a_plan_is_refused(sd35):

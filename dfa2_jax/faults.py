@@ -1,0 +1,90 @@
+"""What is wrong with a checkpoint, said by name: file, field, both values, and the way out."""
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints
+
+MAX_JSON_BYTES = 10_000_000  # FLUX.1's index of 1,160 keys has 120 kB
+
+
+class CheckpointError(ValueError):
+    """A checkpoint folder or file cannot be used. The message names file, field, both values and the way out."""
+
+
+@contextmanager
+def blame(culprit: str) -> Iterator[None]:
+    """Files that make the code within fail, in whatever way, are at fault: the error says so."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except Exception as error:  # tokenizers raises bare ones
+        reason = str(error) if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: {error}"
+        raise CheckpointError(f"{culprit}: {reason:.500}") from error
+
+
+def raise_faults(headline: str, faults: Mapping[str, Sequence[str]], shown: int = 8) -> None:
+    """One error for all faults, `shown` of each kind; nothing where there are none."""
+    lines = []
+    for kind, found in faults.items():
+        if found:
+            more = [f"... and {len(found) - shown} more"] if len(found) > shown else []
+            prefix = f"{len(found)} {kind}: " if kind else ""
+            lines.append(prefix + "; ".join([*(f"{fault:.300}" for fault in found[:shown]), *more]))
+    if lines:
+        raise CheckpointError(f"{headline}.\n" + "\n".join(lines))
+
+
+def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
+    """A JSON object from a file, refusing what a damaged or hostile file can hold."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            names = [name for name, _ in pairs]
+            raise ValueError(f"duplicate key {max(names, key=names.count)!r:.200}")
+        return found
+
+    try:
+        size = path.stat().st_size
+        if size > max_bytes:
+            raise CheckpointError(f"{path} has {size} bytes, more than the {max_bytes} that such a file may have.")
+        content = json.loads(path.read_bytes().decode(), object_pairs_hook=unique)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.") from error
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{path} is not valid JSON: {error!s:.200}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} must hold a JSON object, not {type(content).__name__}.")
+    return content
+
+
+def check_fields(config: Any) -> None:
+    """Types as declared, and counts of layers, which size loops before any weight is seen: published models have at
+    most 57.
+
+    Raises:
+        ValueError: names the field and its value.
+    """
+    for name, kind in get_type_hints(type(config)).items():
+        value = getattr(config, name)
+        if not of_type(value, kind):
+            raise ValueError(f"{name}={value!r:.100} is not {getattr(kind, '__name__', kind)}")
+        if name.endswith("_layers") and kind is int and not 0 < value <= 999:
+            raise ValueError(f"{name}={value!r:.100} is not a number of layers from 1 to 999")
+
+
+def of_type(value: Any, kind: Any) -> bool:
+    """Whether a value from JSON is of the type of a field: numbers are finite, and no number is a bool."""
+    if args := get_args(kind):
+        if get_origin(kind) is tuple:
+            return isinstance(value, tuple) and all(of_type(one, args[0]) for one in value)
+        return any(of_type(value, one) for one in args)
+    if kind in (int, float):
+        return type(value) in (int, kind) and math.isfinite(value)
+    return isinstance(value, kind)
