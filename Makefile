@@ -21,6 +21,8 @@ need_ptxas = $(if $(PTXAS),,$(error ptxas is missing. Install CUDA 13 in /usr/lo
 # Compiled programs are kept: half of a test run is XLA, and .ci/run runs most programs twice.
 CACHE := JAX_COMPILATION_CACHE_DIR=$(CURDIR)/build/xla JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.3
 
+PYTEST := -m pytest -q -n auto --maxprocesses 4 --dist loadfile
+
 .PHONY: demo test lint aot lock clean
 
 demo: $(VENV)/ready
@@ -34,7 +36,7 @@ demo: $(VENV)/ready
 	@echo "Images (of random weights: what they show is that all of it runs) are in build/demo/images"
 
 test: $(VENV)/ready
-	$(CACHE) $(BIN)/python -m pytest -q -m "not aot"
+	$(CACHE) $(BIN)/python $(PYTEST) -m "not aot"
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .
@@ -44,9 +46,9 @@ lint: $(VENV)/ready
 # Compile for GPUs that are not here, and run the suite, less what needs torch, on the other two versions of JAX.
 aot: $(AOT)/ready $(NEXT)/ready build/tiny
 	$(call need_ptxas)
-	JAX_PLATFORMS=cpu JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 $(AOT)/bin/python -m pytest -q -m "aot and not torch"
-	JAX_PLATFORMS=cpu JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 DFA2_TINY=build/tiny $(CACHE) $(AOT)/bin/python -m pytest -q -m "not aot and not torch"
-	JAX_PLATFORMS=cpu DFA2_TINY=build/tiny $(CACHE) $(NEXT)/bin/python -m pytest -q -m "not aot and not torch"
+	JAX_PLATFORMS=cpu JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 $(AOT)/bin/python $(PYTEST) -m "aot and not torch"
+	JAX_PLATFORMS=cpu JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 DFA2_TINY=build/tiny $(CACHE) $(AOT)/bin/python $(PYTEST) -m "not aot and not torch"
+	JAX_PLATFORMS=cpu DFA2_TINY=build/tiny $(CACHE) $(NEXT)/bin/python $(PYTEST) -m "not aot and not torch"
 
 build/tiny: $(VENV)/ready tests/tiny.py
 	rm -rf $@
@@ -78,8 +80,8 @@ lock:
 	$(call need_python,PYTHON311,3.11)
 	$(call need_python,PYTHON312,3.12)
 	./requirements/lock.sh "$(PYTHON311)" py311-jax0.10.2.txt "jax==0.10.2" ".[test,dev]" "torch==2.13.0"
-	./requirements/lock.sh "$(PYTHON312)" py312-jax0.11.2.txt "jax==0.11.2" . beartype hypothesis "pytest>=9" safetensors transformers setuptools
-	./requirements/lock.sh "$(PYTHON312)" py312-jax0.12.0.1.txt "jax==0.12.0.1" . beartype hypothesis "pytest>=9" safetensors transformers setuptools
+	./requirements/lock.sh "$(PYTHON312)" py312-jax0.11.2.txt "jax==0.11.2" . beartype hypothesis "pytest>=9" pytest-xdist safetensors transformers setuptools
+	./requirements/lock.sh "$(PYTHON312)" py312-jax0.12.0.1.txt "jax==0.12.0.1" . beartype hypothesis "pytest>=9" pytest-xdist safetensors transformers setuptools
 
 clean:
 	rm -rf $(VENV) $(AOT) $(NEXT) build dist *.egg-info

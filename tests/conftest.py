@@ -2,6 +2,7 @@
 
 import os
 import re
+from functools import cache
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -14,22 +15,23 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # Modules that import torch at their top cannot even be collected without it: `-m "not torch"` leaves them out.
 NEED_TORCH = re.compile(r"^(import|from) (torch|torch_reference|diffusers|tiny)\b", re.MULTILINE)
-LEFT_OUT = []
+
+
+@cache
+def left_out(config):
+    """Only where the command says so: with torch missing and no `-m "not torch"`, the run fails."""
+    if "not torch" not in config.option.markexpr:
+        return []
+    return sorted(file for file in Path(__file__).parent.glob("test_*.py") if NEED_TORCH.search(file.read_text()))
 
 
 def pytest_ignore_collect(collection_path, config):
-    """Only where the command says so: with torch missing and no `-m "not torch"`, the run fails."""
-    if "not torch" not in config.option.markexpr or not collection_path.match("test_*.py"):
-        return None
-    if NEED_TORCH.search(collection_path.read_text()):
-        LEFT_OUT.append(collection_path.name)
-        return True
-    return None
+    return True if collection_path in left_out(config) else None
 
 
-def pytest_terminal_summary(terminalreporter):
-    if LEFT_OUT:
-        terminalreporter.write_line(f"left out by -m 'not torch': {', '.join(sorted(LEFT_OUT))}")
+def pytest_terminal_summary(terminalreporter, config):
+    if files := left_out(config):
+        terminalreporter.write_line(f"left out by -m 'not torch': {', '.join(file.name for file in files)}")
 
 
 @pytest.fixture
