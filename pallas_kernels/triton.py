@@ -26,11 +26,11 @@ from .triton_common import (
     Running,
     Segment,
     attend_tile,
-    keys_at,
     nothing,
     queries,
     steps,
     tile_at,
+    within,
 )
 
 WHOLE = pl.BlockSpec(memory_space=pl.ANY)
@@ -167,8 +167,10 @@ def _attend(layer, order, half_window, q, k, v, *refs, cut: Cut, scale: float, s
             of_text = step < here.masked[0].tiles
             stop = jnp.where(of_text, jnp.int32(cut.layout.text.stop), jnp.int32(cut.layout.visual.stop))
             width = jnp.where(of_text, jnp.int32(EVERYTHING), here.window)
-            keys, exist = keys_at(first, cut.tiles.keys, stop)
-            kept = (keys >= (mine.rows - width)[:, None]) & (keys <= (mine.rows + width)[:, None])
+            keys = first + jnp.arange(cut.tiles.keys, dtype=jnp.int32)
+            least, most = mine.rows - width, jnp.minimum(mine.rows + width, stop - 1)
+            kept = within(keys[None, :] - least[:, None], (most - least)[:, None])
+            exist = (keys < stop)[:, None]
             k_tile, v_tile = (plgpu.load(tile(ref, first), mask=exist, other=0.0) for ref in (k, v))
             return attend(running, k=k_tile, v=v_tile, kept=kept)
 

@@ -92,11 +92,12 @@ def queries(layout: Layout, is_text: Any, tile: Any, size: int) -> Queries:
     return Queries(is_text, tile, start + tile * size, rows, (rows < stop)[:, None])
 
 
-def keys_at(first: Any, size: int, stop: Any) -> tuple[Int[Array, "1 K"], Bool[Array, "K 1"]]:
-    """Positions of a tile of keys, those beyond `stop` outside of every window, and which ones exist."""
-    keys = first + jnp.arange(size, dtype=jnp.int32)
-    exist = keys < stop
-    return jnp.where(exist, keys, jnp.int32(2 * EVERYTHING - 1))[None, :], exist[:, None]
+def within(x: Int[Array, "R K"], most: Int[Array, "R 1"]) -> Bool[Array, "R K"]:
+    """0 <= x <= most, where `most` is not negative.
+
+    One unsigned comparison: of two signed ones LLVM makes two selections (14.2 and 15.1 instructions per score).
+    """
+    return x.astype(jnp.uint32) <= most.astype(jnp.uint32)
 
 
 class Segment(NamedTuple):

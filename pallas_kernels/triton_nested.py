@@ -23,7 +23,6 @@ from .triton_common import (
     Running,
     Segment,
     attend_tile,
-    keys_at,
     nothing,
     queries,
     steps,
@@ -73,9 +72,11 @@ def _attend(windows, q, k, v, out, *, layout: Layout, tiles: Tiles, scale: float
 
     def masked(segments, stop, inner, outer, step, running: Running) -> Running:
         first = tile_at(step, segments, tiles.keys)
-        keys, exist = keys_at(first, tiles.keys, stop)
-        distance = jnp.abs(mine.rows[:, None] - keys)
-        k_tile, v_tile = (plgpu.load(tile(ref, first), mask=exist, other=0.0) for ref in (k, v))
+        keys = first + jnp.arange(tiles.keys, dtype=jnp.int32)
+        exist = keys < stop
+        keys = jnp.where(exist, keys, jnp.int32(2 * EVERYTHING - 1))  # out of every window
+        distance = jnp.abs(mine.rows[:, None] - keys[None, :])
+        k_tile, v_tile = (plgpu.load(tile(ref, first), mask=exist[:, None], other=0.0) for ref in (k, v))
         return attend(running, k=k_tile, v=v_tile, kept=(distance > inner) & (distance <= outer))
 
     def visual(ranges) -> tuple[Segment, ...]:
