@@ -124,12 +124,12 @@ def arrow_attention(
     def head(i: Array, stack: Array) -> Array:
         b, n = i // heads, i % heads
         entry = b + (0 if layer is None else layer * batch)
-        once = jnp.where(half_window[n] == CACHED, 0, 1)
 
-        def put(_: Array, stack: Array) -> Array:
+        def put(n: Array, stack: Array) -> Array:
             return _put(stack, (entry, n), compute((b, n), half_window[n]), q.dtype)
 
-        return jax.lax.fori_loop(0, once, put, stack)
+        # Nothing in it may be constant over this loop of one head or none: XLA would compute that before, for any head.
+        return jax.lax.fori_loop(n, jnp.where(half_window[n] == CACHED, n, n + 1), put, stack)
 
     start = jnp.full_like(q, jnp.nan) if cache is None else cache
     stack = _bits(start.reshape(-1, *q.shape[1:]))  # entries in a row: written in place, wherever the layer's begins

@@ -19,6 +19,7 @@ from pallas_kernels import (
     Layout,
     arrow,
     arrow_attention,
+    hlo,
     mask,
     nested_arrow_attention,
     triton,
@@ -132,6 +133,16 @@ def test_nested_outputs_equal_their_own_calls(implementation, data):
     for window, out in zip([*ladder, FULL], outs, strict=True):
         kept = kept_pairs([window], layout)
         assert_as_good_as_xla(out, q, k, v, kept)
+
+
+def test_blockwise_computes_nothing_for_cached_heads():
+    """XLA moves what is constant over a loop in front of it: the loop over heads must hold one loop, and no product."""
+    layout, q = Layout(64, 1024, False), jax.ShapeDtypeStruct((1, 1088, 4, 64), jnp.float32)
+    call = jax.jit(partial(arrow_attention, layout=layout, implementation="blockwise"), donate_argnames="cache")
+    module = hlo._Module(call.lower(q, q, q, jax.ShapeDtypeStruct((4,), jnp.int32), cache=q).compile().as_text())
+    (heads,) = (i for i in module.computations[module.entry] if i.opcode == "while")
+    inside = [i.opcode for i in module.computations[heads.attribute(r"body=%([\w.\-]+)")]]
+    assert inside.count("while") == 1 and not {"dot", "custom-call"} & set(inside)
 
 
 @pytest.mark.parametrize("text_first", [True, False])
