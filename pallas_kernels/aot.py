@@ -4,20 +4,28 @@
     pip install --no-deps jax-cuda13-plugin==0.11.2 jax-cuda13-pjrt==0.11.2
     pip install --no-deps nvidia-cuda-nvcc==13.0.* nvidia-nvvm==13.0.*    # ptxas, where no CUDA toolkit is
     pip install --no-deps nvidia-cudnn-cu13    # for programs with implementation="cudnn": 0.5 GB
+    pip install --no-deps nvidia-cuda-nvdisasm    # for `kernels`
 
 XLA's whole pipeline runs, down to machine code. What is not there is autotuning, which times kernels: XLA takes a fixed
 choice for every matrix product, its Triton emitter with a default tile. `options={"xla_gpu_enable_triton_gemm": False}`
 compiles them all to cuBLAS instead. On a GPU the tuner picks one of the two for each product.
 """
 
+import os
+import re
+import tempfile
 import time
 from importlib.resources import files
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from .sass import Kernel, disassemble
 
 
 class Target(NamedTuple):
@@ -100,6 +108,60 @@ def compile_for(
         alias_bytes=memory.alias_size_in_bytes,
         temp_bytes=memory.temp_size_in_bytes,
         hlo=compiled.as_text(),
+    )
+
+
+def kernels(target: Target, function: Any, *args: Any, **kwargs: Any) -> tuple[Compiled, list[Kernel]]:
+    """As `compile_for`, with what the program's own kernels (not those of libraries) take and do.
+
+    Raises:
+        RuntimeError: ptxas or nvdisasm is missing; the message has the line that installs them.
+    """
+    ptxas, nvdisasm = _tool("ptxas"), _tool("nvdisasm")
+    with tempfile.TemporaryDirectory() as folder:
+        options = {"xla_dump_to": folder, "xla_dump_emitter_re": "ptx"}
+        compiled = compile_for(target, function, *args, options=options, **kwargs)
+        launches = "".join(file.read_text() for file in Path(folder).glob("*.thunk_sequence.txt"))
+        modules = [file.read_text() for file in sorted(Path(folder).glob("*.ptx"))]
+    launched = re.findall(r"kCustomKernel.*?\] (\S+) grid.*?threads: \[(\d+),.*?shared_memory: (\d+)", launches)
+    threads, shared = ({entry[0]: int(entry[i]) for entry in launched} for i in (1, 2))
+    found = [
+        kernel for ptx in modules if ".entry" in ptx for kernel in disassemble(ptx, threads, shared, ptxas, nvdisasm)
+    ]
+    return compiled, found
+
+
+def blocks_per_sm(kernel: Kernel, target: Target) -> int:
+    """How many blocks of a kernel one multiprocessor of the target holds at once (CUDA's occupancy rules)."""
+    registers, shared, threads = (
+        _figure(target.name, f"{name}_per_core{limit}")
+        for name, limit in (("registers", "_limit"), ("shared_memory", ""), ("threads", "_limit"))
+    )
+    of_warp = -(-kernel.registers * 32 // 256) * 256  # registers are handed out by 256
+    return min(
+        registers // (of_warp * kernel.warps),
+        shared // (kernel.shared_bytes + 1024),  # the driver keeps 1 kB of each block
+        threads // (32 * kernel.warps),
+    )
+
+
+def _figure(gpu: str, name: str) -> int:
+    found = re.search(rf"\b{name}: (\d+)", _descriptions().joinpath(f"{gpu}.txtpb").read_text())
+    assert found is not None, name
+    return int(found[1])
+
+
+def _tool(name: str) -> Path:
+    """One of CUDA's programs, from NVIDIA's wheels or a toolkit."""
+    wheels = find_spec("nvidia")
+    folders = [Path(path, "cu13", "bin") for path in (wheels.submodule_search_locations or [])] if wheels else []
+    folders.append(Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin"))
+    for folder in folders:
+        if (folder / name).exists():
+            return folder / name
+    raise RuntimeError(
+        f"No {name} in {[str(folder) for folder in folders]}. Run: pip install --no-deps "
+        "'nvidia-cuda-nvcc==13.0.*' 'nvidia-nvvm==13.0.*' 'nvidia-cuda-nvdisasm==13.2.*'"
     )
 
 

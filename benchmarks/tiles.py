@@ -1,0 +1,59 @@
+"""Tile sizes of the arrow kernel, timed side by side on a GPU: `python -m benchmarks.tiles [--out FILE]`.
+
+The candidates are those that compile for the GPU without spills. Tiles are timed in turn, medians are taken.
+"""
+
+import argparse
+import json
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from benchmarks.attention import measure, shapes, windows
+from benchmarks.machine import describe_machine
+from pallas_kernels import arrow, arrow_attention
+from pallas_kernels.tiles import Tiles
+
+CANDIDATES = {
+    64: [(64, 64, 4, 2), (64, 64, 4, 3), (128, 64, 8, 3), (64, 128, 4, 2), (128, 128, 8, 2), (128, 128, 8, 3)],
+    128: [(64, 64, 4, 3), (128, 64, 8, 2), (128, 64, 8, 3), (64, 128, 4, 2), (128, 128, 8, 2)],
+}
+"""By head_dim: rows, keys, warps, stages."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/tiles_h200.json"))
+    args = parser.parse_args()
+    if jax.default_backend() != "gpu":
+        parser.error("JAX finds no GPU, and on a CPU the kernels have no tiles to choose.")
+    results = []
+    for shape in tqdm(shapes()):
+        size = shape.batch, shape.layout.length, shape.heads, shape.head_dim
+        generator = np.random.default_rng(0)
+        q, k, v = (jnp.asarray(generator.standard_normal(size, np.float32), shape.dtype) for _ in range(3))
+        plans = windows(shape.layout.num_visual, shape.heads)
+        calls: dict[str, Any] = {}
+        for candidate in CANDIDATES[shape.head_dim]:
+            arrow.tiles_for = partial(lambda tiles, *_: tiles, Tiles(*candidate))
+            attend = jax.jit(partial(arrow_attention, layout=shape.layout))
+            for name in ("full", "V/16", "V/64", "mixed"):
+                call = partial(attend, q, k, v, jnp.asarray(plans[name]))
+                call()  # compiles with these tiles
+                calls[f"{candidate} {name}"] = call
+        times = {name: 1e3 * median(values) for name, values in measure(calls, args.rounds).items()}
+        results.append({"shape": shape.name, "milliseconds": times})
+        tqdm.write(f"{shape.name}: " + ", ".join(f"{name} {ms:.3f}" for name, ms in times.items()))
+    content = {"machine": describe_machine(), "device": jax.devices()[0].device_kind, "shapes": results}
+    args.out.write_text(json.dumps(content, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
