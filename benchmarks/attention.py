@@ -1,0 +1,291 @@
+"""Arrow attention against dense attention and other libraries, side by side in one run; on a GPU if JAX has one.
+
+    python -m benchmarks.attention [--rounds 5] [--only 1K] [--out benchmarks/results/attention_cpu.json]
+
+Every result is first compared with float64 over some of the rows; nothing wrong is timed. Rows: dense; all heads at
+V/16, V/32 and V/64 tokens on each side; a third of the heads each full, 1/8 and 1/32; all cached; and a nested call
+that gives full attention and four windows at once. Contenders are timed
+in turn, medians are taken. `efficiency` is the speedup over a dense contender times the exact density: 1 where cost
+follows the kept pairs.
+"""
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch needs a share of the GPU
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from benchmarks.machine import describe_machine
+from pallas_kernels import CACHED, FULL, Layout, arrow, arrow_attention, nested_arrow_attention
+from pallas_kernels.mask import count_tiles, density
+from pallas_kernels.tiles import tiles_for
+
+LARGEST_SCORES = 4e9
+"""Bytes of scores: dense attention of jax.nn holds them two or three times."""
+
+
+class Shape(NamedTuple):
+    name: str
+    batch: int
+    heads: int
+    head_dim: int
+    layout: Layout
+    dtype: str
+
+
+def shapes() -> list[Shape]:
+    if jax.default_backend() == "gpu":
+        return [
+            Shape("FLUX 1K", 1, 24, 128, Layout(512, 4096, True), "bfloat16"),
+            Shape("FLUX 2K", 1, 24, 128, Layout(512, 16384, True), "bfloat16"),
+            Shape("SD3 1K", 2, 24, 64, Layout(333, 4096, False), "bfloat16"),
+            Shape("SD3 2K", 1, 24, 64, Layout(333, 16384, False), "bfloat16"),
+        ]
+    return [
+        Shape(f"{name}, text {'first' if text_first else 'last'}, {dtype}", 1, heads, 64,
+              Layout(text, visual, text_first), dtype)
+        for name, heads, text, visual in (("512", 8, 256, 1024), ("1K", 8, 512, 4096), ("2K", 4, 512, 16384))
+        for text_first in (True, False)
+        for dtype in ("float32", "bfloat16")
+    ]  # fmt: skip
+
+
+def windows(visual: int, heads: int) -> dict[str, np.ndarray]:
+    mixed = [(FULL, visual // 8, visual // 32)[3 * head // heads] for head in range(heads)]
+    rows = {
+        "full": [FULL] * heads,
+        "V/16": [visual // 16] * heads,
+        "V/32": [visual // 32] * heads,
+        "V/64": [visual // 64] * heads,
+        "mixed": mixed,
+        "cached": [CACHED] * heads,
+    }
+    return {name: np.array(row, np.int32) for name, row in rows.items()}
+
+
+def expected(q: np.ndarray, k: np.ndarray, v: np.ndarray, half_window: int, layout: Layout, rows: np.ndarray) -> Any:
+    """Output of some rows of one head, in float64."""
+    position = np.arange(layout.length)
+    text = (position >= layout.text.start) & (position < layout.text.stop)
+    kept = text[rows][:, None] | text | (np.abs(rows[:, None] - position) <= half_window) | (half_window == FULL)
+    scores = np.where(kept, (q[rows] @ k.T) * q.shape[-1] ** -0.5, -np.inf)
+    weights = np.exp(scores - scores.max(1, keepdims=True))
+    return weights / weights.sum(1, keepdims=True) @ v
+
+
+def check(out: Any, qkv: list[np.ndarray], half_window: np.ndarray, shape: Shape) -> float:
+    """Largest error of 40 rows of the first, middle and last head.
+
+    Raises:
+        AssertionError: it is more than rounding.
+    """
+    out = np.asarray(out, np.float64)
+    rows = np.unique(np.linspace(0, shape.layout.length - 1, 40).astype(int))
+    error = 0.0
+    for head in {0, shape.heads // 2, shape.heads - 1}:
+        q, k, v = (x[0, :, head] for x in qkv)
+        want = expected(q, k, v, half_window[head], shape.layout, rows)
+        error = max(error, float(np.abs(out[0, rows, head] - want).max()))
+    limit = 1e-5 if shape.dtype == "float32" else 2e-2
+    if not error < limit:
+        raise AssertionError(f"{shape.name}: error {error} is above {limit}; nothing was timed.")
+    return error
+
+
+def contenders(shape: Shape) -> tuple[dict[str, Callable[[], Any]], dict[str, str], dict[str, float]]:
+    """Ready calls; why others are missing; errors."""
+    generator = np.random.default_rng(0)
+    size = shape.batch, shape.layout.length, shape.heads, shape.head_dim
+    q, k, v = (jnp.asarray(generator.standard_normal(size, np.float32), shape.dtype) for _ in range(3))
+    exact = [np.asarray(x[:1], np.float64) for x in (q, k, v)]
+    calls: dict[str, Callable[[], Any]] = {}
+    failed: dict[str, str] = {}
+    errors: dict[str, float] = {}
+
+    def add(name: str, call: Callable[[], Any], to_numpy: Callable[[Any], Any], half_window: np.ndarray) -> None:
+        try:
+            errors[name] = check(to_numpy(call()), exact, half_window, shape)
+            calls[name] = call
+        except AssertionError:
+            raise
+        except Exception as error:
+            failed[name] = f"{type(error).__name__}: {str(error)[:200]}"
+
+    plans = windows(shape.layout.num_visual, shape.heads)
+    attend = jax.jit(partial(arrow_attention, layout=shape.layout), donate_argnames="cache")
+    carry = [jnp.zeros_like(q)]
+
+    def ours(half_window: jax.Array) -> jax.Array:
+        carry[0] = attend(q, k, v, half_window, cache=carry[0])
+        return carry[0]
+
+    for name, row in plans.items():
+        call = partial(ours, jnp.asarray(row))
+        if name == "cached":
+            calls["arrow cached"] = call
+        else:
+            add(f"arrow {name}", call, np.array, row)
+    ladder = [shape.layout.num_visual // part for part in (64, 32, 16, 8)]
+    nested = jax.jit(partial(nested_arrow_attention, layout=shape.layout))
+    outs = np.asarray(nested(q, k, v, jnp.array(ladder, jnp.int32)))
+    for window, out in zip([*ladder, FULL], outs, strict=True):
+        errors["nested"] = max(errors.get("nested", 0), check(out, exact, np.full(shape.heads, window), shape))
+    calls["nested"] = partial(nested, q, k, v, jnp.array(ladder, jnp.int32))
+    as_float = partial(np.asarray, dtype=np.float64)
+    full = plans["full"]
+    dense = jax.jit(partial(arrow_attention, layout=shape.layout))
+    add("dense", partial(dense, q, k, v), as_float, full)
+    scores = 4 * shape.batch * shape.heads * shape.layout.length**2
+    if scores <= LARGEST_SCORES:
+        plain = jax.jit(jax.nn.dot_product_attention)
+        add("jax.nn", partial(plain, q, k, v), as_float, full)
+    else:
+        failed["jax.nn"] = f"its scores take {scores / 1e9:.1f} GB"
+    if jax.default_backend() == "gpu":
+        try:
+            import tokamax
+
+            other = jax.jit(tokamax.dot_product_attention)
+            add("tokamax", partial(other, q, k, v), as_float, full)
+        except ImportError as error:
+            failed["tokamax"] = str(error)
+    add_torch(add, failed, [np.array(x, np.float32) for x in (q, k, v)], shape, plans)
+    return calls, failed, errors
+
+
+def add_torch(add: Any, failed: dict[str, str], qkv: list[np.ndarray], shape: Shape, plans: dict) -> None:
+    """torch's SDPA, and FlexAttention with the same masks (compiled once for all of them)."""
+    try:
+        import torch
+        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+    except ImportError as error:
+        failed["torch"] = str(error)
+        return
+    on_gpu = jax.default_backend() == "gpu"
+    device = "cuda" if on_gpu else "cpu"
+    q, k, v = (
+        torch.from_numpy(x).to(device=device, dtype=getattr(torch, shape.dtype)).transpose(1, 2).contiguous()
+        for x in qkv
+    )
+    layout, length = shape.layout, shape.layout.length
+    text = torch.zeros(length, dtype=torch.bool, device=device)
+    text[layout.text] = True
+    compiled = torch.compile(flex_attention, dynamic=False)
+    make_mask = torch.compile(create_block_mask) if on_gpu else create_block_mask  # else it makes all of the mask first
+
+    def back(out: Any) -> Any:
+        return out.transpose(1, 2).double().cpu().numpy()
+
+    with torch.no_grad():
+        add("torch SDPA", partial(torch.nn.functional.scaled_dot_product_attention, q, k, v), back, plans["full"])
+        for name in ("full", "V/16", "V/64", "mixed"):
+            window = torch.as_tensor(np.where(plans[name] == FULL, length, plans[name]), device=device)
+
+            def kept(b: Any, h: Any, i: Any, j: Any, window: Any = window) -> Any:
+                return text[i] | text[j] | ((i - j).abs() <= window[h])
+
+            try:
+                mask = make_mask(kept, 1, shape.heads, length, length, device=device)
+            except Exception as error:
+                failed[f"FlexAttention {name}"] = f"{type(error).__name__}: {str(error)[:200]}"
+                continue
+            add(f"FlexAttention {name}", partial(compiled, q, k, v, block_mask=mask), back, plans[name])
+
+
+def wait(out: Any) -> None:
+    """For the result of the last of several calls."""
+    if isinstance(out, jax.Array):
+        out.block_until_ready()
+    elif out.is_cuda:
+        import torch
+
+        torch.cuda.synchronize()
+
+
+def measure(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of a call, contenders in turn; short calls are repeated within a round, and waited for once, so that a
+    GPU works while Python prepares the next."""
+
+    def seconds(call: Callable[[], Any], repeats: int) -> float:
+        started = time.perf_counter()
+        for _ in range(repeats):
+            out = call()
+        wait(out)
+        return (time.perf_counter() - started) / repeats
+
+    repeats = {}
+    for name, call in calls.items():
+        wait(call())
+        repeats[name] = max(1, min(100, round(0.05 / seconds(call, 1))))
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            times[name].append(seconds(call, repeats[name]))
+    return times
+
+
+def run(shape: Shape, rounds: int) -> dict[str, Any]:
+    calls, failed, errors = contenders(shape)
+    times = measure(calls, rounds)
+    seconds = {name: median(values) for name, values in times.items()}
+    tiles = tiles_for(arrow.gpu_kind(), shape.head_dim, shape.dtype) if shape.head_dim in (64, 128) else None
+    rows = {}
+    for name, row in windows(shape.layout.num_visual, shape.heads).items():
+        exact = float(density(row, shape.layout).mean())
+        rows[name] = {"density": exact}
+        if tiles:
+            rows[name]["tile_density"] = float(count_tiles(row, shape.layout, tiles.rows, tiles.keys).density.mean())
+        rivals = [rival for rival in ("dense", "torch SDPA", f"FlexAttention {name}") if rival in seconds]
+        speedups = {
+            rival: median(a / b for a, b in zip(times[rival], times[f"arrow {name}"], strict=True)) for rival in rivals
+        }
+        rows[name] |= {
+            "speedup_over": speedups,
+            "efficiency": {rival: s * exact for rival, s in speedups.items() if not rival.startswith("Flex")},
+        }
+    sizes = {"batch": shape.batch, "heads": shape.heads, "head_dim": shape.head_dim, "dtype": shape.dtype}
+    return {
+        "shape": shape.name,
+        "layout": str(shape.layout),
+        **sizes,
+        "milliseconds": {name: 1e3 * value for name, value in seconds.items()},
+        "rows": rows,
+        "largest_error": errors,
+        "not_run": failed,
+        "all_seconds": times,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--only", default="", help="part of the names of the shapes to run")
+    kind = "gpu" if jax.default_backend() == "gpu" else "cpu"
+    parser.add_argument("--out", type=Path, default=Path(f"benchmarks/results/attention_{kind}.json"))
+    args = parser.parse_args()
+    results = []
+    for shape in tqdm([shape for shape in shapes() if args.only in shape.name]):
+        results.append(run(shape, args.rounds))
+        last = results[-1]
+        tqdm.write(f"{shape.name}: " + ", ".join(f"{name} {ms:.4g} ms" for name, ms in last["milliseconds"].items()))
+        tqdm.write("  " + ", ".join(f"{name} {row['efficiency']}" for name, row in last["rows"].items()))
+        tqdm.write(f"  {last['not_run'] or ''}")
+        device = jax.devices()[0].device_kind
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        content = {"machine": describe_machine(), "device": device, "shapes": results}
+        args.out.write_text(json.dumps(content, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
