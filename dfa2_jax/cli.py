@@ -149,7 +149,7 @@ def enable_compilation_cache() -> None:
 
 
 def run_doctor(args: argparse.Namespace) -> int:
-    from .models.attention import dense_implementation
+    from .models.attention import arrow_implementation, dense_implementation
 
     for name in ("dfa2-jax", "jax", "jaxlib", "flax", "orbax-checkpoint"):
         try:
@@ -160,8 +160,9 @@ def run_doctor(args: argparse.Namespace) -> int:
     print(f"{'device':17s} {len(devices())} x {device.device_kind} ({device.platform})")
     print(f"{'driver':17s} {_driver()}")
     for dtype, head_dim, model in (("bfloat16", 64, "SD3"), ("bfloat16", 128, "FLUX.1"), ("float32", 128, "float32")):
-        choice = dense_implementation(dtype, head_dim)
-        print(f"{'attention ' + model:17s} {choice.implementation}: {choice.why}")
+        for kind, choose in (("dense", dense_implementation), ("arrow", arrow_implementation)):
+            choice = choose(dtype, head_dim)
+            print(f"{kind + ' ' + model:17s} {choice.implementation}: {choice.why}")
     stats = device.memory_stats()
     if stats and "bytes_limit" in stats:
         free = stats["bytes_limit"] - stats.get("bytes_in_use", 0)

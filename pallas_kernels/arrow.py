@@ -11,9 +11,9 @@ from jax.core import Tracer
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from . import blockwise, reference, triton, triton_nested
+from . import blockwise, cost, reference, triton, triton_nested
 from .layout import CACHED, Layout
-from .tiles import tiles_for
+from .tiles import row_for, tiles_for
 
 IMPLEMENTATIONS = ("reference", "blockwise", "triton", "cudnn")
 
@@ -106,7 +106,9 @@ def nested_arrow_attention(
 
     Args:
         q, k, v, layout, implementation, interpret: as in `arrow_attention`.
-        half_windows: visual tokens kept on each side of the diagonal, increasing, not negative. It is data.
+        half_windows: visual tokens kept on each side of the diagonal, increasing, not negative. It is data. On a GPU
+            one pass gives all outputs, or dense attention and a pass for each window do, whichever `cost` expects to
+            be faster (a pass each in float32, and for one window or two at FLUX's 2048 px).
 
     Returns:
         One output per window, then the dense one.
@@ -124,9 +126,16 @@ def nested_arrow_attention(
     if values is not None and (np.any(values < 0) or np.any(np.diff(values) <= 0)):
         raise ValueError(f"half_windows must be increasing and not negative, got {values.tolist()}.")
     choice = arrow_implementation(q.dtype, q.shape[-1])
+    apart = (
+        implementation is None and choice.implementation == "triton" and _apart(q, values, half_windows.size, layout)
+    )
     implementation = _supported(implementation or choice.implementation, q, True, interpret)
 
     def attend(q, k, v, half_windows):
+        if apart:
+            windows = [jnp.broadcast_to(window, q.shape[2]) for window in half_windows]
+            calls = [arrow_attention(q, k, v, window, layout=layout) for window in (*windows, None)]
+            return jnp.stack(calls)
         if implementation == "triton":
             tiles = tiles_for(gpu_kind(), q.shape[-1], q.dtype)
             return triton_nested.nested_arrow_attention(q, k, v, half_windows, layout, tiles, interpret=interpret)
@@ -134,6 +143,16 @@ def nested_arrow_attention(
         return module.nested_arrow_attention(q, k, v, half_windows, layout)
 
     return _without_gradient(attend)(q, k, v, jnp.asarray(half_windows))
+
+
+def _apart(q: Array, half_windows: np.ndarray | None, count: int, layout: Layout) -> bool:
+    """Whether a pass for each window is faster than one for all. Unknown windows are taken as V/16, V/32 and so on."""
+    if q.dtype == jnp.float32:
+        return True  # the nested kernel spills 432 bytes a thread at a head_dim of 64
+    batch, _, heads, dim = q.shape
+    windows = layout.num_visual // 2 ** np.arange(4, 4 + count) if half_windows is None else half_windows
+    args = row_for(gpu_kind()).lower(), dim, layout, windows, heads, batch
+    return cost.separate_seconds(*args) < cost.nested_seconds(*args)
 
 
 class Choice(NamedTuple):

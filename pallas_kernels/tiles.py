@@ -39,22 +39,27 @@ TABLE = {
     ("H200", 64, 4): Tiles(rows=32, keys=32, warps=4, stages=2),
     ("H200", 128, 4): Tiles(rows=32, keys=16, warps=8, stages=2),
     ("A100", 64, 2): Tiles(rows=64, keys=64, warps=4, stages=2),
-    ("A100", 128, 2): Tiles(rows=64, keys=64, warps=4, stages=2),
+    ("A100", 128, 2): Tiles(rows=128, keys=64, warps=8, stages=3),
     ("A100", 64, 4): Tiles(rows=32, keys=32, warps=4, stages=2),
     ("A100", 128, 4): Tiles(rows=32, keys=16, warps=8, stages=2),
 }
 """By GPU, head_dim and bytes of the dtype. In arrow attention none spills (tests/test_kernels_aot.py).
 
-For 16 bits on an H200, 64x64 is the fastest of those measured or within 4 % of it, over full, narrow and mixed heads at
-1024 and 2048 px (benchmarks/results/tiles_h200.json): larger tiles take fewer instructions per score, and leave fewer
-blocks per SM. In float32, as IEEE products without tensor cores, arrows at a head_dim of 128 take 4.4 (full) and 1.06
-(V/64) times XLA's dense attention; 32x32 with 4 warps, which spills, 3.0 and 0.74."""
+For 16 bits, each is the fastest by `cost.arrow_seconds` of those in benchmarks/results/aot.md. On an H200 64x64 is also
+the fastest measured, or within 4 % of it, over full, narrow and mixed heads at 1024 and 2048 px
+(benchmarks/results/tiles_h200.json): larger tiles take fewer instructions per score, and leave fewer blocks per
+multiprocessor. On an A100 nothing was timed. In float32, as IEEE products without tensor cores, arrows at a head_dim
+of 128 take 4.4 (full) and 1.06 (V/64) times XLA's dense attention; 32x32 with 4 warps, which spills, 3.0 and 0.74."""
 
 SAME = {"H200": "H200", "H100": "H200", "GH200": "H200"}
 """GPUs of one architecture share a row; the A100's fits every other one from compute capability 8.0 on."""
 
 
+def row_for(gpu_kind: str | None) -> str:
+    """The GPU whose row of `TABLE` serves a GPU, by JAX's name for it."""
+    return next((row for name, row in SAME.items() if name in (gpu_kind or "")), "A100")
+
+
 def tiles_for(gpu_kind: str | None, head_dim: int, dtype: DTypeLike) -> Tiles:
-    """The table's entry for a GPU, by JAX's name for it; None (interpret mode): the smallest."""
-    gpu = next((row for name, row in SAME.items() if name in (gpu_kind or "")), "A100")
-    return TABLE[gpu, head_dim, jnp.dtype(dtype).itemsize]
+    """The table's entry for a GPU, by JAX's name for it; None is interpret mode."""
+    return TABLE[row_for(gpu_kind), head_dim, jnp.dtype(dtype).itemsize]

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels import Layout, aot, arrow_attention, nested_arrow_attention
+from pallas_kernels import Layout, aot, arrow_attention, cost, nested_arrow_attention
 from pallas_kernels.hlo import weight_copies
 from pallas_kernels.tiles import tiles_for
 
@@ -63,25 +63,28 @@ def test_arrows_spill_nothing_and_copy_nothing(gpu, layout, head_dim, dtype, lay
     assert kernel.cp_async > 0, "loads do not run ahead"
 
 
+def code(target, kernel, head_dim):
+    """As `pallas_kernels.cost` knows it."""
+    tiles = tiles_for(f"NVIDIA {target.name.upper()}", head_dim, jnp.bfloat16)
+    loops = [loop.per_score(tiles.rows * tiles.keys // (32 * tiles.warps)) for loop in kernel.softmax_loops]
+    clean, masked = max(loops[:-1]), loops[-1]
+    return cost.Code(aot.blocks_per_sm(kernel, target), clean, masked)
+
+
 @pytest.mark.aot
-@pytest.mark.parametrize(
-    ("layout", "head_dim", "interior", "edge", "blocks"), [(SD3, 64, 10, 14.5, 4), (FLUX, 128, 12, 16, 2)]
-)
-def test_instructions_per_score_on_h200(layout, head_dim, interior, edge, blocks):
-    """Of the loops without and with masks. Fewer are possible in larger tiles, which are slower: fewer blocks fit."""
-    target, _, kernels = compiled_arrow("h200", layout, head_dim, jnp.bfloat16)
+@pytest.mark.parametrize("gpu", aot.targets())
+@pytest.mark.parametrize(("layout", "head_dim"), [(SD3, 64), (FLUX, 128)])
+def test_the_cost_model_knows_the_machine_code_of_arrows(gpu, layout, head_dim):
+    """Fewer instructions are possible in larger tiles, which are slower: fewer blocks fit."""
+    target, _, kernels = compiled_arrow(gpu, layout, head_dim, jnp.bfloat16)
     kernel = next(kernel for kernel in kernels if kernel.name == "arrow_attention")
-    tiles = tiles_for("NVIDIA H200", head_dim, jnp.bfloat16)
-    scores = tiles.rows * tiles.keys // (32 * tiles.warps)
-    clean, masked = (loop.per_score(scores) for loop in kernel.softmax_loops)
-    assert clean <= interior and clean < masked <= edge
-    assert aot.blocks_per_sm(kernel, target) == blocks
+    assert code(target, kernel, head_dim) == pytest.approx(cost.ARROW[gpu, head_dim], rel=0.01)
 
 
 @pytest.mark.aot
 @pytest.mark.parametrize(("layout", "head_dim"), [(SD3, 64), (FLUX, 128)])
 @pytest.mark.parametrize("gpu", aot.targets())
-def test_nested_windows_spill_nothing(gpu, layout, head_dim):
+def test_nested_windows_spill_nothing_and_the_cost_model_knows_them(gpu, layout, head_dim):
     target = aot.target(gpu)
     one = jax.ShapeDtypeStruct((1, layout.length, HEADS, head_dim), jnp.bfloat16)
     windows = jax.ShapeDtypeStruct((4,), jnp.int32)
@@ -90,6 +93,22 @@ def test_nested_windows_spill_nothing(gpu, layout, head_dim):
     assert {k.name: k.spill_bytes for k in kernels if "arrow" in k.name} == {"nested_arrow_attention": 0}
     for name in "qkv":
         assert not weight_copies(compiled.hlo, name)
+    kernel = next(kernel for kernel in kernels if kernel.name == "nested_arrow_attention")
+    assert code(target, kernel, head_dim) == pytest.approx(cost.NESTED[gpu, head_dim], rel=0.01)
+
+
+@pytest.mark.aot
+def test_few_windows_are_passes_of_their_own_where_those_are_faster():
+    """FLUX at 2048 px: one window costs a pass of its own, four share one. In float32, where the nested kernel spills,
+    they never do."""
+    target, layout = aot.target("h200"), Layout(512, 16384, text_first=True)
+    apart, together = {"arrow_attention", "arrow_attention_merge"}, {"nested_arrow_attention"}
+    for count, dtype, expected in ((1, jnp.bfloat16, apart), (4, jnp.bfloat16, together), (4, jnp.float32, apart)):
+        one = target.abstract(jax.ShapeDtypeStruct((1, layout.length, HEADS, 128), dtype))
+        windows = target.abstract(jax.ShapeDtypeStruct((count,), jnp.int32))
+        attend = jax.jit(partial(nested_arrow_attention, layout=layout))
+        _, kernels = aot.kernels(target, attend, one, one, one, windows)
+        assert {kernel.name for kernel in kernels if "arrow" in kernel.name} == expected
 
 
 @pytest.mark.aot

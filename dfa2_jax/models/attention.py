@@ -3,6 +3,7 @@
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import Layout, arrow_attention
+from pallas_kernels import arrow_implementation as arrow_implementation
 from pallas_kernels import dense_implementation as dense_implementation
 
 
