@@ -3,6 +3,10 @@
 Dim letters: `B` batch, `T` query tokens, `S` key tokens, `N` heads, `H` head dim, `D` width.
 """
 
+from .calibration import calibrate as calibrate
 from .faults import CheckpointError as CheckpointError
 from .pipeline import Output as Output
 from .pipeline import Pipeline as Pipeline
+from .plan import Method as Method
+from .plan import Plan as Plan
+from .plan import PlanError as PlanError

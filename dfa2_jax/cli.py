@@ -1,4 +1,4 @@
-"""`dfa2`: sample images from a shell, and say what this machine can do."""
+"""`dfa2`: sample images and find plans from a shell, and say what this machine can do."""
 
 import argparse
 import json
@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+from .files import replacing
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -51,8 +53,41 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--num-images-per-prompt", type=int, default=1)
     sample.add_argument("--max-sequence-length", type=int, metavar="TOKENS", help="of T5")
     sample.add_argument("--seed", type=int, nargs="+", default=[0], help="one for the batch, or one per image")
+    sample.add_argument("--plan", type=Path, metavar="FILE", help="from dfa2 calibrate; it says size and steps too")
     sample.add_argument("--dtype", choices=DTYPES, help="default: the checkpoint's; float32 on CPU")
     sample.add_argument("--quiet", action="store_true", help="no progress bar")
+
+    calibrate = commands.add_parser("calibrate", help="prompts to a plan", description="Find a plan for dfa2 sample.")
+    calibrate.set_defaults(run=run_calibrate)
+    calibrate.add_argument("folder", help="a diffusers folder, or one that dfa2-convert wrote")
+    calibrate.add_argument("--prompts", type=Path, required=True, metavar="FILE", help="one prompt per line")
+    calibrate.add_argument("--out", type=Path, required=True, metavar="PLAN.json")
+    calibrate.add_argument("--delta", type=float, default=0.4, help="error budget of a layer at a step: larger, faster")
+    calibrate.add_argument("--c", type=float, default=1.5, help="a head's share of it; 0: no limit")
+    calibrate.add_argument("--windows", type=int, nargs="*", default=[8, 16, 32], metavar="F", help="arrows of 1/F")
+    calibrate.add_argument("--no-cache", dest="cache", action="store_false", help="arrows only")
+    calibrate.add_argument("--negative-prompt", help="for all prompts")
+    calibrate.add_argument("--height", type=int, metavar="PX")
+    calibrate.add_argument("--width", type=int, metavar="PX")
+    calibrate.add_argument("--steps", type=int, dest="num_inference_steps")
+    calibrate.add_argument("--guidance-scale", type=float)
+    calibrate.add_argument("--max-sequence-length", type=int, metavar="TOKENS", help="of T5")
+    calibrate.add_argument("--seed", type=int, default=0)
+    calibrate.add_argument("--attention-chunk", type=int, metavar="IMAGES", help="to save memory, as many at once")
+    calibrate.add_argument("--tiles", type=int, nargs=2, metavar=("QUERIES", "KEYS"), help="whose savings count")
+    calibrate.add_argument("--dtype", choices=DTYPES, help="default: the checkpoint's; float32 on CPU")
+    calibrate.add_argument("--quiet", action="store_true", help="no progress bar")
+
+    plans = commands.add_parser("plan", help="look at a plan, or sign an edited one").add_subparsers(
+        dest="action", required=True
+    )
+    show = plans.add_parser("show", help="a summary", description="Summarise a plan, and draw it.")
+    show.set_defaults(run=run_plan_show)
+    show.add_argument("plan", type=Path)
+    show.add_argument("--png", type=Path, metavar="FILE", help="draw the method of every step, layer and head")
+    sign = plans.add_parser("sign", help="accept edits", description="Check an edited plan and renew its digest.")
+    sign.set_defaults(run=run_plan_sign)
+    sign.add_argument("plan", type=Path)
 
     doctor = commands.add_parser("doctor", help="what this machine can do", description="Report on this machine.")
     doctor.set_defaults(run=run_doctor)
@@ -92,19 +127,77 @@ def run_sample(args: argparse.Namespace) -> int:
     enable_compilation_cache()
     devices()
     from .pipeline import Pipeline
+    from .plan import Plan
 
     args.out.mkdir(parents=True, exist_ok=True)
     if not os.access(args.out, os.W_OK):
         raise PermissionError(f"--out {args.out} is not writable: choose another folder.")
+    plan = None if args.plan is None else Plan.load(args.plan)
     pipeline = Pipeline.from_pretrained(args.folder, dtype=args.dtype)
     options = {name: getattr(args, name) for name in PIPELINE_OPTIONS}
     seed = args.seed[0] if len(args.seed) == 1 else args.seed
-    output = pipeline(**options, seed=seed, progress=not args.quiet)
+    output = pipeline(**options, plan=plan, seed=seed, progress=not args.quiet)
     prompts = [prompt for prompt in args.prompt for _ in range(args.num_images_per_prompt)]
     for index, (image, prompt) in enumerate(zip(output.images, prompts, strict=True)):
         print(save_image(image, args.out, prompt, output.metadata | {"image": index}))
     seconds = {"load": pipeline.load_seconds} | output.timings
     print("seconds: " + ", ".join(f"{name} {value:.2f}" for name, value in seconds.items()))
+    return 0
+
+
+CALIBRATION_OPTIONS = (
+    "negative_prompt",
+    "num_inference_steps",
+    "height",
+    "width",
+    "guidance_scale",
+    "max_sequence_length",
+    "delta",
+    "cache",
+    "seed",
+    "attention_chunk",
+)
+
+
+def run_calibrate(args: argparse.Namespace) -> int:
+    """Progress is kept beside the plan: the same command goes on after an interruption."""
+    enable_compilation_cache()
+    devices()
+    from .calibration import calibrate
+    from .pipeline import Pipeline
+
+    prompts = [line for line in args.prompts.read_text().splitlines() if line.strip()]
+    if not prompts:
+        raise ValueError(f"--prompts {args.prompts} holds no prompt: write one per line.")
+    if not os.access(args.out.absolute().parent, os.W_OK):
+        raise PermissionError(f"--out {args.out} is not in a folder that is there and writable: choose another one.")
+    resume = args.out.with_name(f"{args.out.name}.progress")
+    pipeline = Pipeline.from_pretrained(args.folder, dtype=args.dtype)
+    options = {name: getattr(args, name) for name in CALIBRATION_OPTIONS}
+    options |= {"c": args.c or None, "windows": tuple(args.windows), "tiles": args.tiles and tuple(args.tiles)}
+    plan = calibrate(pipeline, prompts, **options, progress=not args.quiet, resume=resume)
+    plan.save(args.out)
+    resume.unlink(missing_ok=True)
+    print(args.out)
+    return 0
+
+
+def run_plan_show(args: argparse.Namespace) -> int:
+    from .plan import Plan
+    from .plan_view import draw, summary
+
+    plan = Plan.load(args.plan)
+    print(summary(plan))
+    if args.png is not None:
+        draw(plan, args.png)
+        print(args.png)
+    return 0
+
+
+def run_plan_sign(args: argparse.Namespace) -> int:
+    from .plan import Plan
+
+    print(Plan.sign(args.plan).digest)
     return 0
 
 
@@ -124,16 +217,11 @@ def save_image(image: Any, folder: Path, prompt: str, metadata: dict[str, Any]) 
             break
         except FileExistsError:
             number += 1
-    partial = path.with_name(f".{path.name}.partial")
     try:
-        with open(partial, "wb") as file:
+        with replacing(path) as file:
             image.save(file, format="PNG", pnginfo=info)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
     except BaseException:
-        for file in (partial, path):
-            file.unlink(missing_ok=True)
+        path.unlink()
         raise
     return path
 

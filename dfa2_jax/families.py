@@ -35,6 +35,8 @@ class SD3:
     """Stable Diffusion 3 and 3.5: classifier-free guidance, three encoders of which T5 may be absent."""
 
     num_prompts = 3
+    extra_text = 77
+    """Tokens of the joint sequence beside T5's: CLIP's."""
     order = ROW_COLUMN_CHANNEL
     defaults = Defaults(num_inference_steps=28, guidance_scale=7.0, max_sequence_length=256)
 
@@ -101,6 +103,7 @@ class Flux:
     """FLUX.1 dev (embedded guidance) and schnell: CLIP's pooled state and T5's tokens."""
 
     num_prompts = 2
+    extra_text = 0
     order = CHANNEL_ROW_COLUMN
     default_latent_size = 128
 

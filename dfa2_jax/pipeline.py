@@ -1,13 +1,17 @@
 """From a prompt to an image: `Pipeline`, with diffusers' argument names and meanings."""
 
+import inspect
 import logging
+import re
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
 from os import PathLike
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,12 +25,17 @@ from .families import FAMILIES, Embeddings
 from .models.layers import sinusoid
 from .models.patches import patchify, unpatchify
 from .models.sd3 import PositionTable
+from .plan import AttentionLayer, Plan, Setting
 from .request import Request, resolve, seeds_of
-from .sampling import Inputs, SkipGuidance, denoise, pad_steps
+from .sampling import Inputs, PlanRows, SkipGuidance, cache_shapes, denoise, denoise_planned, pad_steps
 from .schedule import torch_randn
+from .timing import Clock
 from .tokenizers import Tokenizer
 
 logger = logging.getLogger("dfa2_jax")
+
+UNTOLD = ("progress", "callback_on_step_end", "output_type", "seed", "sigmas", "plan")
+"""Arguments that metadata leaves out, or gives in another form."""
 
 Prompt = str | list[str] | None
 Callback = Callable[["Pipeline", int, float, dict[str, np.ndarray]], dict[str, np.ndarray] | None]
@@ -46,6 +55,17 @@ class Output:
     seeds: list[int | None]
     timings: dict[str, float]
     metadata: dict[str, Any] = field(repr=False)
+
+
+class Prepared(NamedTuple):
+    """A checked call with its prompts encoded: patchified latents [B, V, P] to start from, rows and columns of them."""
+
+    request: Request
+    tokens: np.ndarray
+    seeds: list[int | None]
+    inputs: Inputs
+    rows: int
+    columns: int
 
 
 @partial(jax.jit, static_argnames=("graph", "method"))
@@ -136,7 +156,7 @@ class Pipeline:
         skip_layer_guidance_scale: float = 2.8,
         skip_layer_guidance_start: float = 0.01,
         skip_layer_guidance_stop: float = 0.2,
-        plan: Any = None,
+        plan: Plan | None = None,
         callback_on_step_end: Callback | None = None,
         output_type: str = "pil",
         progress: bool = True,
@@ -150,32 +170,110 @@ class Pipeline:
                 image its own. Either way the noise is torch's.
             callback_on_step_end: called as (pipeline, step, timestep, {"latents": ...}); may return other latents.
             output_type: "pil", "np" or "latent".
+            plan: which heads attend in full, inside an arrow, or not at all at which step (`calibrate`). It decides
+                size, number of steps and sequence length where those are None, and is refused where they differ.
             progress: show a bar, one step at a time; the numbers are those of the whole loop.
 
         Raises:
-            ValueError: an argument that this model, this folder or another argument rules out.
-            NotImplementedError: a plan; this version samples densely.
+            ValueError: an argument that this model, this folder, the plan or another argument rules out.
+            MemoryError: the outputs that a plan keeps from step to step do not fit.
         """
         args = {name: value for name, value in locals().items() if name != "self"}
+        clock = Clock()
+        call = self.prepare(**args)
+        if plan is not None:
+            plan.check(self.setting_of(call))
+        clock.lap("encode")
+        tokens = self._denoise(call, plan, callback_on_step_end, progress)
+        clock.lap("denoise")
+        images = self._images(tokens, call)
+        clock.lap("decode")
+
+        timings = clock.seconds | {"per_step": clock.seconds["denoise"] / call.request.steps}
+        return Output(images, call.seeds, timings, self._metadata(args, call.request, call.seeds))
+
+    def setting(self, **arguments: Any) -> Setting:
+        """What a plan is bound to, of a call with these arguments: `Plan.full(pipeline.setting(prompt=...))`.
+
+        Raises:
+            ValueError: as in a call.
+        """
+        return self.setting_of(self.prepare(**arguments))
+
+    def prepare(self, **arguments: Any) -> "Prepared":
+        """A call's arguments, checked and encoded.
+
+        Raises:
+            ValueError: as in a call.
+        """
+        args = defaults() | arguments
+        if (plan := args["plan"]) is not None:
+            if not isinstance(plan, Plan):
+                raise ValueError(f"plan={plan!r:.100} must be a Plan: Plan.load(path) reads one.")
+            args = args | {name: value for name, value in self._planned(plan).items() if args[name] is None}
         request = resolve(args, self.family, self._multiple, self._default_size, self._num_layers)
         rows, columns = request.height // self._multiple, request.width // self._multiple
         if request.output_type != "latent":
             self._need_vae()
-        tokens, seeds = self._start(request, latents, seed, rows, columns)
-        clock = Clock()
-
+        tokens, seeds = self._start(request, args["latents"], args["seed"], rows, columns)
         inputs = self._inputs(request, rows, columns)
         if request.skip_layers is not None:
-            window = skip_layer_guidance_start, skip_layer_guidance_stop
-            inputs = inputs._replace(skip=self._skip(request, skip_layer_guidance_scale, *window))
-        clock.lap("encode")
-        tokens = self._denoise(tokens, inputs, request, rows, columns, callback_on_step_end, progress)
-        clock.lap("denoise")
-        images = self._images(tokens, request, rows, columns)
-        clock.lap("decode")
+            options = (args[f"skip_layer_guidance_{name}"] for name in ("scale", "start", "stop"))
+            inputs = inputs._replace(skip=self._skip(request, *options))
+        return Prepared(request, tokens, seeds, inputs, rows, columns)
 
-        timings = clock.seconds | {"per_step": clock.seconds["denoise"] / request.steps}
-        return Output(images, seeds, timings, self._metadata(args, request, seeds))
+    def _planned(self, plan: Plan) -> dict[str, Any]:
+        """What a plan says where a call says nothing."""
+        setting = plan.setting
+        num_text = next(layer.num_text for layer in setting.layers)
+        found = {
+            "height": setting.height,
+            "width": setting.width,
+            "num_inference_steps": setting.num_inference_steps,
+            "max_sequence_length": num_text - self.family.extra_text,
+        }
+        return found | ({} if plan.calibration is None else {"guidance_scale": plan.calibration.guidance_scale})
+
+    def setting_of(self, call: "Prepared") -> Setting:
+        request, text = call.request, call.inputs.text
+        layers = self.config.attention_layers(text.shape[1], call.rows * call.columns)
+        return Setting(
+            pipeline_class=self._checkpoint.pipeline_class,
+            weights=self.fingerprint,
+            scheduler=self._checkpoint.configs["scheduler"].get("_class_name", ""),
+            sigmas=tuple(float(sigma) for sigma in call.inputs.sigmas[: request.steps + 1]),
+            height=request.height,
+            width=request.width,
+            doubled_batch=request.scale is not None,
+            num_heads=self.config.num_attention_heads,
+            layers=tuple(
+                AttentionLayer(
+                    name=name,
+                    num_text=layout.num_text,
+                    num_visual=layout.num_visual,
+                    text_first=layout.text_first,
+                )
+                for name, layout in layers.items()
+            ),
+        )
+
+    def empty_caches(self, call: "Prepared") -> Any:
+        """Zeros for what compressed sampling keeps from step to step.
+
+        Raises:
+            MemoryError: they do not fit; the message says what would.
+        """
+        batch, num_text = call.inputs.text.shape[:2]
+        shapes = cache_shapes(self.config, num_text, call.rows * call.columns, batch, self.dtype)
+        need, free = sum(one.size * one.dtype.itemsize for one in jax.tree.leaves(shapes)), free_bytes()
+        if need > free:
+            fitting = int(free / need * call.request.batch)
+            advice = f"a batch of {fitting} would fit" if fitting else "take a smaller image, or no plan"
+            raise MemoryError(
+                f"The plan keeps {need / 1e9:.1f} GB of attention outputs for {call.request.batch} images of "
+                f"{call.request.height} x {call.request.width}, and {free / 1e9:.1f} GB are free: {advice}."
+            )
+        return jax.tree.map(lambda one: jnp.zeros(one.shape, one.dtype), shapes)
 
     def encode_prompt(
         self, texts: list[list[str]], *, max_sequence_length: int | None = None, clip_skip: int = 0
@@ -299,44 +397,58 @@ class Pipeline:
             active=pad_steps((step > request.steps * start) & (step < request.steps * stop)),
         )
 
-    def _denoise(
-        self,
-        tokens: np.ndarray,
-        inputs: Inputs,
-        request: Request,
-        rows: int,
-        columns: int,
-        callback: Callback | None,
-        progress: bool,
-    ) -> np.ndarray:
+    def _denoise(self, call: "Prepared", plan: Plan | None, callback: Callback | None, progress: bool) -> np.ndarray:
         """All steps at once, or one at a time when someone watches: calls of the same program, so the same numbers."""
-        transformer, rounding = self._components["transformer"], None
-        if self.torch_rounding and self.dtype != jnp.float32:
-            rounding = self.dtype.name
-            tokens = tokens.astype(self.dtype).astype(np.float32)
-        run = partial(denoise, transformer.graph, transformer.params, inputs=jax.device_put(inputs), rounding=rounding)
+        run, tokens, caches = self.denoiser(call, plan)
+        steps = call.request.steps
         if callback is None and not progress:
-            return np.asarray(run(latents=tokens, start=0, stop=request.steps))
+            return np.asarray(run(tokens, caches, 0, steps)[0])
 
-        timesteps = np.asarray(inputs.sigmas) * 1000
-        for i in tqdm(range(request.steps), desc="denoise", disable=not progress):
-            tokens = jax.block_until_ready(run(latents=tokens, start=i, stop=i + 1))
+        timesteps = np.asarray(call.inputs.sigmas) * 1000
+        for i in tqdm(range(steps), desc="denoise", disable=not progress):
+            tokens, caches = jax.block_until_ready(run(tokens, caches, i, i + 1))
             if callback is not None:
-                seen = {"latents": np.array(self.family.output_latents(np.asarray(tokens), rows, columns))}
+                seen = {"latents": np.array(self.family.output_latents(np.asarray(tokens), call.rows, call.columns))}
                 returned = seen if (result := callback(self, i, float(timesteps[i]), seen)) is None else result
                 if not isinstance(returned, dict) or set(returned) - {"latents"}:
                     raise ValueError(
                         f"callback_on_step_end must return a dict of 'latents' alone, got {returned!r:.200}"
                     )
                 latents = np.asarray(returned.get("latents", seen["latents"]), np.float32)  # changed in place, perhaps
-                tokens = self._given_tokens(latents, request, rows, columns)
+                tokens = self._given_tokens(latents, call.request, call.rows, call.columns)
         return np.asarray(tokens)
 
-    def _images(self, tokens: np.ndarray, request: Request, rows: int, columns: int) -> Any:
-        if request.output_type == "latent":
+    def denoiser(self, call: "Prepared", plan: Plan | None) -> tuple[Callable[..., tuple[Any, Any]], Any, Any]:
+        """(run, tokens, caches): `run(tokens, caches, start, stop)` gives both after these steps."""
+        transformer, tokens = self.transformer, call.tokens
+        options: dict[str, Any] = {"inputs": jax.device_put(call.inputs), "rounding": self.rounding}
+        if self.rounding is not None:
+            tokens = tokens.astype(self.dtype).astype(np.float32)
+        if plan is None:
+            dense = partial(denoise, transformer.graph, transformer.params, **options)
+            return lambda tokens, caches, start, stop: (dense(tokens, start=start, stop=stop), caches), tokens, None
+        rows = PlanRows(pad_steps(plan.half_windows()), pad_steps(plan.head_order()))
+        planned = partial(denoise_planned, transformer.graph, transformer.params, plan=jax.device_put(rows), **options)
+
+        def run(tokens: Any, caches: Any, start: int, stop: int) -> tuple[Any, Any]:
+            return planned(latents=tokens, caches=caches, start=start, stop=stop)
+
+        return run, tokens, self.empty_caches(call)
+
+    @property
+    def transformer(self) -> Component:
+        return self._components["transformer"]
+
+    @property
+    def rounding(self) -> str | None:
+        return self.dtype.name if self.torch_rounding and self.dtype != jnp.float32 else None
+
+    def _images(self, tokens: np.ndarray, call: "Prepared") -> Any:
+        output_type, rows, columns = call.request.output_type, call.rows, call.columns
+        if output_type == "latent":
             return self.family.output_latents(tokens, rows, columns)
         images = self.decode(unpatchify(tokens, self.config.patch_size, self.family.order, rows, columns))
-        if request.output_type == "np":
+        if output_type == "np":
             return images
         return [Image.fromarray(pixels) for pixels in (images * 255).round().astype(np.uint8)]
 
@@ -345,7 +457,7 @@ class Pipeline:
         given = {
             name: f"array{list(np.shape(value))}" if name.endswith(("embeds", "latents")) else plain(value)
             for name, value in args.items()
-            if value is not None and name not in ("progress", "callback_on_step_end", "output_type", "seed", "sigmas")
+            if value is not None and name not in UNTOLD
         }
         resolved = {
             "height": request.height,
@@ -354,6 +466,7 @@ class Pipeline:
             "guidance_scale": plain(request.guidance_scale),
             "max_sequence_length": request.length,
             "seed": plain(args["seed"]) if seeds[0] is not None else None,
+            "plan": None if args["plan"] is None else args["plan"].digest,
             "sigmas": None if request.sigmas is None else [float(sigma) for sigma in request.sigmas],
             "pipeline": self._checkpoint.pipeline_class,
             "fingerprint": self.fingerprint,
@@ -364,32 +477,20 @@ class Pipeline:
         return given | resolved
 
 
+def defaults() -> dict[str, Any]:
+    """Of `Pipeline.__call__`."""
+    parameters = list(inspect.signature(Pipeline.__call__).parameters.values())[1:]
+    return {parameter.name: parameter.default for parameter in parameters}
+
+
+def free_bytes() -> int:
+    """What the default device can still hold; of a CPU's memory, what programs can get without swapping."""
+    if stats := jax.devices()[0].memory_stats():
+        return stats["bytes_limit"] - stats["bytes_in_use"]
+    available = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
+    return int(available[1]) * 1024 if available else sys.maxsize
+
+
 def plain(value: Any) -> Any:
     """As JSON knows it: no NumPy numbers, no tuples."""
     return np.asarray(value).tolist() if isinstance(value, (np.ndarray, np.generic, tuple, list)) else value
-
-
-class Clock:
-    """Seconds between laps, and the seconds that XLA compiled meanwhile (`jax.monitoring`)."""
-
-    compiled = 0.0
-    listening = False
-
-    def __init__(self) -> None:
-        if not Clock.listening:
-            Clock.listening = True
-            jax.monitoring.register_event_duration_secs_listener(Clock._on_event)
-        self._started, self._compiled = time.perf_counter(), Clock.compiled
-        self.seconds: dict[str, float] = {"compile": 0.0}
-
-    @staticmethod
-    def _on_event(event: str, duration_secs: float, **_: Any) -> None:
-        if event == "/jax/core/compile/backend_compile_duration":
-            Clock.compiled += duration_secs
-
-    def lap(self, name: str) -> None:
-        """Since the last lap; compilation is counted apart, not in the lap."""
-        now, compiled = time.perf_counter(), Clock.compiled - self._compiled
-        self.seconds[name] = now - self._started - compiled
-        self.seconds["compile"] += compiled
-        self._started, self._compiled = now, Clock.compiled

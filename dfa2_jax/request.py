@@ -53,8 +53,6 @@ def resolve(args: dict[str, Any], family: SD3 | Flux, multiple: int, default_siz
     Raises:
         ValueError: names the arguments and shows their values.
     """
-    if args["plan"] is not None:
-        raise NotImplementedError("plan is not None, but this version samples densely only.")
     if args["output_type"] not in OUTPUT_TYPES:
         raise ValueError(f"output_type={args['output_type']!r} is not one of {OUTPUT_TYPES}.")
     defaults = family.defaults

@@ -1,5 +1,6 @@
-"""The denoising loop: one jitted program for every prompt, seed, guidance value and number of steps of a shape."""
+"""The denoising loop: one jitted program for every prompt, seed, guidance value, plan and step count of a shape."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -7,7 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Int
+
+from .models.attention import Attend, Dense, Memory, Planned, PlanRow, Rows
 
 Array = jax.Array | np.ndarray
 
@@ -54,6 +58,13 @@ def euler_step(
     return x + (sigma_next - sigma) * velocity
 
 
+class PlanRows(NamedTuple):
+    """A plan as the loop reads it (`dfa2_jax.plan`): padded like every per-step input."""
+
+    half_window: Int[Array, "padded_steps layers heads"]
+    head_order: Int[Array, "padded_steps layers heads"]
+
+
 @partial(jax.jit, static_argnames=("graph", "unroll", "implementation", "rounding"))
 def denoise(
     graph: nnx.GraphDef,
@@ -77,42 +88,140 @@ def denoise(
         rounding: a dtype's name: round to it where torch does between operations, to reproduce diffusers' images in
             that dtype (XLA keeps such values in float32). None keeps float32.
     """
+    model = partial(nnx.merge(graph, params).velocity, unroll=unroll)
+    step = partial(denoise_step, model, Dense(implementation), inputs, rounding_to(rounding))
+    return jax.lax.fori_loop(start, stop, lambda i, latents: step(i, latents, None, None)[0], latents)
+
+
+@partial(
+    jax.jit, static_argnames=("graph", "unroll", "implementation", "rounding"), donate_argnames=("latents", "caches")
+)
+def denoise_planned(
+    graph: nnx.GraphDef,
+    params: Any,
+    latents: Float[Array, "B V C"],
+    caches: tuple[Memory, ...],
+    inputs: Inputs,
+    plan: PlanRows,
+    start: Int[Array, ""] | int,
+    stop: Int[Array, ""] | int,
+    *,
+    unroll: int | bool = 1,
+    implementation: str | None = None,
+    rounding: str | None = None,
+) -> tuple[Float[Array, "B V C"], tuple[Memory, ...]]:
+    """As `denoise`, with each head's attention by a plan (DiTFastAttnV2, arXiv 2503.22796, section 3).
+
+    Args:
+        caches: every attention call's last output, from `cache_shapes` at first; given away, and returned. Step 0 is
+            dense and fills them.
+        plan: data: another plan of the shape compiles nothing.
+    """
     model = nnx.merge(graph, params)
-    model = partial(model, unroll=unroll, implementation=implementation)
+    step = partial(
+        denoise_step, partial(model.velocity, unroll=unroll), Planned(implementation), inputs, rounding_to(rounding)
+    )
+    rows = partial(by_segment, model.attention_rows)
 
-    def rounded(x: Array) -> Array:
-        if rounding is None:
-            return x
-        kind = jnp.finfo(rounding)
-        return jax.lax.reduce_precision(x, kind.nexp, kind.nmant)
+    def first(carry: tuple[Array, Any]) -> tuple[Array, Any]:
+        return step(0, *carry, rows(None))
 
-    def step(i: Array, latents: Array) -> Array:
-        velocity = guided_velocity(model, latents, i, inputs, rounded)
-        return rounded(euler_step(latents, velocity, inputs.sigmas[i], inputs.sigmas[i + 1]))
+    def later(i: Array, carry: tuple[Array, Any]) -> tuple[Array, Any]:
+        return step(i, *carry, rows(PlanRows(plan.half_window[i], plan.head_order[i])))
 
-    return jax.lax.fori_loop(start, stop, step, latents)
+    carry = jax.lax.cond(start == 0, first, lambda carry: carry, (latents, caches))
+    return jax.lax.fori_loop(jnp.maximum(start, 1), stop, later, carry)
+
+
+def by_segment(attention_rows: Rows, row: PlanRows | None) -> tuple[Memory, ...]:
+    """One step's plan [layers, heads] as each segment's scan over its blocks wants it; None: all of it dense."""
+
+    def of(numbers: tuple[int, ...]) -> PlanRow | None:
+        if not numbers:
+            return None
+        place = jnp.arange(len(numbers))
+        if row is None:
+            return PlanRow(place, None, None)
+        half_window, head_order = (jnp.asarray(data)[np.array(numbers)] for data in row)
+        return PlanRow(place, half_window, head_order)
+
+    return tuple((of(first), of(second)) for first, second in attention_rows)
+
+
+def cache_shapes(
+    config: Any, num_text: int, num_visual: int, batch: int, dtype: DTypeLike
+) -> tuple[tuple[jax.ShapeDtypeStruct | None, ...], ...]:
+    """Shapes of `caches` for a model: by segment, a stack of outputs for each of its blocks' attentions.
+
+    Args:
+        config: the model's.
+        batch: of the transformer, twice the images under classifier-free guidance.
+    """
+    lengths = [layout.length for layout in config.attention_layers(num_text, num_visual).values()]
+    heads = config.num_attention_heads, config.attention_head_dim
+
+    def of(numbers: tuple[int, ...]) -> jax.ShapeDtypeStruct | None:
+        return jax.ShapeDtypeStruct((len(numbers), batch, lengths[numbers[0]], *heads), dtype) if numbers else None
+
+    return tuple((of(first), of(second)) for first, second in config.attention_rows)
+
+
+def denoise_step(
+    model: Callable[..., tuple[Array, Any]],
+    attend: Attend,
+    inputs: Inputs,
+    rounded: Callable[[Array], Array],
+    i: Int[Array, ""] | int,
+    latents: Float[Array, "B V C"],
+    memory: Any,
+    rows: Any,
+) -> tuple[Float[Array, "B V C"], Any]:
+    """One Euler step, and what attention remembers of it."""
+    velocity, memory = guided_velocity(model, attend, inputs, rounded, i, latents, memory, rows)
+    return rounded(euler_step(latents, velocity, inputs.sigmas[i], inputs.sigmas[i + 1])), memory
 
 
 def guided_velocity(
-    model: Any, latents: Float[Array, "B V C"], i: Int[Array, ""], inputs: Inputs, rounded: Any
-) -> Array:
-    """Velocity under classifier-free (arXiv 2207.12598) and skip-layer guidance, combined as in diffusers."""
+    model: Callable[..., tuple[Array, Any]],
+    attend: Attend,
+    inputs: Inputs,
+    rounded: Callable[[Array], Array],
+    i: Int[Array, ""] | int,
+    latents: Float[Array, "B V C"],
+    memory: Any,
+    rows: Any,
+) -> tuple[Array, Any]:
+    """Velocity under classifier-free (arXiv 2207.12598) and skip-layer guidance, combined as in diffusers.
+
+    Both sides of classifier-free guidance are one batch, with one plan and one memory. The forward without some layers
+    is dense and leaves the memory alone.
+    """
     text, pooled, timestep = inputs.text, inputs.pooled, inputs.timesteps[i][None]
 
-    def velocity(latents: Array, text: Array, pooled: Array, **kwargs: Any) -> Array:
-        out = model(latents, text, pooled, inputs.positions, timestep, inputs.guidance, **kwargs)
-        return out.astype(jnp.float32)
+    def velocity(latents: Array, text: Array, pooled: Array, *args: Any, **kwargs: Any) -> tuple[Array, Any]:
+        out, memory = model(latents, text, pooled, inputs.positions, timestep, inputs.guidance, *args, **kwargs)
+        return out.astype(jnp.float32), memory
 
     if inputs.guidance_scale is None:
-        return velocity(latents, text, pooled)
-    uncond, cond = jnp.split(velocity(jnp.concatenate([latents, latents]), text, pooled), 2)
+        return velocity(latents, text, pooled, attend, memory, rows)
+    both, memory = velocity(jnp.concatenate([latents, latents]), text, pooled, attend, memory, rows)
+    uncond, cond = jnp.split(both, 2)
     guided = rounded(uncond + rounded(inputs.guidance_scale * rounded(cond - uncond)))
     if inputs.skip is None:
-        return guided
+        return guided, memory
     skip, batch = inputs.skip, latents.shape[0]
 
     def push(guided: Array) -> Array:
-        without = velocity(latents, text[batch:], pooled[batch:], skip=skip.layers)
+        dense = Dense(attend.implementation)
+        without, _ = velocity(latents, text[batch:], pooled[batch:], dense, skip=skip.layers)
         return rounded(guided + rounded(rounded(cond - without) * skip.scale))
 
-    return jax.lax.cond(skip.active[i], push, lambda guided: guided, guided)
+    return jax.lax.cond(skip.active[i], push, lambda guided: guided, guided), memory
+
+
+def rounding_to(dtype: str | None) -> Callable[[Array], Array]:
+    """Rounds to a dtype and keeps float32; None: nothing."""
+    if dtype is None:
+        return lambda x: x
+    kind = jnp.finfo(dtype)
+    return lambda x: jax.lax.reduce_precision(x, kind.nexp, kind.nmant)

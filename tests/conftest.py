@@ -14,7 +14,7 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # Modules that import torch at their top cannot even be collected without it: `-m "not torch"` leaves them out.
-NEED_TORCH = re.compile(r"^(import|from) (torch|torch_reference|diffusers|tiny)\b", re.MULTILINE)
+NEED_TORCH = re.compile(r"^(import|from) (torch|torch_models|torch_reference|diffusers|tiny)\b", re.MULTILINE)
 
 
 @cache
@@ -42,6 +42,20 @@ def no_shape_checks():
     config.update("jaxtyping_disable", True)
     yield
     config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture
+def compilations():
+    """The list of backend compilations since the test began."""
+    seen = []
+
+    def listen(event, seconds, **kwargs):
+        if event == "/jax/core/compile/backend_compile_duration":
+            seen.append(kwargs)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield seen
+    jax.monitoring.unregister_event_duration_listener(listen)
 
 
 def _tiny(name):

@@ -8,7 +8,7 @@ from flax import nnx
 
 from dfa2_jax.models import MODELS
 from dfa2_jax.models.sd3 import PositionTable
-from dfa2_jax.sampling import STEP_BLOCK, Inputs
+from dfa2_jax.sampling import STEP_BLOCK, Inputs, PlanRows, cache_shapes
 
 
 class Published(NamedTuple):
@@ -77,3 +77,14 @@ def denoise_arguments(name: str, pixels: int) -> tuple[Any, ...]:
     )
     latents, step = shape((1, visual, config.token_channels), f32), shape((), jnp.int32)
     return graph, params, latents, inputs, step, step
+
+
+def planned_arguments(name: str, pixels: int) -> tuple[Any, ...]:
+    """(graph, params, latents, caches, inputs, plan, start, stop) of `dfa2_jax.sampling.denoise_planned`."""
+    graph, params, latents, inputs, start, stop = denoise_arguments(name, pixels)
+    config = MODELS[PUBLISHED[name].class_name].config_from_json(PUBLISHED[name].config)
+    batch, num_text = inputs.text.shape[:2]
+    num_visual, layers = latents.shape[1], len(config.attention_layers(num_text, latents.shape[1]))
+    caches = cache_shapes(config, num_text, num_visual, batch, jnp.bfloat16)
+    rows = jax.ShapeDtypeStruct((STEP_BLOCK, layers, config.num_attention_heads), jnp.int32)
+    return graph, params, latents, caches, inputs, PlanRows(rows, rows), start, stop

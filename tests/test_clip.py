@@ -10,7 +10,7 @@ import torch
 import transformers
 from flax import nnx
 from lowering import assert_highest_precision, largest_intermediate, lower_for_cuda
-from torch_reference import load, redraw, relative_error
+from torch_models import load, redraw, relative_error
 
 from dfa2_jax.models.clip import CLIPTextConfig, CLIPTextModel
 

@@ -1,27 +1,14 @@
 """After the first call of a shape nothing compiles: prompts, seeds, guidance and step counts are data."""
 
 import jax
+import numpy as np
 import pytest
 
-from dfa2_jax.pipeline import Pipeline
+from dfa2_jax import Method, Pipeline, Plan
 
 PROMPTS = [
     f"a {size} {colour} circle" for size in ("small", "large") for colour in ("red", "blue", "green", "white", "")
 ]
-
-
-@pytest.fixture
-def compilations():
-    """The list of backend compilations since the test began."""
-    seen = []
-
-    def listen(event, seconds, **kwargs):
-        if event == "/jax/core/compile/backend_compile_duration":
-            seen.append(kwargs)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    yield seen
-    jax.monitoring.unregister_event_duration_listener(listen)
 
 
 @pytest.mark.parametrize(
@@ -60,4 +47,29 @@ def test_nothing_compiles_twice(name, first, others, request, compilations):
         pipeline(PROMPTS[0], num_inference_steps=steps, progress=False, **common, **first)
     for other in others:
         pipeline(PROMPTS[0], **common, **first | other, **({} if "sigmas" in other else {"num_inference_steps": 3}))
+    assert compilations == []
+
+
+@pytest.mark.parametrize("name", ["tiny_sd35", "tiny_flux_dev"])
+def test_plans_are_data_too(name, request, compilations):
+    """Ten plans, prompts, seeds, guidance values and step counts, of one program beside the dense one."""
+    pipeline = Pipeline.from_pretrained(request.getfixturevalue(name))
+    common = {"height": 64, "width": 64, "max_sequence_length": 16}
+    methods = Method("full"), Method("cached"), Method("arrow(1/4)")
+
+    def run(number):
+        arguments = common | {"num_inference_steps": 2 + 6 * number, "guidance_scale": 2.0 + number}
+        full = Plan.full(pipeline.setting(prompt="", **arguments))
+        choices = np.random.default_rng(number).integers(3, size=full.choices.shape, dtype=np.uint8)
+        choices[0] = 0
+        plan = Plan(full.setting, methods, choices)
+        pipeline(PROMPTS[number], seed=number, plan=plan, progress=bool(number % 2), **arguments)
+        pipeline(PROMPTS[number], seed=number, progress=False, **arguments)
+
+    jax.clear_caches()
+    run(0)
+    assert compilations
+    compilations.clear()
+    for number in range(10):
+        run(number)
     assert compilations == []

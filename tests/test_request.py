@@ -97,9 +97,10 @@ def test_wrong_types_are_refused_without_a_type_checker_too(arguments, message, 
         sd35(**given)
 
 
-def test_a_plan_is_refused(sd35):
-    with pytest.raises(NotImplementedError, match="densely only"):
-        sd35(PROMPT, plan=object())
+@pytest.mark.usefixtures("no_shape_checks")
+def test_a_plan_must_be_a_plan(sd35):
+    with pytest.raises(ValueError, match=r"plan='plan.json' must be a Plan: Plan.load\(path\) reads one"):
+        sd35(PROMPT, plan="plan.json")
 
 
 def test_flux_floors_the_size_with_a_warning(dev, caplog):

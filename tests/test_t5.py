@@ -10,7 +10,7 @@ import torch
 import transformers
 from flax import nnx
 from lowering import assert_highest_precision, lower_for_cuda
-from torch_reference import load, redraw, relative_error
+from torch_models import load, redraw, relative_error
 from transformers.models.t5.modeling_t5 import T5Attention
 
 from dfa2_jax.models.t5 import T5Config, T5Encoder, relative_position_buckets

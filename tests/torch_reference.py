@@ -1,56 +1,73 @@
-"""Torch models with every parameter redrawn, their weights in NNX modules, and relative errors."""
+"""DiTFastAttnV2 inside diffusers: its attention processors, with the token rule as a dense mask and per-head reuse."""
 
-import re
-from collections.abc import Callable
-from typing import Any
+from unittest.mock import patch
 
-import jax.numpy as jnp
-import numpy as np
 import torch
-from flax import nnx
+from torch.nn import functional
+
+FULL, CACHED = -1, -2
 
 
-def redraw(model: torch.nn.Module, scale: float = 0.1) -> torch.nn.Module:
-    """Normal parameters from a seed, norm weights around 1: initial zero biases and equal norms hide errors."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            centre = 1.0 if "norm" in name and name.endswith("weight") else 0.0
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale + centre)
-    return model.eval()
+class Run:
+    """One sampling run. Whoever runs it says which step it is at."""
+
+    def __init__(self, half_windows):
+        self.half_windows = torch.as_tensor(half_windows)  # [steps, layers, heads]
+        self.step = 0
+
+    def next_step(self, pipeline, step, timestep, tensors):
+        """A diffusers `callback_on_step_end`."""
+        self.step = step + 1
+        return tensors
 
 
-def load(make: Callable[[], nnx.Module], source: torch.nn.Module, rename: Callable[[str], str]) -> Any:
-    """The module that `make` builds, with `source`'s parameters: `rename` gives each one's path, `#3` a row of a stack.
+class PlannedProcessor:
+    """A diffusers attention processor whose softmax follows a run's plan; projections stay the wrapped one's.
 
-    Every parameter is filled, with its shape. Nothing is initialised first, which for a VAE takes 10 s of compilation.
+    Args:
+        inner: the processor that is replaced.
+        layer: number of the attention call, in order of execution.
+        text: positions of the text tokens, a slice.
     """
-    found: dict[str, Any] = {}
-    for name, parameter in source.named_parameters():
-        path, value = rename(name), parameter.detach().float().numpy()
-        if path.endswith("kernel"):
-            value = value.transpose(2, 3, 1, 0) if value.ndim == 4 else value.T
-        if row := re.search(r"\.#(\d+)", path):
-            found.setdefault(path.replace(row.group(0), ""), []).append((int(row.group(1)), value))
-        else:
-            found[path] = value
-    graph, state = nnx.split(nnx.eval_shape(make))
-    targets = {".".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(state)}
-    assert set(found) == set(targets), (sorted(set(found) - set(targets)), sorted(set(targets) - set(found)))
-    for path, leaf in targets.items():
-        value = found[path]
-        value = np.stack([v for _, v in sorted(value, key=lambda kv: kv[0])]) if isinstance(value, list) else value
-        assert value.shape == leaf.shape, (path, value.shape, leaf.shape)
-        leaf.set_value(jnp.asarray(value, leaf.dtype))
-    return nnx.merge(graph, state)
+
+    def __init__(self, inner, run, layer, text):
+        self.inner, self.run, self.layer, self.text = inner, run, layer, text
+        self.attention, self.previous = functional.scaled_dot_product_attention, None
+
+    def __call__(self, *args, **kwargs):
+        with patch.object(functional, "scaled_dot_product_attention", self.attend):
+            return self.inner(*args, **kwargs)
+
+    def attend(self, query, key, value, *args, **kwargs):  # [B, N, T, H]
+        half_window = self.run.half_windows[self.run.step, self.layer]
+        position = torch.arange(key.shape[2])
+        is_text = torch.zeros(key.shape[2], dtype=torch.bool)
+        is_text[self.text] = True
+        near = (position[:, None] - position).abs() <= half_window[:, None, None]
+        kept = near | is_text[:, None] | is_text | (half_window == FULL)[:, None, None]
+        out = self.attention(query, key, value, attn_mask=kept)
+        if self.run.step > 0:
+            out = torch.where((half_window == CACHED)[:, None, None], self.previous, out)
+        self.previous = out
+        return out
 
 
-def numpy(x: Any) -> np.ndarray:
-    return x.detach().float().numpy() if isinstance(x, torch.Tensor) else np.asarray(x, np.float32)
+def follow_plan(pipeline, half_windows, layouts):
+    """Make a diffusers SD3 or FLUX pipeline follow a plan.
 
+    Args:
+        half_windows: int [steps, layers, heads].
+        layouts: of each attention call in order of execution, with a slice `text`.
 
-def relative_error(ours: Any, reference: Any) -> float:
-    """Relative L2 distance of `ours` from `reference`."""
-    ours, reference = numpy(ours), numpy(reference)
-    assert ours.shape == reference.shape, (ours.shape, reference.shape)
-    return float(np.linalg.norm(ours - reference) / np.linalg.norm(reference))
+    Returns:
+        The run: its `next_step` must be the call's `callback_on_step_end`.
+    """
+    run, transformer = Run(half_windows), pipeline.transformer
+    blocks = [*transformer.transformer_blocks, *getattr(transformer, "single_transformer_blocks", [])]
+    modules = [
+        getattr(block, name) for block in blocks for name in ("attn", "attn2") if getattr(block, name, None) is not None
+    ]
+    for layer, (module, layout) in enumerate(zip(modules, layouts, strict=True)):
+        inner = getattr(module.processor, "inner", module.processor)  # of an earlier run
+        module.set_processor(PlannedProcessor(inner, run, layer, layout.text))
+    return run

@@ -1,28 +1,92 @@
-"""The one place where models call attention kernels."""
+"""The one place where models call attention kernels: what a layer's attention does, and what it remembers."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import Layout, arrow_attention
+from pallas_kernels import CACHED, Layout
+from pallas_kernels import arrow_attention as arrow_attention
 from pallas_kernels import arrow_implementation as arrow_implementation
 from pallas_kernels import dense_implementation as dense_implementation
+from pallas_kernels import nested_arrow_attention as nested_arrow_attention
+
+Heads = Float[Array, "B T N H"]
+Project = Callable[[], tuple[Heads, Heads, Heads]]
+"""Makes q, k and v of every token, at the price of their projections."""
 
 
-def attend(
-    q: Float[Array, "B T N H"],
-    k: Float[Array, "B S N H"],
-    v: Float[Array, "B S N H"],
-    layout: Layout,
-    *,
-    half_window: Int[Array, " N"] | None = None,
-    cache: Float[Array, "L B T N H"] | None = None,
-    layer: Int[Array, ""] | None = None,
-    implementation: str | None = None,
-) -> tuple[Float[Array, "B T N H"], Float[Array, "L B T N H"] | None]:
-    """Attention of one layer: its plan row `half_window`, and the stack of cached outputs that it reads and updates.
+Memory = tuple[Any, Any]
+"""Of one segment of equal blocks: for their first attention and for their second, if they have one."""
 
-    Returns the output and the updated stack (None without one).
-    """
-    result = arrow_attention(
-        q, k, v, half_window, layout=layout, cache=cache, layer=layer, implementation=implementation
-    )
-    return (result, None) if cache is None else (result[layer], result)
+NOTHING = (None, None)
+
+Rows = tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
+"""By segment, then for the first and the second attention of its blocks: their numbers in order of execution."""
+
+
+@runtime_checkable
+class Attend(Protocol):
+    """Attention of one layer, by a named implementation or the best (`pallas_kernels.arrow_attention`)."""
+
+    @property
+    def implementation(self) -> str | None: ...
+
+    def __call__(self, project: Project, layout: Layout, memory: Any, row: Any) -> tuple[Heads, Any]:
+        """The output, and what the loop over layers remembers.
+
+        Args:
+            memory: state of all layers of this kind in a segment, carried through the loop over them.
+            row: this layer's own data.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Dense:
+    """Full attention; remembers nothing."""
+
+    implementation: str | None = None
+
+    def __call__(self, project: Project, layout: Layout, memory: None, row: None) -> tuple[Heads, None]:
+        return arrow_attention(*project(), layout=layout, implementation=self.implementation), None
+
+
+class PlanRow(NamedTuple):
+    """What a plan says of one layer at one step."""
+
+    layer: Int[Array, ""]
+    """Its place in the stack of cached outputs."""
+    half_window: Int[Array, " N"] | None
+    """As in `arrow_attention`; None at the first step, which is dense."""
+    head_order: Int[Array, " N"] | None
+
+
+@dataclass(frozen=True)
+class Planned:
+    """Each head in full, inside an arrow or reused (DiTFastAttnV2, section 3). Remembers every layer's output."""
+
+    implementation: str | None = None
+
+    def __call__(
+        self, project: Project, layout: Layout, memory: Float[Array, "L B T N H"], row: PlanRow
+    ) -> tuple[Heads, Float[Array, "L B T N H"]]:
+        def compute(stack: Float[Array, "L B T N H"]) -> Float[Array, "L B T N H"]:
+            return arrow_attention(
+                *project(),
+                row.half_window,
+                layout=layout,
+                cache=stack,
+                layer=row.layer,
+                head_order=row.head_order,
+                implementation=self.implementation,
+            )
+
+        if row.half_window is None:
+            memory = compute(memory)
+        else:  # a layer whose heads are all cached needs no queries, keys and values
+            memory = jax.lax.cond(jnp.all(row.half_window == CACHED), lambda stack: stack, compute, memory)
+        return memory[row.layer], memory

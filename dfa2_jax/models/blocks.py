@@ -1,5 +1,6 @@
 """The joint attention block that SD3 and FLUX share, and its attention projections."""
 
+from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
@@ -9,10 +10,9 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.layout import Layout
 
-from .attention import attend
+from .attention import NOTHING, Attend, Heads, Memory
 from .layers import MLP, AdaLN, AdaLNOut, RMSNorm, layer_norm, linear, merge_heads, split_heads
 
-Heads = Float[Array, "B T N H"]
 Rope = tuple[Float[Array, "S half"], Float[Array, "S half"]]
 
 
@@ -107,8 +107,11 @@ class JointBlock(nnx.Module):
         layout: Layout,
         *,
         rope: Rope | None = None,
-        implementation: str | None = None,
-    ) -> tuple[Float[Array, "B V D"], Float[Array, "B T D"]]:
+        attend: Attend,
+        memory: Memory = NOTHING,
+        rows: Memory = NOTHING,
+    ) -> tuple[Float[Array, "B V D"], Float[Array, "B T D"], Memory]:
+        """Both streams, and what the attentions remember: `memory` and `rows` hold one entry for each of them."""
         attn, mlp, *attn2 = self.norm1(vector)
         normed = layer_norm(visual)
         if self.last:
@@ -118,23 +121,23 @@ class JointBlock(nnx.Module):
             text_attn, text_mlp = self.norm1_context(vector)
             text_in = text_attn(layer_norm(text))
 
-        pairs = zip(self.attn.visual(attn(normed)), self.attn.text(text_in), strict=True)
-        q, k, v = (join(a, b, layout) for a, b in pairs)
-        if rope is not None:
-            q, k = rotate(q, rope), rotate(k, rope)
-        if self.last:
-            q = q[:, layout.visual]  # nobody reads the text rows' output
-        out = merge_heads(attend(q, k, v, layout, implementation=implementation)[0])
-        visual_out = out if self.last else out[:, layout.visual]
-        visual = visual + attn.gate * self.attn.to_out(visual_out)
+        def project() -> tuple[Heads, Heads, Heads]:
+            pairs = zip(self.attn.visual(attn(normed)), self.attn.text(text_in), strict=True)
+            q, k, v = (join(a, b, layout) for a, b in pairs)
+            return (q, k, v) if rope is None else (rotate(q, rope), rotate(k, rope), v)
+
+        out, first = attend(project, layout, memory[0], rows[0])
+        out, second = merge_heads(out), None
+        visual = visual + attn.gate * self.attn.to_out(out[:, layout.visual])
 
         if self.attn2 is not None:
+            project_visual = partial(self.attn2.visual, attn2[0](normed))
             only_visual = Layout(num_text=0, num_visual=visual.shape[1], text_first=layout.text_first)
-            out2, _ = attend(*self.attn2.visual(attn2[0](normed)), only_visual, implementation=implementation)
+            out2, second = attend(project_visual, only_visual, memory[1], rows[1])
             visual = visual + attn2[0].gate * self.attn2.to_out(merge_heads(out2))
         visual = visual + mlp.gate * self.ff(mlp(layer_norm(visual)))
 
         if text_attn is not None and text_mlp is not None:
             text = text + text_attn.gate * self.attn.to_add_out(out[:, layout.text])
             text = text + text_mlp.gate * self.ff_context(text_mlp(layer_norm(text)))
-        return visual, text
+        return visual, text, (first, second)

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.layout import Layout
 
-from .attention import attend
+from .attention import NOTHING, Attend, Dense, Heads, Memory, Rows
 from .blocks import Attention, JointBlock, Rope, rotate
 from .layers import MLP, AdaLN, AdaLNOut, layer_norm, linear, merge_heads, run_blocks, stack
 
@@ -75,6 +75,16 @@ class FluxConfig:
     def token_channels(self) -> int:
         return self.in_channels
 
+    @property
+    def attention_rows(self) -> Rows:
+        double = self.num_layers
+        return (tuple(range(double)), ()), (tuple(range(double, double + self.num_single_layers)), ())
+
+    def attention_layers(self, num_text: int, num_visual: int) -> dict[str, Layout]:
+        """Every attention call by name, in order of execution."""
+        names = [f"double.{i}" for i in range(self.num_layers)] + [f"single.{i}" for i in range(self.num_single_layers)]
+        return dict.fromkeys(names, Layout(num_text, num_visual, text_first=True))
+
 
 class SingleBlock(nnx.Module):
     """Attention and MLP in parallel from one norm, over the joint sequence (ViT-22B, arXiv 2302.05442, section 2)."""
@@ -91,13 +101,20 @@ class SingleBlock(nnx.Module):
         layout: Layout,
         *,
         rope: Rope,
-        implementation: str | None = None,
-    ) -> Float[Array, "B S D"]:
+        attend: Attend,
+        memory: Memory = NOTHING,
+        rows: Memory = NOTHING,
+    ) -> tuple[Float[Array, "B S D"], Memory]:
         (modulation,) = self.norm(vector)
         normed = modulation(layer_norm(x))
-        q, k, v = self.attn.visual(normed)
-        out, _ = attend(rotate(q, rope), rotate(k, rope), v, layout, implementation=implementation)
-        return x + modulation.gate * (self.attn.to_out(merge_heads(out)) + self.ff(normed))
+
+        def project() -> tuple[Heads, Heads, Heads]:
+            q, k, v = self.attn.visual(normed)
+            return rotate(q, rope), rotate(k, rope), v
+
+        out, remembered = attend(project, layout, memory[0], rows[0])
+        x = x + modulation.gate * (self.attn.to_out(merge_heads(out)) + self.ff(normed))
+        return x, (remembered, None)
 
 
 def clip_float16(x: Float[Array, "*dims"]) -> Float[Array, "*dims"]:
@@ -114,6 +131,7 @@ class FluxTransformer(nnx.Module):
         to = {"dtype": dtype, "rngs": rngs}
         width, heads = config.width, config.num_attention_heads
         self.dtype = jnp.dtype(dtype)
+        self.attention_rows = config.attention_rows
         self.x_embedder = linear(config.in_channels, width, **to)
         self.context_embedder = linear(config.joint_attention_dim, width, **to)
         self.timestep_embedder = MLP(256, width, width, activation=jax.nn.silu, **to)
@@ -143,7 +161,7 @@ class FluxTransformer(nnx.Module):
         unroll: int | bool = 1,
         implementation: str | None = None,
     ) -> Float[Array, "B V C"]:
-        """Velocity of packed latents.
+        """Velocity of packed latents, with dense attention.
 
         Args:
             tokens: latents in patches of (channel, row, column), `patches.patchify`.
@@ -151,6 +169,25 @@ class FluxTransformer(nnx.Module):
             positions: `patches.rope_table` for the text and the image's patches.
             timestep, guidance: `layers.sinusoid` of 1000 sigma and 1000 guidance; guidance for FLUX.1-dev only.
         """
+        args = tokens, text, pooled, positions, timestep, guidance
+        return self.velocity(*args, Dense(implementation), skip=skip, unroll=unroll)[0]
+
+    def velocity(
+        self,
+        tokens: Float[Array, "B V C"],
+        text: Float[Array, "B T E"],
+        pooled: Float[Array, "B P"],
+        positions: Rope,
+        timestep: Float[Array, "#B 256"],
+        guidance: Float[Array, "#B 256"] | None,
+        attend: Attend,
+        memory: tuple[Memory, ...] | None = None,
+        rows: tuple[Memory, ...] | None = None,
+        *,
+        skip: None = None,
+        unroll: int | bool = 1,
+    ) -> tuple[Float[Array, "B V C"], tuple[Memory, ...]]:
+        """As `__call__`, with any attention, and what it remembers: one entry for double blocks, one for single."""
         if skip is not None:
             raise NotImplementedError("Skip-layer guidance is defined for SD3, not for FLUX.")
         layout = Layout(num_text=text.shape[1], num_visual=tokens.shape[1], text_first=self.text_first)
@@ -161,14 +198,21 @@ class FluxTransformer(nnx.Module):
                 raise ValueError("This FLUX model embeds its guidance (guidance_embeds): guidance must not be None.")
             vector = vector + self.guidance_embedder(guidance.astype(self.dtype))
 
-        def double(block: JointBlock, carry: tuple[Array, Array], _: None) -> tuple[Array, Array]:
-            visual, context = block(*carry, vector, layout, rope=positions, implementation=implementation)
-            return visual, clip_float16(context)
+        def double(block: JointBlock, carry: tuple[Array, Array, Memory], rows: Memory) -> tuple[Array, Array, Memory]:
+            visual, context, memory = carry
+            visual, context, memory = block(
+                visual, context, vector, layout, rope=positions, attend=attend, memory=memory, rows=rows
+            )
+            return visual, clip_float16(context), memory
 
-        def single(block: SingleBlock, x: Array, _: None) -> Array:
-            return clip_float16(block(x, vector, layout, rope=positions, implementation=implementation))
+        def single(block: SingleBlock, carry: tuple[Array, Memory], rows: Memory) -> tuple[Array, Memory]:
+            x, memory = carry
+            x, memory = block(x, vector, layout, rope=positions, attend=attend, memory=memory, rows=rows)
+            return clip_float16(x), memory
 
-        visual, context = run_blocks(self.transformer_blocks, double, (visual, context), unroll=unroll)
-        x = jnp.concatenate([context, visual], axis=1)
-        x = run_blocks(self.single_transformer_blocks, single, x, unroll=unroll)
-        return self.proj_out(self.norm_out(x[:, layout.visual], vector))
+        memory, rows = memory or (NOTHING, NOTHING), rows or (NOTHING, NOTHING)
+        blocks, streams = self.transformer_blocks, (visual, context, memory[0])
+        visual, context, first = run_blocks(blocks, double, streams, rows[0], unroll=unroll)
+        joined = jnp.concatenate([context, visual], axis=1), memory[1]
+        x, second = run_blocks(self.single_transformer_blocks, single, joined, rows[1], unroll=unroll)
+        return self.proj_out(self.norm_out(x[:, layout.visual], vector)), (first, second)

@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 from functools import partial
+from itertools import count as counter
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ from jaxtyping import Array, Bool, Float
 
 from pallas_kernels.layout import Layout
 
+from .attention import NOTHING, Attend, Dense, Memory, Rows
 from .blocks import JointBlock
 from .layers import MLP, AdaLNOut, linear, matmul_precision, run_blocks, stack
 
@@ -83,6 +85,25 @@ class SD3Config:
         kinds = [(i in self.dual_attention_layers, i == last) for i in range(self.num_layers)]
         return tuple(Segment(*kind, len(list(run))) for kind, run in groupby(kinds))
 
+    @property
+    def attention_rows(self) -> Rows:
+        """A dual block's second attention runs after its joint one."""
+        numbers, rows = counter(), []
+        for segment in self.segments:
+            pairs = [(next(numbers), next(numbers) if segment.dual else None) for _ in range(segment.count)]
+            first, second = zip(*pairs, strict=True)
+            rows.append((first, second if segment.dual else ()))
+        return tuple(rows)
+
+    def attention_layers(self, num_text: int, num_visual: int) -> dict[str, Layout]:
+        """Every attention call by name, in order of execution; the second ones of dual blocks see no text."""
+        layers = {}
+        for i in range(self.num_layers):
+            layers[f"joint.{i}"] = Layout(num_text, num_visual, text_first=False)
+            if i in self.dual_attention_layers:
+                layers[f"attn2.{i}"] = Layout(0, num_visual, text_first=False)
+        return layers
+
     def locate(self, block: int) -> tuple[int, int]:
         """(segment, place in it) of diffusers' `transformer_blocks.{block}`."""
         for index, segment in enumerate(self.segments):
@@ -128,6 +149,7 @@ class SD3Transformer(nnx.Module):
 
         self.segments = nnx.List([stack(segment.count, partial(block, segment), rngs) for segment in config.segments])
         self.counts = tuple(s.count for s in config.segments)
+        self.attention_rows = config.attention_rows
         self.norm_out = AdaLNOut(width, **to)
         self.proj_out = linear(width, config.token_channels, **to)
 
@@ -144,7 +166,7 @@ class SD3Transformer(nnx.Module):
         unroll: int | bool = 1,
         implementation: str | None = None,
     ) -> Float[Array, "B V C"]:
-        """Velocity of patchified latents.
+        """Velocity of patchified latents, with dense attention.
 
         Args:
             tokens: latents in patches of (row, column, channel), `patches.patchify`.
@@ -153,21 +175,45 @@ class SD3Transformer(nnx.Module):
             timestep: `layers.sinusoid` of 1000 sigma.
             skip: blocks to leave out (skip-layer guidance); traced, so another choice compiles nothing.
         """
+        args = tokens, text, pooled, positions, timestep, guidance
+        return self.velocity(*args, Dense(implementation), skip=skip, unroll=unroll)[0]
+
+    def velocity(
+        self,
+        tokens: Float[Array, "B V C"],
+        text: Float[Array, "B T E"],
+        pooled: Float[Array, "B P"],
+        positions: Float[Array, "1 V D"],
+        timestep: Float[Array, "#B 256"],
+        guidance: None,
+        attend: Attend,
+        memory: tuple[Memory, ...] | None = None,
+        rows: tuple[Memory, ...] | None = None,
+        *,
+        skip: Bool[Array, " layers"] | None = None,
+        unroll: int | bool = 1,
+    ) -> tuple[Float[Array, "B V C"], tuple[Memory, ...]]:
+        """As `__call__`, with any attention, and what it remembers: one entry per segment."""
         layout = Layout(num_text=text.shape[1], num_visual=tokens.shape[1], text_first=self.text_first)
         patches = tokens.astype(self.dtype).reshape(*tokens.shape[:-1], *self.patch_shape)
         visual = self.patch_embed(patches) + positions.astype(self.dtype)
         vector = self.timestep_embedder(timestep.astype(self.dtype)) + self.text_embedder(pooled)
-        context = self.context_embedder(text)
+        context, start, remembered = self.context_embedder(text), 0, []
 
-        def step(block: JointBlock, carry: tuple[Array, Array], skip: Array | None) -> tuple[Array, Array]:
-            def run(carry: tuple[Array, Array]) -> tuple[Array, Array]:
-                return block(*carry, vector, layout, implementation=implementation)
+        def step(block: JointBlock, carry: tuple[Array, Array, Memory], per_layer: Any) -> tuple[Array, Array, Memory]:
+            skip, rows = per_layer
+
+            def run(carry: tuple[Array, Array, Memory]) -> tuple[Array, Array, Memory]:
+                visual, context, memory = carry
+                return block(visual, context, vector, layout, attend=attend, memory=memory, rows=rows)
 
             return run(carry) if skip is None else jax.lax.cond(skip, lambda carry: carry, run, carry)
 
-        carry, start = (visual, context), 0
-        for blocks, count in zip(self.segments, self.counts, strict=True):
+        for i, (blocks, count) in enumerate(zip(self.segments, self.counts, strict=True)):
             flags = None if skip is None else skip[start : start + count]
-            carry = run_blocks(blocks, step, carry, flags, unroll=unroll)
+            carry = visual, context, NOTHING if memory is None else memory[i]
+            per_layer = flags, NOTHING if rows is None else rows[i]
+            visual, context, last = run_blocks(blocks, step, carry, per_layer, unroll=unroll)
+            remembered.append(last)
             start += count
-        return self.proj_out(self.norm_out(carry[0], vector))
+        return self.proj_out(self.norm_out(visual, vector)), tuple(remembered)

@@ -1,0 +1,119 @@
+"""Compressed sampling: against diffusers with the same plan in its attention processors, and against itself."""
+
+from functools import partial
+
+import jax
+import numpy as np
+import pytest
+from test_pipeline import COMMON, PROMPTS, error, load_theirs, run_theirs
+
+from dfa2_jax import Method, Pipeline, Plan, PlanError, sampling
+
+CASES = {
+    "sd35 cfg, attn2, wide": ("tiny_sd35", {"height": 64, "width": 160, "guidance_scale": 5.0}),
+    "flux, tall": ("tiny_flux_dev", {"height": 160, "width": 64}),
+}
+
+
+@pytest.fixture(scope="module")
+def ours(request):
+    made = {}
+
+    def get(name):
+        if name not in made:
+            made[name] = Pipeline.from_pretrained(request.getfixturevalue(name))
+        return made[name]
+
+    return get
+
+
+METHODS = tuple(map(Method, ("full", "cached", "arrow(1/4)", "arrow(1/8)", "arrow(1/16)")))
+
+
+def random_plan(setting, seed):
+    """Heads full, cached or arrows of one of three widths, mixed within layers; some layers are cached as a whole."""
+    generator = np.random.default_rng(seed)
+    size = setting.num_inference_steps, len(setting.layers), setting.num_heads
+    choices = generator.integers(len(METHODS), size=size).astype(np.uint8)
+    choices[generator.random(size[:2]) < 0.15] = 1
+    choices[0] = 0
+    return Plan(setting, METHODS, choices)
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("case", CASES)
+def test_latents_equal_diffusers_with_the_plan_in_its_processors(case, ours, request):
+    """20 random plans each."""
+    from torch_reference import follow_plan
+
+    name, arguments = CASES[case]
+    pipeline, theirs = ours(name), load_theirs(request.getfixturevalue(name))
+    arguments = {"prompt": PROMPTS[0]} | COMMON | arguments
+    setting = pipeline.setting(**arguments)
+    errors = []
+    for seed in range(20):
+        plan = random_plan(setting, seed)
+        latents = pipeline(**arguments, plan=plan, seed=seed, output_type="latent", progress=False).images
+        run = follow_plan(theirs, plan.half_windows(), [layer.layout for layer in setting.layers])
+        want = run_theirs(theirs, seed, **arguments, callback_on_step_end=run.next_step, output_type="latent")
+        errors.append(error(latents, want))
+    assert max(errors) < 1e-4
+    dense = pipeline(**arguments, seed=seed, output_type="latent", progress=False).images
+    assert error(latents, dense) > 1e-2  # the plans are not idle
+
+
+@pytest.mark.parametrize("implementation", ["blockwise", "reference"])
+@pytest.mark.parametrize("case", CASES)
+def test_the_full_plan_is_the_dense_program_bit_for_bit(case, ours, implementation, monkeypatch):
+    name, arguments = CASES[case]
+    pipeline = ours(name)
+    arguments = {"prompt": PROMPTS[0], "output_type": "latent", "progress": False} | COMMON | arguments
+    for program in ("denoise", "denoise_planned"):
+        monkeypatch.setattr(
+            f"dfa2_jax.pipeline.{program}", partial(getattr(sampling, program), implementation=implementation)
+        )
+    dense = pipeline(**arguments).images
+    planned = pipeline(**arguments, plan=Plan.full(pipeline.setting(**arguments))).images
+    np.testing.assert_array_equal(planned, dense)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_steps_one_by_one_are_the_loop(case, ours):
+    name, arguments = CASES[case]
+    pipeline = ours(name)
+    arguments = {"prompt": PROMPTS[0], "output_type": "latent"} | COMMON | arguments
+    plan = random_plan(pipeline.setting(**arguments), 0)
+    whole, watched = (pipeline(**arguments, plan=plan, progress=progress).images for progress in (False, True))
+    np.testing.assert_array_equal(watched, whole)
+
+
+def test_a_plan_decides_what_the_call_leaves_open_and_refuses_the_rest(ours):
+    pipeline = ours("tiny_sd35")
+    arguments = {"prompt": PROMPTS[0]} | COMMON | CASES["sd35 cfg, attn2, wide"][1]
+    plan = Plan.full(pipeline.setting(**arguments))
+    images = pipeline(PROMPTS[1], plan=plan, progress=False, output_type="latent").images
+    assert images.shape[2:] == (64 // 8, 160 // 8) or images.shape[3] * 64 == images.shape[2] * 160
+    with pytest.raises(PlanError, match=r"height is 64 in the plan and 128 in the call: .*\n.*layers is"):
+        pipeline(PROMPTS[1], plan=plan, height=128, progress=False)
+    with pytest.raises(PlanError, match="doubled_batch is True in the plan and False in the call"):
+        pipeline(PROMPTS[1], plan=plan, guidance_scale=1.0, progress=False)
+    with pytest.raises(PlanError, match="sigmas"):
+        pipeline(PROMPTS[1], plan=plan, num_inference_steps=9, progress=False)
+
+
+def test_caches_that_do_not_fit_are_refused_before_any_step(ours, monkeypatch):
+    pipeline = ours("tiny_sd35")
+    arguments = {"prompt": [PROMPTS[0]] * 3} | COMMON | CASES["sd35 cfg, attn2, wide"][1]
+    plan = Plan.full(pipeline.setting(**arguments))
+    need = sum(x.nbytes for x in jax.tree.leaves(pipeline.empty_caches(pipeline.prepare(**arguments))))
+    monkeypatch.setattr("dfa2_jax.pipeline.free_bytes", lambda: need * 2 // 3)
+    with pytest.raises(MemoryError, match="3 images of 64 x 160.*a batch of 2 would fit"):
+        pipeline(**arguments, plan=plan, progress=False)
+
+
+def test_skip_layer_guidance_runs_dense_and_leaves_the_caches_alone(ours):
+    pipeline = ours("tiny_sd35")
+    arguments = {"prompt": PROMPTS[0], "output_type": "latent", "progress": False, "skip_guidance_layers": [1]}
+    arguments |= COMMON | CASES["sd35 cfg, attn2, wide"][1]
+    plan = Plan.full(pipeline.setting(**arguments))
+    np.testing.assert_array_equal(pipeline(**arguments, plan=plan).images, pipeline(**arguments).images)
