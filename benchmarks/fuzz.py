@@ -1,9 +1,10 @@
-"""Damages safetensors files and indexes many times over; stops at the first that is taken in a wrong way.
+"""Damages safetensors files, indexes and plans many times over; stops at the first that is taken in a wrong way.
 
     python -m benchmarks.fuzz [--count 100000] [--seed 1] [--out benchmarks/results/fuzz.json]
 
-Each must be read as safetensors' own reader reads it, or refused with a CheckpointError, in memory of at most twice the
-files and a constant. The test suite does 2,000 with another seed; the damage is that of tests/mutations.py.
+Weights must be read as by safetensors itself, or refused with a CheckpointError, in memory of at most twice
+the files and a constant; plans must be what the file says, or refused with a PlanError. Each kind is damaged so many
+times. The test suite does 2,000 with another seed; the damage is that of tests/mutations.py.
 """
 
 import argparse
@@ -18,7 +19,7 @@ from tqdm import trange
 from benchmarks.machine import describe_machine
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from mutations import SLACK_BYTES, Fuzzer  # noqa: E402
+from mutations import SLACK_BYTES, Fuzzer, PlanFuzzer  # noqa: E402
 
 
 def main() -> None:
@@ -32,11 +33,15 @@ def main() -> None:
         fuzzer = Fuzzer(Path(folder), args.seed)
         for _ in trange(args.count, disable=None):
             fuzzer.step()
+        plans = PlanFuzzer(Path(folder), args.seed)
+        for _ in trange(args.count, disable=None):
+            plans.step()
     result = {
         "machine": describe_machine(),
         "mutations": args.count,
         "seed": args.seed,
         **fuzzer.counts,
+        "plans": plans.counts,
         "other_exceptions": 0,  # the first would have ended the run
         "peak_bytes_above_twice_the_files": fuzzer.peak_above_twice,
         "allowed_bytes_above_twice_the_files": SLACK_BYTES,

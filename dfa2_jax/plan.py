@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -141,7 +140,7 @@ class _File(_Model):
     steps: Annotated[list[dict[str, str]], Field(max_length=1000)]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Plan:
     """The method of every head at every step of one kind of sampling call.
 
@@ -179,6 +178,12 @@ class Plan:
             )
         object.__setattr__(self, "choices", self.choices.copy())
         self.choices.flags.writeable = False
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Plan) and self.digest == other.digest
+
+    def __hash__(self) -> int:
+        return hash(self.digest)
 
     @classmethod
     def full(cls, setting: Setting) -> "Plan":
@@ -426,8 +431,3 @@ def _pretty(content: dict[str, Any]) -> bytes:
         return json.dumps(value, allow_nan=False)
 
     return (write(content, "") + "\n").encode()
-
-
-if __name__ == "__main__":
-    json.dump(schema(), sys.stdout, indent=1)
-    print()

@@ -1,15 +1,18 @@
-"""Damages a folder of safetensors and says how the reader took it; shared by test_fuzz.py and benchmarks/fuzz.py."""
+"""Damages files and says how their readers took it; shared by test_fuzz.py and benchmarks/fuzz.py."""
 
+import hashlib
 import json
 import random
 import re
 import tracemalloc
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from convert.safetensors_mmap import open_weights
 from dfa2_jax.faults import CheckpointError
+from dfa2_jax.plan import AttentionLayer, Calibration, Density, Method, Plan, PlanError, Setting
 
 INDEX = "diffusion_pytorch_model.safetensors.index.json"
 SINGLE = "diffusion_pytorch_model.safetensors"
@@ -175,3 +178,106 @@ class Fuzzer:
         if found is not None:  # what is taken must be what the reference reader takes, and equal
             got = {key: (array.dtype.name, array.shape, array.tobytes()) for key, array in found.items()}
             assert got == reference(files)
+
+
+class PlanFuzzer:
+    """Damages a plan's file, in its bytes or, with the digest made good, in its fields."""
+
+    def __init__(self, folder: Path, seed: int):
+        self.rng, self.path = random.Random(seed), folder / "plan.json"
+        self.plan = sample_plan(seed)
+        self.plan.save(self.path)
+        self.good = self.path.read_bytes()
+        self.counts = {"read": 0, "refused": 0}
+
+    def step(self) -> None:
+        """One more.
+
+        Raises:
+            AssertionError: a plan was read that is not what its file says.
+            Exception: reading ended in another way than a plan or a `PlanError`.
+        """
+        by_bytes = self.rng.random() < 0.4
+        data = mutate(self.rng, self.good, is_json=True) if by_bytes else self._edited()
+        self.path.write_bytes(data)
+        try:
+            plan = Plan.load(self.path)
+        except PlanError:
+            self.counts["refused"] += 1
+            return
+        self.counts["read"] += 1
+        assert not by_bytes or plan == self.plan, "a damaged file was read as another plan"
+        plan.save(self.path)
+        assert Plan.load(self.path) == plan
+        plan.half_windows(), plan.density()
+
+    def _edited(self) -> bytes:
+        content = json.loads(self.good)
+        for _ in range(self.rng.choice([1, 1, 2, 5])):
+            holder = content
+            while isinstance(holder, dict | list) and holder:
+                key = self.rng.choice([*(holder if isinstance(holder, dict) else range(len(holder)))])
+                if not isinstance(holder[key], dict | list) or not holder[key] or self.rng.random() < 0.2:
+                    self._edit(holder, key)
+                    break
+                holder = holder[key]
+        signed = {name: value for name, value in content.items() if name not in ("format", "version", "digest")}
+        if "digest" in content and self.rng.random() < 0.95:
+            text = json.dumps(signed, sort_keys=True, separators=(",", ":"))
+            content["digest"] = "sha256:" + hashlib.sha256(text.encode()).hexdigest()
+        return json.dumps(content).encode()
+
+    def _edit(self, holder: Any, key: Any) -> None:
+        values = [
+            0,
+            1,
+            -1,
+            2**40,
+            10**400,
+            1.5,
+            float("nan"),
+            float("inf"),
+            None,
+            True,
+            "",
+            "f",
+            "cached",
+            [],
+            {},
+            [1],
+            "x" * 300,
+        ]
+        kind = self.rng.randrange(4)
+        if kind == 0:
+            del holder[key]
+        elif kind == 1 and isinstance(holder, dict):
+            holder[self.rng.choice(["digest", "steps", "extra", "f", "joint.0"])] = holder.pop(key)
+        elif kind == 2 and isinstance(holder[key], str) and holder[key]:
+            place = self.rng.randrange(len(holder[key]))
+            holder[key] = (
+                holder[key][:place] + self.rng.choice("fcabz01é") + holder[key][place + self.rng.randrange(2) :]
+            )
+        else:
+            holder[key] = self.rng.choice(values)
+
+
+def sample_plan(seed: int, steps: int = 3) -> Plan:
+    """Of two joint layers and one that sees no text, four heads, with everything that a file can hold."""
+    rng = np.random.default_rng(seed)
+    layers = tuple(
+        AttentionLayer(name=name, num_text=text, num_visual=64, text_first=False)
+        for name, text in (("joint.0", 8), ("attn2.0", 0), ("joint.1", 8))
+    )
+    setting = Setting(
+        pipeline_class="StableDiffusion3Pipeline", weights="0123456789abcdef", scheduler="Euler",
+        sigmas=tuple(np.linspace(1, 0, steps + 1).tolist()), height=128, width=128, doubled_batch=True, num_heads=4,
+        layers=layers,
+    )  # fmt: skip
+    calibration = Calibration(
+        prompts_sha256="sha256:0", num_prompts=2, seed=0, guidance_scale=7.0, delta=0.4, c=None,
+        candidates=("cached", "arrow(1/8)"), tiles=(16, 16), versions={"jax": "0.10.2"},
+        predicted_density=Density(exact=0.5, tiles=0.6), errors=((0.0, 0.1, 0.2),) * steps,
+    )  # fmt: skip
+    choices = rng.integers(4, size=(steps, 3, 4), dtype=np.uint8)
+    choices[0] = 0
+    return Plan(setting, tuple(map(Method, ("full", "cached", "arrow(1/8)", "arrow(1/32)"))), choices, calibration)
