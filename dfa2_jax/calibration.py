@@ -30,7 +30,7 @@ from .models.attention import Heads, Memory, PlanRow, Project, arrow_attention, 
 from .pipeline import Pipeline
 from .plan import CACHED_METHOD, FULL_METHOD, Calibration, Density, Method, Plan
 from .sampling import Inputs, by_segment, denoise_step, rounding_to
-from .search import choose
+from .search import MAX_DELTA, choose
 
 PLANNING_TILES = {64: (128, 128), 128: (128, 64)}
 """By head_dim, those of the paper's kernel."""
@@ -96,7 +96,7 @@ class Calibrating:
             errors = relative_errors(jax.tree.map(lambda x: x[None], moments(candidates, out)))
             picks = choose(errors, saved, *self.budget)
             for number, candidate in enumerate(candidates):
-                out = jnp.where((picks == number)[:, None], candidate, out)
+                out = jnp.where((picks == number)[None, None, :, None], candidate, out)
             caches = jax.lax.dynamic_update_index_in_dim(memory.caches, out, row.layer, 0)
         else:
             parts = tuple(x.reshape(-1, self.chunk, *x.shape[1:]) for x in (q, k, v, previous))
@@ -134,9 +134,9 @@ def saved_tiles(windows: Int[np.ndarray, " M"], layout: Layout, tiles: tuple[int
 def moments(candidates: list[Heads], dense: Heads) -> Moments:
     """Over batch, tokens (those of text too, as in the paper) and channels."""
     axes, exact = (0, 1, 3), dense.astype(jnp.float32)
-    mean = exact.mean(axes)
+    mean = exact.mean(axes, keepdims=True)
     squares = [jnp.square(candidate.astype(jnp.float32) - exact).mean(axes) for candidate in candidates]
-    return Moments(jnp.stack(squares, axis=1), mean, jnp.square(exact - mean[:, None]).mean(axes))
+    return Moments(jnp.stack(squares, axis=1), mean[0, 0, :, 0], jnp.square(exact - mean).mean(axes))
 
 
 def relative_errors(parts: Moments) -> Float[Array, "N M"]:
@@ -145,7 +145,7 @@ def relative_errors(parts: Moments) -> Float[Array, "N M"]:
     `mean((o' - o)^2) / mean((o - mean(o))^2)` (section 3.2). The mean of the parts' errors would be another number.
     """
     squares, mean, spread = (x.mean(0) for x in parts)
-    return squares / (spread + jnp.square(parts.mean - mean).mean(0))[:, None]
+    return squares / (spread + jnp.square(parts.mean - mean[None]).mean(0))[:, None]
 
 
 @partial(
@@ -363,5 +363,7 @@ def _check(delta: float, c: float | None, tiles: tuple[int, int]) -> None:
     for name, value in (("delta", delta), ("c", 1.0 if c is None else c)):
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < np.inf:
             raise ValueError(f"{name}={value!r} must be a number, not negative.")
+    if delta > MAX_DELTA:
+        raise ValueError(f"{delta=} is above {MAX_DELTA}, where heads could be anything: the paper's are up to 1.")
     if len(tiles) != 2 or any(not isinstance(size, int) or size < 1 for size in tiles):
         raise ValueError(f"{tiles=} must be two positive integers: queries and keys of a tile.")

@@ -1,0 +1,232 @@
+"""Calibration against an independent float64 oracle, and what must hold of its plans."""
+
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import product
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dfa2_jax import Method, Pipeline, calibrate, calibration
+from dfa2_jax.plan import Plan
+from pallas_kernels import CACHED, FULL
+
+PROMPTS = ["a large red circle on the left of a blue background", "a small green star"]
+CASES = {
+    "tiny_sd35": {"height": 128, "width": 160, "negative_prompt": "blurry", "guidance_scale": 5.0},
+    "tiny_flux_dev": {"height": 160, "width": 128},
+}
+COMMON = {"num_inference_steps": 5, "max_sequence_length": 24, "tiles": (16, 16), "windows": (4, 8), "progress": False}
+
+
+@pytest.fixture(scope="module")
+def pipelines(request):
+    made = {}
+
+    def get(name):
+        if name not in made:
+            made[name] = Pipeline.from_pretrained(request.getfixturevalue(name))
+        return made[name]
+
+    return get
+
+
+def find(pipeline, name, **options):
+    return calibrate(pipeline, PROMPTS, **COMMON | CASES[name] | options)
+
+
+@dataclass
+class Oracle:
+    """Attention in NumPy and float64 that follows a plan and judges every candidate of every head on the way."""
+
+    plan: Plan
+    previous: dict = field(default_factory=dict)
+    errors: list = field(default_factory=list)
+    """[steps after the first][layers] of arrays [heads, methods], the first of them full."""
+
+    def __call__(self, step, layer, q, k, v):
+        layout = self.plan.setting.layers[layer].layout
+        dense = self.attend(q, k, v, FULL, layout)
+        out = dense.copy()
+        if step > 0:
+            spread = ((dense - dense.mean((0, 1, 3), keepdims=True)) ** 2).mean((0, 1, 3))
+            errors = []
+            for number, method in enumerate(self.plan.methods):
+                window = method.half_window(layout.num_visual)
+                other = self.previous[layer] if window == CACHED else self.attend(q, k, v, window, layout)
+                errors.append(((other - dense) ** 2).mean((0, 1, 3)) / spread)
+                taken = self.plan.choices[step, layer] == number
+                out[:, :, taken] = other[:, :, taken]
+            self.errors.append(np.stack(errors, 1))
+        self.previous[layer] = out
+        return out
+
+    @staticmethod
+    def attend(q, k, v, window, layout):
+        position = np.arange(layout.length)
+        text = (position >= layout.text.start) & (position < layout.text.stop)
+        kept = (np.abs(position[:, None] - position) <= window) | text[:, None] | text | (window == FULL)
+        scores = np.where(kept, np.einsum("btnh,bsnh->bnts", q, k) * q.shape[-1] ** -0.5, -np.inf)
+        weights = np.exp(scores - scores.max(-1, keepdims=True))
+        return np.einsum("bnts,bsnh->btnh", weights / weights.sum(-1, keepdims=True), v)
+
+
+@dataclass(frozen=True)
+class Watched:
+    """Attention of a model that hands every q, k, v to the oracle, with its number in order of execution in `row`."""
+
+    oracle: Oracle
+    step: int
+    implementation: str | None = None
+
+    def __call__(self, project, layout, memory, row):
+        q, k, v = project()
+
+        def judge(layer, q, k, v):
+            exact = (np.asarray(x, np.float64) for x in (q, k, v))
+            return np.float32(self.oracle(self.step, int(layer), *exact))
+
+        out = jax.ShapeDtypeStruct(q.shape, q.dtype)
+        return jax.experimental.io_callback(judge, out, row, q, k, v, ordered=True), None
+
+
+def follow(pipeline, plan, arguments):
+    """Sample with the oracle's attention, step by step."""
+    from flax import nnx
+
+    from dfa2_jax.sampling import denoise_step
+
+    call = pipeline.prepare(prompt=PROMPTS, **arguments)
+    transformer, oracle, tokens = pipeline.transformer, Oracle(plan), call.tokens
+    model = nnx.merge(transformer.graph, transformer.params)
+    rows = tuple(
+        tuple(np.array(numbers, np.int32) if numbers else None for numbers in pair) for pair in model.attention_rows
+    )
+    for step in range(call.request.steps):
+        attend = Watched(oracle, step)
+        inputs = jax.tree.map(jnp.asarray, call.inputs)
+        one = partial(denoise_step, model.velocity, attend, inputs, lambda x: x)
+        tokens = jax.jit(lambda tokens, one=one, step=step: one(step, tokens, None, rows)[0])(tokens)
+        tokens.block_until_ready()
+    return oracle
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("delta", [0.1, 0.6])
+def test_an_oracle_in_float64_finds_the_same_errors_and_no_better_choice(name, delta, pipelines, monkeypatch):
+    """Teacher-forced: the oracle follows our choices, so that both judge the same queries, keys and values."""
+    seen = []
+    add = calibration.Progress.add
+    monkeypatch.setattr(
+        calibration.Progress, "add", lambda self, picks, errors: (seen.append(errors), add(self, picks, errors))
+    )
+    pipeline = pipelines(name)
+    plan = find(pipeline, name, delta=delta)
+    arguments = {
+        key: value for key, value in (COMMON | CASES[name]).items() if key not in ("tiles", "windows", "progress")
+    }
+    oracle = follow(pipeline, plan, arguments)
+
+    layers, heads = len(plan.setting.layers), plan.setting.num_heads
+    judged = np.array(oracle.errors).reshape(len(seen), layers, heads, len(plan.methods))
+    assert np.abs(judged[..., 0]).max() < 1e-12  # full
+    np.testing.assert_allclose(np.array(seen), judged[..., 1:], rtol=1e-4, atol=1e-5)
+
+    bound, chosen = 1.5 * delta / heads, plan.choices[1:]
+    spent = np.take_along_axis(judged, chosen[..., None].astype(int), -1)[..., 0]
+    assert spent.max() < bound + 1e-5 and spent.sum(-1).max() <= delta + 1e-5
+    np.testing.assert_allclose(spent.sum(-1), np.array(plan.calibration.errors)[1:], atol=1e-5)
+    for step, layer in product(range(len(seen)), range(layers)):
+        windows = np.array([m.half_window(plan.setting.layers[layer].num_visual) for m in plan.methods], np.int32)
+        saved = np.array(calibration.saved_tiles(windows, plan.setting.layers[layer].layout, (16, 16)))
+        assert saved[chosen[step, layer]].sum() >= best(judged[step, layer], saved, delta - 1e-5, bound - 1e-5)
+
+
+def best(errors, saved, delta, bound):
+    """The most that heads one after another can save: for every total, the least sum of errors."""
+    least = {0: 0.0}
+    for head in errors:
+        grown = dict(least)
+        for (total, spent), (error, gain) in product(least.items(), zip(head, saved, strict=True)):
+            if error < bound and spent + error <= delta:
+                grown[total + gain] = min(grown.get(total + gain, np.inf), spent + error)
+        least = grown
+    return max(least)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_larger_budget_gives_a_sparser_plan_and_compiles_nothing(name, pipelines, compilations):
+    pipeline = pipelines(name)
+    find(pipeline, name, delta=0.05)
+    compilations.clear()
+    plans = [find(pipeline, name, delta=delta, c=c) for delta, c in ((0.05, 1.5), (0.3, 1.5), (1.0, 1.5), (3.0, None))]
+    assert compilations == []
+    densities = [plan.density((16, 16)) for plan in plans]
+    assert densities == sorted(densities, reverse=True) and densities[0] > densities[-1] + 0.2
+    arguments = {"prompt": PROMPTS[0], "output_type": "latent", "progress": False, "seed": 3}
+    dense = pipeline(**arguments, plan=Plan.full(plans[0].setting)).images
+    errors = [np.linalg.norm(pipeline(**arguments, plan=plan).images - dense) for plan in plans]
+    assert errors == sorted(errors)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_chunks_of_the_batch_change_nothing(name, pipelines):
+    pipeline = pipelines(name)
+    plan, chunked = find(pipeline, name, delta=0.6), find(pipeline, name, delta=0.6, attention_chunk=1)
+    np.testing.assert_array_equal(plan.choices, chunked.choices)
+    np.testing.assert_allclose(plan.calibration.errors, chunked.calibration.errors, atol=1e-5)
+    with pytest.raises(ValueError, match="attention_chunk=3 must divide the batch of"):
+        find(pipeline, name, attention_chunk=3)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_an_interrupted_calibration_goes_on(name, pipelines, tmp_path, monkeypatch):
+    pipeline, path = pipelines(name), tmp_path / "progress.json"
+    whole, add = find(pipeline, name, delta=0.6), calibration.Progress.add
+
+    def stop(self, picks, errors):
+        add(self, picks, errors)
+        if self.steps == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(calibration.Progress, "add", stop)
+    with pytest.raises(KeyboardInterrupt):
+        find(pipeline, name, delta=0.6, resume=path)
+    steps = []
+    monkeypatch.setattr(calibration.Progress, "add", lambda self, *found: (steps.append(1), add(self, *found)))
+    assert find(pipeline, name, delta=0.6, resume=path) == whole
+    assert len(steps) == 2  # of four after the first
+    with pytest.raises(ValueError, match="is the progress of another calibration"):
+        find(pipeline, name, delta=0.5, resume=path)
+    path.write_text('{"digest": 1')
+    with pytest.raises(ValueError, match="progress.json is not valid JSON"):
+        find(pipeline, name, delta=0.6, resume=path)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"delta": -0.1}, "delta=-0.1 must be a number, not negative"),
+        ({"delta": float("nan")}, "delta=nan must be"),
+        ({"delta": 40.0}, "delta=40.0 is above 31"),
+        ({"c": -1.0}, "c=-1.0 must be"),
+        ({"windows": (8, 8)}, r"windows=\(8, 8\) must be different positive integers"),
+        ({"windows": (0,)}, r"windows=\(0,\) must be different positive integers"),
+        ({"windows": (), "cache": False}, "leave nothing to choose from"),
+        ({"tiles": (16, 0)}, r"tiles=\(16, 0\) must be two positive integers"),
+        ({"height": 100}, "height x width = 100"),
+    ],
+)
+def test_bad_arguments_are_named(options, message, pipelines):
+    with pytest.raises(ValueError, match=message):
+        find(pipelines("tiny_sd35"), "tiny_sd35", **options)
+
+
+def test_arrows_alone_and_caching_alone(pipelines):
+    arrows = find(pipelines("tiny_flux_dev"), "tiny_flux_dev", delta=3.0, c=None, cache=False)
+    assert CACHED not in arrows.half_windows() and arrows.density() < 1
+    cached = find(pipelines("tiny_flux_dev"), "tiny_flux_dev", delta=3.0, c=None, windows=())
+    assert set(np.unique(cached.half_windows())) == {FULL, CACHED}
+    assert cached.methods == (Method("full"), Method("cached"))
