@@ -245,8 +245,10 @@ def nested_arrow_attention(
     layout: Layout,
 ) -> Float[Array, "W+1 B T N H"]:
     """One pass per window: masked tiles of rings would cost more than the sparse passes do."""
-    every_head = jnp.broadcast_to(jnp.append(half_windows, FULL)[:, None], (len(half_windows) + 1, q.shape[2]))
-    return jax.lax.map(lambda window: arrow_attention(q, k, v, window, layout, None, None), every_head)
+    arrows = [
+        arrow_attention(q, k, v, jnp.broadcast_to(window, q.shape[2]), layout, None, None) for window in half_windows
+    ]
+    return jnp.stack([*arrows, dense_attention(q, k, v)])
 
 
 def _even(total: int, size: int, together: int) -> tuple[int, int]:
