@@ -5,7 +5,7 @@ Dim letters: `B` batch, `T` query tokens, `S` key tokens, `N` heads, `H` head di
 
 from .calibration import calibrate as calibrate
 from .faults import CheckpointError as CheckpointError
-from .pipeline import Output as Output
+from .output import Output as Output
 from .pipeline import Pipeline as Pipeline
 from .plan import Method as Method
 from .plan import Plan as Plan

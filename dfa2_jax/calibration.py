@@ -28,9 +28,10 @@ from .faults import blame, read_json
 from .files import replacing
 from .models.attention import Heads, Memory, PlanRow, Project, arrow_attention, nested_arrow_attention
 from .pipeline import Pipeline
-from .plan import CACHED_METHOD, FULL_METHOD, Calibration, Density, Method, Plan
+from .plan import CACHED_METHOD, FULL_METHOD, Method, Plan
 from .sampling import Inputs, by_segment, denoise_step, rounding_to
 from .search import MAX_DELTA, choose
+from .setting import Calibration, Density
 
 PLANNING_TILES = {64: (128, 128), 128: (128, 64)}
 """By head_dim, those of the paper's kernel."""

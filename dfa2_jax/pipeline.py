@@ -2,15 +2,10 @@
 
 import inspect
 import logging
-import re
-import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from functools import partial
-from importlib.metadata import version
 from os import PathLike
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -20,41 +15,25 @@ from flax import nnx
 from PIL import Image
 from tqdm import tqdm
 
-from .checkpoint import open_checkpoint
+from .caches import empty_caches
+from .checkpoint import Checkpoint, open_checkpoint
 from .families import FAMILIES, Embeddings
 from .models.layers import sinusoid
 from .models.patches import patchify, unpatchify
 from .models.sd3 import PositionTable
-from .plan import AttentionLayer, Plan, Setting
+from .networks import Component, Networks
+from .output import Output, metadata
+from .plan import Plan
 from .request import Request, resolve, seeds_of
-from .sampling import Inputs, PlanRows, SkipGuidance, cache_shapes, denoise, denoise_planned, pad_steps
+from .sampling import Inputs, PlanRows, SkipGuidance, denoise, denoise_planned, pad_steps
 from .schedule import torch_randn
+from .setting import AttentionLayer, Setting
 from .timing import Clock
-from .tokenizers import Tokenizer
 
 logger = logging.getLogger("dfa2_jax")
 
-UNTOLD = ("progress", "callback_on_step_end", "output_type", "seed", "sigmas", "plan")
-"""Arguments that metadata leaves out, or gives in another form."""
-
 Prompt = str | list[str] | None
 Callback = Callable[["Pipeline", int, float, dict[str, np.ndarray]], dict[str, np.ndarray] | None]
-
-
-@dataclass(frozen=True)
-class Output:
-    """Images, and how they came about.
-
-    images: PIL images, or float32 [B, H, W, 3] in [0, 1], or latents as diffusers returns them.
-    seeds: one per image, None where the latents were given.
-    timings: seconds of encode, denoise, per_step, decode, and of the compilation within them.
-    metadata: what would make the same images again; JSON-serialisable.
-    """
-
-    images: Any
-    seeds: list[int | None]
-    timings: dict[str, float]
-    metadata: dict[str, Any] = field(repr=False)
 
 
 class Prepared(NamedTuple):
@@ -68,49 +47,35 @@ class Prepared(NamedTuple):
     columns: int
 
 
-@partial(jax.jit, static_argnames=("graph", "method"))
-def call(graph: nnx.GraphDef, params: Any, *args: Any, method: str = "__call__") -> Any:
-    """A method of an NNX module as one program, shared by all modules of the same structure."""
-    return getattr(nnx.merge(graph, params), method)(*args)
-
-
-class Component:
-    """One network of a pipeline, split into its static graph and its parameters."""
-
-    def __init__(self, module: nnx.Module):
-        self.graph, self.params = nnx.split(module)
-
-    def __call__(self, *args: Any, method: str = "__call__") -> Any:
-        return call(self.graph, self.params, *args, method=method)
-
-
 class Pipeline:
     """Text to image with SD3, SD3.5 or FLUX.1.
 
     Attributes:
         config: sizes of the transformer.
         fingerprint: of the transformer's stored weights.
+        pipeline_class: diffusers' name of this kind of model.
+        transformer: its graph and parameters.
         dtype: of the transformer.
         torch_rounding: round where torch does in `dtype`, to reproduce diffusers' 16-bit images (off: float32 sinusoids
             and latents, closer to the float32 image).
     """
 
-    def __init__(self, checkpoint: Any, *, dtype: Any = None, torch_rounding: bool = False):
-        self._checkpoint, self._requested_dtype = checkpoint, dtype
+    def __init__(self, checkpoint: Checkpoint, *, dtype: Any = None, torch_rounding: bool = False):
+        self._networks = Networks(checkpoint, dtype)
+        self.pipeline_class: str = checkpoint.pipeline_class
         self.torch_rounding = torch_rounding
         self.fingerprint: str = checkpoint.fingerprint
         self.config = checkpoint.config("transformer")
         checkpoint.check_schedule()
         started = time.perf_counter()
-        transformer = checkpoint.load("transformer", dtype)
+        transformer: Any = checkpoint.load("transformer", dtype)
         self.dtype = transformer.dtype
         tables = jax.tree.leaves(nnx.pop(transformer, PositionTable))
-        family = FAMILIES[checkpoint.pipeline_class]
+        family = FAMILIES[self.pipeline_class]
         self.family = family(self.config, checkpoint.configs["scheduler"], tables[0] if tables else None)
-        self._components = {"transformer": Component(transformer)}
-        self._tokenizers: dict[str, Tokenizer] = {}
-        if "vae" in checkpoint.configs:
-            self._component("vae")
+        self.transformer = Component(transformer)
+        if "vae" in self._networks:
+            self._networks["vae"]  # now, not after the first loop
         self.load_seconds = time.perf_counter() - started
 
     @classmethod
@@ -186,11 +151,11 @@ class Pipeline:
         clock.lap("encode")
         tokens = self._denoise(call, plan, callback_on_step_end, progress)
         clock.lap("denoise")
-        images = self._images(tokens, call)
+        images = self.images(tokens, call)
         clock.lap("decode")
 
         timings = clock.seconds | {"per_step": clock.seconds["denoise"] / call.request.steps}
-        return Output(images, call.seeds, timings, self._metadata(args, call.request, call.seeds))
+        return Output(images, call.seeds, timings, metadata(self, args, call.request, call.seeds))
 
     def setting(self, **arguments: Any) -> Setting:
         """What a plan is bound to, of a call with these arguments: `Plan.full(pipeline.setting(prompt=...))`.
@@ -238,9 +203,9 @@ class Pipeline:
         request, text = call.request, call.inputs.text
         layers = self.config.attention_layers(text.shape[1], call.rows * call.columns)
         return Setting(
-            pipeline_class=self._checkpoint.pipeline_class,
+            pipeline_class=self.pipeline_class,
             weights=self.fingerprint,
-            scheduler=self._checkpoint.configs["scheduler"].get("_class_name", ""),
+            scheduler=self._networks.configs["scheduler"].get("_class_name", ""),
             sigmas=tuple(float(sigma) for sigma in call.inputs.sigmas[: request.steps + 1]),
             height=request.height,
             width=request.width,
@@ -257,24 +222,6 @@ class Pipeline:
             ),
         )
 
-    def empty_caches(self, call: "Prepared") -> Any:
-        """Zeros for what compressed sampling keeps from step to step.
-
-        Raises:
-            MemoryError: they do not fit; the message says what would.
-        """
-        batch, num_text = call.inputs.text.shape[:2]
-        shapes = cache_shapes(self.config, num_text, call.rows * call.columns, batch, self.dtype)
-        need, free = sum(one.size * one.dtype.itemsize for one in jax.tree.leaves(shapes)), free_bytes()
-        if need > free:
-            fitting = int(free / need * call.request.batch)
-            advice = f"a batch of {fitting} would fit" if fitting else "take a smaller image, or no plan"
-            raise MemoryError(
-                f"The plan keeps {need / 1e9:.1f} GB of attention outputs for {call.request.batch} images of "
-                f"{call.request.height} x {call.request.width}, and {free / 1e9:.1f} GB are free: {advice}."
-            )
-        return jax.tree.map(lambda one: jnp.zeros(one.shape, one.dtype), shapes)
-
     def encode_prompt(
         self, texts: list[list[str]], *, max_sequence_length: int | None = None, clip_skip: int = 0
     ) -> Embeddings:
@@ -284,19 +231,11 @@ class Pipeline:
             ValueError: the folder lacks an encoder that this model cannot do without.
         """
         length = max_sequence_length or self.family.defaults.max_sequence_length
-        depth = self._checkpoint.configs.get("text_encoder", {}).get("num_hidden_layers", clip_skip + 1)
+        depth = self._networks.configs.get("text_encoder", {}).get("num_hidden_layers", clip_skip + 1)
         if not 0 <= clip_skip < depth:
             raise ValueError(f"{clip_skip=} must be from 0 to {depth - 1}: the CLIP encoder has {depth} layers.")
 
-        def encode(encoder: str, tokenizer: str, prompts: list[str], length: int | None, *args: Any) -> Any:
-            if encoder not in self._checkpoint.configs:
-                return None
-            if tokenizer not in self._tokenizers:
-                self._tokenizers[tokenizer] = self._checkpoint.tokenizer(tokenizer)
-            ids = self._tokenizers[tokenizer].encode(prompts, length)
-            return self._component(encoder)(ids, *args)
-
-        return self.family.encode(encode, texts, length, clip_skip)
+        return self.family.encode(self._networks.encode, texts, length, clip_skip)
 
     def decode(self, latents: np.ndarray) -> np.ndarray:
         """Images, float32 [B, H, W, 3] in [0, 1], of latents [B, C, h, w] as the sampler leaves them.
@@ -304,18 +243,18 @@ class Pipeline:
         One image at a time: another batch size compiles nothing, and activations stay those of one image.
         """
         self._need_vae()
-        vae = self._component("vae")
+        vae = self._networks["vae"]
         nhwc = np.asarray(latents, np.float32).transpose(0, 2, 3, 1)
         decoded = [np.asarray(vae(image[None], method="decode"), np.float32) for image in nhwc]
         return np.clip(np.concatenate(decoded) / 2 + 0.5, 0, 1)
 
     def _need_vae(self) -> None:
-        if "vae" not in self._checkpoint.configs:
+        if "vae" not in self._networks:
             raise ValueError('The folder has no vae: only output_type="latent" is possible.')
 
     @property
     def _vae_scale(self) -> int:
-        vae = self._checkpoint.configs.get("vae", {"block_out_channels": [None] * 4})
+        vae = self._networks.configs.get("vae", {"block_out_channels": [None] * 4})
         return 2 ** (len(vae["block_out_channels"]) - 1)
 
     @property
@@ -330,11 +269,6 @@ class Pipeline:
     @property
     def _num_layers(self) -> int:
         return self.config.num_layers
-
-    def _component(self, name: str) -> Component:
-        if name not in self._components:
-            self._components[name] = Component(self._checkpoint.load(name, self._requested_dtype))
-        return self._components[name]
 
     def _start(self, request: Request, latents: Any, seed: int | list[int], rows: int, columns: int) -> tuple:
         """Patchified latents [B, V, P] to start from, and the seed of each image."""
@@ -433,17 +367,16 @@ class Pipeline:
         def run(tokens: Any, caches: Any, start: int, stop: int) -> tuple[Any, Any]:
             return planned(latents=tokens, caches=caches, start=start, stop=stop)
 
-        return run, tokens, self.empty_caches(call)
-
-    @property
-    def transformer(self) -> Component:
-        return self._components["transformer"]
+        text, images = call.inputs.text, call.request.batch
+        size = (text.shape[1], tokens.shape[1], len(text))
+        return run, tokens, empty_caches(self.config, *size, self.dtype, images=images)
 
     @property
     def rounding(self) -> str | None:
         return self.dtype.name if self.torch_rounding and self.dtype != jnp.float32 else None
 
-    def _images(self, tokens: np.ndarray, call: "Prepared") -> Any:
+    def images(self, tokens: np.ndarray, call: "Prepared") -> Any:
+        """Of patchified latents [B, V, P], in the form that the call asks for."""
         output_type, rows, columns = call.request.output_type, call.rows, call.columns
         if output_type == "latent":
             return self.family.output_latents(tokens, rows, columns)
@@ -452,45 +385,8 @@ class Pipeline:
             return images
         return [Image.fromarray(pixels) for pixels in (images * 255).round().astype(np.uint8)]
 
-    def _metadata(self, args: dict[str, Any], request: Request, seeds: list[int | None]) -> dict[str, Any]:
-        """Arguments as resolved; arrays only by their shape."""
-        given = {
-            name: f"array{list(np.shape(value))}" if name.endswith(("embeds", "latents")) else plain(value)
-            for name, value in args.items()
-            if value is not None and name not in UNTOLD
-        }
-        resolved = {
-            "height": request.height,
-            "width": request.width,
-            "num_inference_steps": request.steps,
-            "guidance_scale": plain(request.guidance_scale),
-            "max_sequence_length": request.length,
-            "seed": plain(args["seed"]) if seeds[0] is not None else None,
-            "plan": None if args["plan"] is None else args["plan"].digest,
-            "sigmas": None if request.sigmas is None else [float(sigma) for sigma in request.sigmas],
-            "pipeline": self._checkpoint.pipeline_class,
-            "fingerprint": self.fingerprint,
-            "dtype": self.dtype.name,
-            "torch_rounding": self.torch_rounding,
-            "versions": {"dfa2_jax": version("dfa2-jax"), "jax": jax.__version__},
-        }
-        return given | resolved
-
 
 def defaults() -> dict[str, Any]:
     """Of `Pipeline.__call__`."""
     parameters = list(inspect.signature(Pipeline.__call__).parameters.values())[1:]
     return {parameter.name: parameter.default for parameter in parameters}
-
-
-def free_bytes() -> int:
-    """What the default device can still hold; of a CPU's memory, what programs can get without swapping."""
-    if stats := jax.devices()[0].memory_stats():
-        return stats["bytes_limit"] - stats["bytes_in_use"]
-    available = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
-    return int(available[1]) * 1024 if available else sys.maxsize
-
-
-def plain(value: Any) -> Any:
-    """As JSON knows it: no NumPy numbers, no tuples."""
-    return np.asarray(value).tolist() if isinstance(value, (np.ndarray, np.generic, tuple, list)) else value

@@ -11,19 +11,17 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 from jaxtyping import Int, UInt8
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
-from pallas_kernels.layout import CACHED, FULL, Layout
+from pallas_kernels.layout import CACHED, FULL
 from pallas_kernels.mask import count_tiles, kept_pairs
 
 from .faults import CheckpointError, read_json
 from .files import replacing
+from .setting import Calibration, Record, Setting
 
 MAX_BYTES = 20_000_000  # FLUX.1-dev at 50 steps: 0.2 MB
 VERSION = 1
-
-Count = Annotated[int, Field(ge=0, le=10_000_000)]
-Number = Annotated[float, Field(allow_inf_nan=False)]
 
 
 class PlanError(ValueError):
@@ -64,70 +62,7 @@ class Method:
 FULL_METHOD, CACHED_METHOD = Method("full"), Method("cached")
 
 
-class _Model(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-
-class AttentionLayer(_Model):
-    """One attention call of the network."""
-
-    name: Annotated[str, Field(max_length=100)]
-    num_text: Count
-    num_visual: Annotated[int, Field(ge=1, le=10_000_000)]
-    text_first: bool
-
-    @property
-    def layout(self) -> Layout:
-        return Layout(self.num_text, self.num_visual, self.text_first)
-
-
-class Setting(_Model):
-    """The sampling call that a plan is for."""
-
-    pipeline_class: str
-    weights: str
-    """Fingerprint of the transformer's stored weights."""
-    scheduler: str
-    sigmas: Annotated[tuple[Number, ...], Field(strict=False, min_length=2, max_length=1001)]
-    """Noise levels: one more than steps, the last one 0."""
-    height: Annotated[int, Field(ge=1)]
-    """Pixels."""
-    width: Annotated[int, Field(ge=1)]
-    doubled_batch: bool
-    """Guidance runs [unconditional, conditional] as one batch, which shares plan and cache."""
-    num_heads: Annotated[int, Field(ge=1, le=256)]
-    layers: Annotated[tuple[AttentionLayer, ...], Field(strict=False, min_length=1, max_length=999)]
-    """In order of execution."""
-
-    @property
-    def num_inference_steps(self) -> int:
-        return len(self.sigmas) - 1
-
-
-class Density(_Model):
-    exact: Number
-    tiles: Number
-
-
-class Calibration(_Model):
-    """How a plan was found."""
-
-    prompts_sha256: str
-    num_prompts: Count
-    seed: int
-    guidance_scale: Number
-    delta: Number
-    c: Number | None
-    candidates: Annotated[tuple[str, ...], Field(strict=False)]
-    tiles: Annotated[tuple[Count, Count], Field(strict=False)]
-    """Queries and keys of the tiles whose savings were weighed."""
-    versions: dict[str, str]
-    predicted_density: Density
-    errors: Annotated[tuple[Annotated[tuple[Number, ...], Field(strict=False)], ...], Field(strict=False)]
-    """By step and layer: relative squared errors of what was chosen, added up over the heads."""
-
-
-class _File(_Model):
+class _File(Record):
     """A plan's JSON. Methods have one character each; a step gives every layer a string of them, one for each head."""
 
     format: Literal["dfa2-plan"]

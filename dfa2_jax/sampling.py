@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Int
 
 from .models.attention import Attend, Dense, Memory, Planned, PlanRow, Rows
@@ -113,8 +112,8 @@ def denoise_planned(
     """As `denoise`, with each head's attention by a plan (DiTFastAttnV2, arXiv 2503.22796, section 3).
 
     Args:
-        caches: every attention call's last output, from `cache_shapes` at first; given away, and returned. Step 0 is
-            dense and fills them.
+        caches: every attention call's last output, at first from `caches.empty_caches`; given away, and returned.
+            Step 0 is dense and fills them.
         plan: data: another plan of the shape compiles nothing.
     """
     model = nnx.merge(graph, params)
@@ -146,24 +145,6 @@ def by_segment(attention_rows: Rows, row: PlanRows | None) -> tuple[Memory, ...]
         return PlanRow(place, half_window, head_order)
 
     return tuple((of(first), of(second)) for first, second in attention_rows)
-
-
-def cache_shapes(
-    config: Any, num_text: int, num_visual: int, batch: int, dtype: DTypeLike
-) -> tuple[tuple[jax.ShapeDtypeStruct | None, ...], ...]:
-    """Shapes of `caches` for a model: by segment, a stack of outputs for each of its blocks' attentions.
-
-    Args:
-        config: the model's.
-        batch: of the transformer, twice the images under classifier-free guidance.
-    """
-    lengths = [layout.length for layout in config.attention_layers(num_text, num_visual).values()]
-    heads = config.num_attention_heads, config.attention_head_dim
-
-    def of(numbers: tuple[int, ...]) -> jax.ShapeDtypeStruct | None:
-        return jax.ShapeDtypeStruct((len(numbers), batch, lengths[numbers[0]], *heads), dtype) if numbers else None
-
-    return tuple((of(first), of(second)) for first, second in config.attention_rows)
 
 
 def denoise_step(

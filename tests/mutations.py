@@ -12,7 +12,8 @@ import numpy as np
 
 from convert.safetensors_mmap import open_weights
 from dfa2_jax.faults import CheckpointError
-from dfa2_jax.plan import AttentionLayer, Calibration, Density, Method, Plan, PlanError, Setting
+from dfa2_jax.plan import Method, Plan, PlanError
+from dfa2_jax.setting import AttentionLayer, Calibration, Density, Setting
 
 INDEX = "diffusion_pytorch_model.safetensors.index.json"
 SINGLE = "diffusion_pytorch_model.safetensors"

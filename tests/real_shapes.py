@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from dfa2_jax.caches import cache_shapes
 from dfa2_jax.models import MODELS
 from dfa2_jax.models.sd3 import PositionTable
-from dfa2_jax.sampling import STEP_BLOCK, Inputs, PlanRows, cache_shapes
+from dfa2_jax.sampling import STEP_BLOCK, Inputs, PlanRows
 
 
 class Published(NamedTuple):

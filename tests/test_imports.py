@@ -22,11 +22,21 @@ ALLOWED = {
     "dfa2_jax.faults": [],
     "dfa2_jax.files": [],
     "dfa2_jax.timing": [],
-    "dfa2_jax.plan": ["dfa2_jax.faults", "dfa2_jax.files", "pallas_kernels.layout", "pallas_kernels.mask"],
+    "dfa2_jax.setting": ["pallas_kernels.layout"],
+    "dfa2_jax.plan": [
+        *("dfa2_jax.faults", "dfa2_jax.files", "dfa2_jax.setting"),
+        *("pallas_kernels.layout", "pallas_kernels.mask"),
+    ],
+    "dfa2_jax.caches": [],
+    "dfa2_jax.output": ["dfa2_jax.request"],
+    "dfa2_jax.networks": ["dfa2_jax.checkpoint", "dfa2_jax.tokenizers"],
     "dfa2_jax.plan_view": ["dfa2_jax.files", "dfa2_jax.plan", "pallas_kernels.layout", "pallas_kernels.mask"],
     "dfa2_jax.search": [],
     "dfa2_jax.calibration": [
-        *(f"dfa2_jax.{name}" for name in ("faults", "files", "models.attention", "pipeline", "plan", "sampling")),
+        *(
+            f"dfa2_jax.{name}"
+            for name in ("faults", "files", "models.attention", "pipeline", "plan", "sampling", "setting")
+        ),
         *("dfa2_jax.search", "pallas_kernels.layout", "pallas_kernels.mask"),
     ],
     "dfa2_jax.checkpoint": ["dfa2_jax.faults", "dfa2_jax.schedule", "dfa2_jax.tokenizers"],
@@ -36,24 +46,18 @@ ALLOWED = {
     "dfa2_jax.families": ["dfa2_jax.models", "dfa2_jax.schedule"],
     "dfa2_jax.request": ["dfa2_jax.families"],
     "dfa2_jax.pipeline": [
-        f"dfa2_jax.{name}"
-        for name in (
-            "models",
-            "checkpoint",
-            "families",
-            "plan",
-            "request",
-            "sampling",
-            "schedule",
-            "timing",
-            "tokenizers",
-        )
+        *(f"dfa2_jax.{name}" for name in ("caches", "checkpoint", "families", "models", "networks", "output")),
+        *(f"dfa2_jax.{name}" for name in ("plan", "request", "sampling", "schedule", "setting", "timing")),
+    ],
+    "dfa2_jax.baselines": [
+        *(f"dfa2_jax.{name}" for name in ("caches", "calibration", "models.attention", "pipeline", "plan", "sampling")),
+        *("dfa2_jax.search", "pallas_kernels.layout", "pallas_kernels.mask"),
     ],
     "dfa2_jax.cli": [
         *("dfa2_jax.models.attention", "dfa2_jax.pipeline", "dfa2_jax.checkpoint", "dfa2_jax.files"),
         *("dfa2_jax.calibration", "dfa2_jax.plan", "dfa2_jax.plan_view"),
     ],
-    "dfa2_jax": ["dfa2_jax.pipeline", "dfa2_jax.faults", "dfa2_jax.calibration", "dfa2_jax.plan"],
+    "dfa2_jax": ["dfa2_jax.pipeline", "dfa2_jax.output", "dfa2_jax.faults", "dfa2_jax.calibration", "dfa2_jax.plan"],
 }
 
 

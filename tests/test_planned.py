@@ -2,7 +2,6 @@
 
 from functools import partial
 
-import jax
 import numpy as np
 import pytest
 from test_pipeline import COMMON, PROMPTS, error, load_theirs, run_theirs
@@ -105,9 +104,12 @@ def test_caches_that_do_not_fit_are_refused_before_any_step(ours, monkeypatch):
     pipeline = ours("tiny_sd35")
     arguments = {"prompt": [PROMPTS[0]] * 3} | COMMON | CASES["sd35 cfg, attn2, wide"][1]
     plan = Plan.full(pipeline.setting(**arguments))
-    need = sum(x.nbytes for x in jax.tree.leaves(pipeline.empty_caches(pipeline.prepare(**arguments))))
-    monkeypatch.setattr("dfa2_jax.pipeline.free_bytes", lambda: need * 2 // 3)
-    with pytest.raises(MemoryError, match="3 images of 64 x 160.*a batch of 2 would fit"):
+    layouts, size = [layer.layout for layer in plan.setting.layers], 2 * 3 * pipeline.config.width * 4
+    need = size * sum(layout.length for layout in layouts)
+    monkeypatch.setattr("dfa2_jax.caches.free_bytes", lambda: need)
+    pipeline(**arguments, plan=plan, progress=False)
+    monkeypatch.setattr("dfa2_jax.caches.free_bytes", lambda: need - 1)
+    with pytest.raises(MemoryError, match=f"3 images of {layouts[0].num_visual} visual tokens.*a batch of 2 would fit"):
         pipeline(**arguments, plan=plan, progress=False)
 
 

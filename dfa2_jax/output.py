@@ -1,0 +1,59 @@
+"""What a sampling call returns, and what it says of itself."""
+
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from typing import Any
+
+import jax
+import numpy as np
+
+from .request import Request
+
+UNTOLD = ("progress", "callback_on_step_end", "output_type", "seed", "sigmas", "plan")
+"""Arguments that metadata leaves out, or gives in another form."""
+
+
+@dataclass(frozen=True)
+class Output:
+    """Images, and how they came about.
+
+    images: PIL images, or float32 [B, H, W, 3] in [0, 1], or latents as diffusers returns them.
+    seeds: one per image, None where the latents were given.
+    timings: seconds of encode, denoise, per_step, decode, and of the compilation within them.
+    metadata: what would make the same images again; JSON-serialisable.
+    """
+
+    images: Any
+    seeds: list[int | None]
+    timings: dict[str, float]
+    metadata: dict[str, Any] = field(repr=False)
+
+
+def metadata(pipeline: Any, args: dict[str, Any], request: Request, seeds: list[int | None]) -> dict[str, Any]:
+    """Arguments as resolved; arrays only by their shape."""
+    given = {
+        name: f"array{list(np.shape(value))}" if name.endswith(("embeds", "latents")) else plain(value)
+        for name, value in args.items()
+        if value is not None and name not in UNTOLD
+    }
+    resolved = {
+        "height": request.height,
+        "width": request.width,
+        "num_inference_steps": request.steps,
+        "guidance_scale": plain(request.guidance_scale),
+        "max_sequence_length": request.length,
+        "seed": plain(args["seed"]) if seeds[0] is not None else None,
+        "plan": None if args["plan"] is None else args["plan"].digest,
+        "sigmas": None if request.sigmas is None else [float(sigma) for sigma in request.sigmas],
+        "pipeline": pipeline.pipeline_class,
+        "fingerprint": pipeline.fingerprint,
+        "dtype": pipeline.dtype.name,
+        "torch_rounding": pipeline.torch_rounding,
+        "versions": {"dfa2_jax": version("dfa2-jax"), "jax": jax.__version__},
+    }
+    return given | resolved
+
+
+def plain(value: Any) -> Any:
+    """As JSON knows it: no NumPy numbers, no tuples."""
+    return np.asarray(value).tolist() if isinstance(value, (np.ndarray, np.generic, tuple, list)) else value
