@@ -1,0 +1,135 @@
+"""The paper's tables 5 and 6 on any folder: the head coefficient c, and the sets of methods, quality against density.
+
+    python -m benchmarks.ablations FOLDER --prompts FILE [--calibrate-on 8] [--steps 20] [--height PX] [--width PX]
+        [--deltas 0.2 0.4 0.6 0.8 1.0] [--out PREFIX]
+
+One prompt per line: the first ones calibrate, the others are sampled, dense and compressed, from equal seeds. Quality
+is SSIM and PSNR against the dense images; every point goes to PREFIX.json, the curves of quality over density to
+PREFIX.png. Thresholds of schemes that decide by layers are another quantity than delta: they are swept until their
+densities span those of the plans, and tables compare at equal density, between neighbours by a straight line.
+"""
+
+import argparse
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+from tqdm import tqdm
+
+from benchmarks.machine import describe_machine
+from dfa2_jax import Pipeline, calibrate
+from dfa2_jax.baselines import SCHEMES, calibrate_shared, sample_shared
+
+COEFFICIENTS = {"c none": None, "c 1": 1.0, "c 1.5": 1.5, "c 2": 2.0}
+THRESHOLDS = (0.02, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6)
+"""Of DiTFastAttn's kind; the paper's are up to 0.15."""
+
+Run = Callable[[float], tuple[float, np.ndarray]]
+"""From a delta or threshold to a density, and the images of the prompts."""
+
+
+def runs(pipeline: Pipeline, learn: list[str], test: list[str], shape: dict[str, Any]) -> dict[str, Run]:
+    """Every row of both tables, by name."""
+    sampling = shape | {"prompt": test, "seed": 1, "output_type": "np"}
+
+    def planned(threshold: float, **options: Any) -> tuple[float, np.ndarray]:
+        plan = calibrate(pipeline, learn, delta=threshold, progress=False, **shape, **options)
+        return plan.density(), pipeline(**sampling, plan=plan, progress=False).images
+
+    def shared(threshold: float, scheme: Any) -> tuple[float, np.ndarray]:
+        found = calibrate_shared(pipeline, scheme, threshold, progress=False, prompt=learn, **shape)
+        return found.density(), sample_shared(pipeline, found, **sampling)
+
+    tables: dict[str, Run] = {name: partial(planned, c=c) for name, c in COEFFICIENTS.items()}
+    tables["arrows only"] = partial(planned, cache=False)
+    return tables | {name: partial(shared, scheme=scheme) for name, scheme in SCHEMES.items()}
+
+
+def quality(images: np.ndarray, exact: np.ndarray) -> dict[str, list[float]]:
+    pairs = list(zip(images, exact, strict=True))
+    ssim = [structural_similarity(a, b, channel_axis=-1, data_range=1.0) for a, b in pairs]
+    psnr = [peak_signal_noise_ratio(b, a, data_range=1.0) if not np.array_equal(a, b) else np.inf for a, b in pairs]
+    return {"ssim": [float(x) for x in ssim], "psnr": [float(min(x, 100.0)) for x in psnr]}
+
+
+def at_density(points: list[dict[str, Any]], density: float, metric: str) -> float | None:
+    """By a straight line between the neighbours; None outside of what was swept."""
+    found = sorted((point["density"], float(np.mean(point[metric]))) for point in points)
+    x, y = np.array(found).T
+    return float(np.interp(density, x, y)) if x[0] <= density <= x[-1] else None
+
+
+def draw(result: dict[str, list[dict[str, Any]]], path: Path) -> None:
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2, sharey=True)
+    for name, points in result.items():
+        axes = left if name in COEFFICIENTS else right
+        for one in (axes, right) if name == "c 1.5" else (axes,):
+            label = "arrows, caching (default)" if one is right and name == "c 1.5" else name
+            ordered = sorted(points, key=lambda point: point["density"])
+            one.plot([p["density"] for p in ordered], [np.mean(p["ssim"]) for p in ordered], marker="o", label=label)
+    for axes, title in ((left, "bound of a head, c"), (right, "methods")):
+        axes.set(xlabel="share of query-key pairs computed", title=title)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    left.set_ylabel("SSIM against the dense image")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder")
+    parser.add_argument("--prompts", type=Path, required=True)
+    parser.add_argument("--calibrate-on", type=int, default=8, metavar="N")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--height", type=int)
+    parser.add_argument("--width", type=int)
+    parser.add_argument("--deltas", type=float, nargs="+", default=[0.2, 0.4, 0.6, 0.8, 1.0])
+    parser.add_argument("--out", type=Path, default=Path("build/ablations"), metavar="PREFIX")
+    args = parser.parse_args()
+    prompts = [line for line in args.prompts.read_text().splitlines() if line.strip()]
+    learn, test = prompts[: args.calibrate_on], prompts[args.calibrate_on :]
+    if not test:
+        parser.error(
+            f"{args.prompts} has {len(prompts)} prompts: more than --calibrate-on {args.calibrate_on} are needed"
+        )
+    pipeline = Pipeline.from_pretrained(args.folder)
+    shape = {"height": args.height, "width": args.width, "num_inference_steps": args.steps}
+    exact = pipeline(test, seed=1, output_type="np", progress=False, **shape).images
+    todo = [
+        (name, run, threshold)
+        for name, run in runs(pipeline, learn, test, shape).items()
+        for threshold in (args.deltas if name in COEFFICIENTS or "CFG" in name or "only" in name else THRESHOLDS)
+    ]
+    result: dict[str, list[dict[str, Any]]] = {}
+    for name, run, threshold in tqdm(todo):
+        density, images = run(threshold)
+        point = {"threshold": threshold, "density": density} | quality(images, exact)
+        result.setdefault(name, []).append(point)
+        tqdm.write(f"{name} {threshold}: density {density:.3f}, SSIM {np.mean(point['ssim']):.4f}")
+        content = {
+            "machine": describe_machine(),
+            "device": jax.devices()[0].device_kind,
+            "folder": Path(args.folder).name,
+        }
+        content |= {"learn": len(learn), "test": len(test), "arguments": {k: str(v) for k, v in shape.items()}}
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.with_suffix(".json").write_text(json.dumps(content | {"rows": result}, indent=1) + "\n")
+    draw(result, args.out.with_suffix(".png"))
+    for point in result["c 1.5"]:
+        matched = {name: at_density(points, point["density"], "ssim") for name, points in result.items()}
+        shown = ", ".join(f"{name} {'-' if value is None else f'{value:.4f}'}" for name, value in matched.items())
+        print(f"density {point['density']:.3f}: SSIM {shown}")
+
+
+if __name__ == "__main__":
+    main()

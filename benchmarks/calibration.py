@@ -1,0 +1,162 @@
+"""What calibration costs: in units of a dense run, of dense attention, and against the official scheme.
+
+    python -m benchmarks.calibration [CASE ...] [--rounds 5] [--out FILE]
+
+Cases are those of benchmarks/sampling.py whose attention takes most of a step. One step of each, interleaved: dense;
+without attention; calibration (every candidate in one nested pass, the choice in the program); the official scheme (a
+dense pass, one per window, the choice, and a pass of the chosen mix). Also the exact choice alone, for all layers, and
+memory.
+"""
+
+import argparse
+import json
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+from unittest.mock import patch
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.loops import Loop, interleaved, ratio
+from benchmarks.machine import describe_machine
+from benchmarks.sampling import CPU, GPU
+from dfa2_jax import Method, calibration
+from dfa2_jax.models.attention import arrow_attention
+from dfa2_jax.sampling import denoise
+from dfa2_jax.search import choose
+from pallas_kernels.layout import FULL
+
+CASES = {
+    "cpu": ["1,024 tokens, share of 2048 px", "4,096 tokens, share of 2048 px"],
+    "gpu": ["FLUX.1-dev 1024", "FLUX.1-dev 2048", "SD3.5-medium 2048"],
+}
+CANDIDATES = (Method("cached"), *map(Method.arrow, (8, 16, 32)))
+
+
+class Official(calibration.Calibrating):
+    """One pass for each window; the chosen mix is computed once more (method.md 4.2 of the paper's code)."""
+
+    def __call__(self, project: Any, layout: Any, memory: Any, row: Any) -> tuple[Any, Any]:
+        q, k, v = project()
+        found: Any = super().__call__(lambda: (q, k, v), layout, memory, row)[1]
+        windows = np.array([method.half_window(layout.num_visual) for method in self.candidates], np.int32)
+        half_window = jnp.append(jnp.asarray(windows), jnp.int32(FULL))[found.picks[row.layer]]
+        caches = arrow_attention(q, k, v, half_window, layout=layout, cache=memory.caches, layer=row.layer)
+        return caches[row.layer], found._replace(caches=caches)
+
+    def _outputs(self, windows: Any, layout: Any, q: Any, k: Any, v: Any, previous: Any) -> tuple[list[Any], Any]:
+        def alone(window: int) -> jax.Array:
+            return arrow_attention(q, k, v, jnp.full(q.shape[2], window, jnp.int32), layout=layout)
+
+        return [previous if window < FULL else alone(window) for window in windows], arrow_attention(
+            q, k, v, layout=layout
+        )
+
+
+def stepper(loop: Loop, kind: type, tiles: tuple[int, int]) -> Any:
+    """A calibration step of its own program, with `kind` in the place of `Calibrating`."""
+    names = ("graph", "candidates", "tiles", "chunk", "implementation", "rounding")
+
+    def calibrate_step(*args: Any, **kwargs: Any) -> Any:
+        with patch.object(calibration, "Calibrating", kind):
+            return calibration.calibrate_step.__wrapped__(*args, **kwargs)
+
+    step = jax.jit(calibrate_step, static_argnums=0, static_argnames=names, donate_argnums=3)
+    budget = calibration.Budget.of(0.4, 1.5, loop.config.num_attention_heads)
+    return partial(step, loop.graph, loop.params, inputs=loop.inputs, i=1, budget=budget), {
+        "candidates": CANDIDATES,
+        "tiles": tiles,
+    }
+
+
+def measure(loop: Loop, rounds: int) -> dict[str, Any]:
+    heads, head_dim = loop.config.num_attention_heads, loop.config.attention_head_dim
+    tiles = calibration.PLANNING_TILES.get(head_dim, (128, 128))
+    latents, caches = jnp.array(loop.latents), loop.caches()
+    programs = {"calibration": calibration.Calibrating, "official scheme": Official}
+    steps = {name: stepper(loop, kind, tiles) for name, kind in programs.items()}
+    saved = [
+        calibration.saved_tiles(np.array([m.half_window(x.num_visual) for m in CANDIDATES], np.int32), x, tiles)
+        for x in loop.layers.values()
+    ]
+    errors = jnp.asarray(np.random.default_rng(0).uniform(0, 0.04, (len(saved), heads, len(CANDIDATES))), jnp.float32)
+
+    @jax.jit
+    def choices(errors: jax.Array) -> list[jax.Array]:
+        return [choose(one, s, 0.4, 1.5 * 0.4 / heads) for one, s in zip(errors, saved, strict=True)]
+
+    def run(name: str) -> Any:
+        nonlocal caches
+        step, options = steps[name]
+        out, caches, picks, _ = step(latents, caches, **options)
+        return out, picks
+
+    _, filled = loop.planned(caches, loop.plan(1.0, cached=False), 0, 1)
+    picks = []
+    for name in programs:
+        caches = jax.tree.map(jnp.copy, filled)
+        picks.append(np.asarray(run(name)[1]))
+    times = interleaved(
+        {"dense": lambda: loop.dense(1, 2), "without attention": lambda: loop.rest(1, 2)}
+        | {name: partial(run, name) for name in programs}
+        | {"choices": lambda: choices(errors)},
+        rounds,
+    )
+    found: dict[str, Any] = {name: ratio(times, name, "dense") for name in programs}
+    seconds = {name: median(values) for name, values in times.items()}
+    attention = seconds["dense"] - seconds["without attention"]
+    return {
+        "shape": {"visual": loop.num_visual, "text": loop.num_text, "batch": loop.batch, "dtype": str(loop.dtype)},
+        "heads": [heads, head_dim],
+        "attention_share": attention / seconds["dense"],
+        "in_dense_runs": found,
+        "in_dense_attention": {name: (seconds[name] - seconds["without attention"]) / attention for name in programs},
+        "choices_share": ratio(times, "choices", "calibration"),
+        "same_picks": float((picks[0] == picks[1]).mean()),
+        "memory": memory(loop, latents, caches, steps),
+        "ms": {name: 1e3 * value for name, value in seconds.items()},
+        "seconds": times,
+    }
+
+
+def memory(loop: Loop, latents: jax.Array, caches: Any, steps: dict[str, Any]) -> dict[str, Any]:
+    """Bytes beside weights and caches, as compiled (a CPU's leave out what some fusions use). Predicted for
+    calibration: a dense step's, and the longest layer's outputs under every arrow and as they were a step ago."""
+    width = loop.config.num_attention_heads * loop.config.attention_head_dim
+    longest = max(layout.length for layout in loop.layers.values())
+    dense = denoise.lower(loop.graph, loop.params, loop.latents, loop.inputs, 1, 2)
+    found = {"caches": sum(x.nbytes for x in jax.tree.leaves(caches)), "dense": temporary(dense)}
+    found["predicted"] = found["dense"] + len(CANDIDATES) * loop.batch * longest * width * loop.dtype.itemsize
+    for name, (step, options) in steps.items():
+        found[name] = temporary(step.func.lower(*step.args, latents, caches, **step.keywords, **options))
+    return found
+
+
+def temporary(lowered: Any) -> int:
+    return lowered.compile().memory_analysis().temp_size_in_bytes
+
+
+def main() -> None:
+    platform = jax.default_backend()
+    cases = CPU if platform == "cpu" else GPU
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cases", nargs="*", metavar="CASE", help=f"of {', '.join(cases)}; default: {CASES[platform]}")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--out", type=Path, default=Path(f"benchmarks/results/calibration_{platform}.json"))
+    args = parser.parse_args()
+    if unknown := [case for case in args.cases if case not in cases]:
+        parser.error(f"unknown {unknown}: choose from {list(cases)}")
+    result: dict[str, Any] = {"machine": describe_machine(), "device": jax.devices()[0].device_kind, "rows": {}}
+    for name in args.cases or CASES[platform]:
+        row = result["rows"][name] = measure(cases[name](2), args.rounds)
+        shown = {key: row[key] for key in ("attention_share", "in_dense_runs", "in_dense_attention", "memory")}
+        print(f"{name}: {json.dumps(shown | {key: row[key] for key in ('choices_share', 'same_picks')})}", flush=True)
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

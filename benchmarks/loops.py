@@ -1,0 +1,184 @@
+"""Whole sampling loops of random weights: a model, its inputs and plans for it, at one size."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from statistics import median
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from dfa2_jax import Method, Plan
+from dfa2_jax.caches import cache_shapes
+from dfa2_jax.models import MODELS
+from dfa2_jax.models.layers import sinusoid
+from dfa2_jax.models.patches import crop_positions, rope_table
+from dfa2_jax.models.sd3 import PositionTable
+from dfa2_jax.plan import FULL_METHOD
+from dfa2_jax.sampling import Inputs, PlanRows, denoise, denoise_planned, denoise_step, pad_steps
+from dfa2_jax.setting import AttentionLayer, Setting
+from pallas_kernels.mask import density
+
+
+@dataclass(frozen=True)
+class NoAttention:
+    """Projections alone, all of them used: what a step costs beside attention."""
+
+    implementation: str | None = None
+
+    def __call__(self, project: Any, layout: Any, memory: None, row: None) -> tuple[jax.Array, None]:
+        return sum(project()), None
+
+
+@partial(jax.jit, static_argnames="graph")
+def rest_of(graph: Any, params: Any, latents: jax.Array, inputs: Inputs, start: int, stop: int) -> jax.Array:
+    """`denoise` without attention."""
+    step = partial(denoise_step, nnx.merge(graph, params).velocity, NoAttention(), inputs, lambda x: x)
+    return jax.lax.fori_loop(start, stop, lambda i, latents: step(i, latents, None, None)[0], latents)
+
+
+class Loop:
+    """A transformer of random weights on the default device, and all that its sampling loop is called with.
+
+    Args:
+        class_name, config: of diffusers.
+        side: visual tokens along each side of the image.
+        guided: classifier-free guidance, a doubled batch.
+        steps: of the schedule.
+    """
+
+    def __init__(
+        self, class_name: str, config: dict[str, Any], *, side: int, num_text: int, guided: bool, steps: int, dtype: Any
+    ):
+        kind = MODELS[class_name]
+        self.config, self.num_visual, self.num_text, self.steps = (
+            kind.config_from_json(config),
+            side**2,
+            num_text,
+            steps,
+        )
+        module = nnx.eval_shape(lambda: kind.build(self.config, dtype=dtype, rngs=nnx.Rngs(0)))
+        nnx.pop(module, PositionTable)
+        self.graph, shapes = nnx.split(module)
+        self.params, self.dtype = random_like(shapes), jnp.dtype(dtype)
+        self.batch = 2 if guided else 1
+        draw = np.random.default_rng(0).standard_normal
+        width, flux = self.config.num_attention_heads * self.config.attention_head_dim, class_name.startswith("Flux")
+        self.latents = draw((1, self.num_visual, self.config.token_channels)).astype(np.float32)
+        table = np.zeros((0 if flux else self.config.pos_embed_max_size) ** 2 * width, np.float32).reshape(-1, width)
+        sigmas = np.linspace(1, 0, steps + 1, dtype=np.float32)
+        text = self.batch, num_text, self.config.joint_attention_dim
+        positions = (
+            rope_table(self.config.axes_dims_rope, num_text, side, side) if flux else crop_positions(table, side, side)
+        )
+        self.inputs = jax.device_put(
+            Inputs(
+                text=draw(text).astype(self.dtype),
+                pooled=draw((self.batch, self.config.pooled_projection_dim)).astype(self.dtype),
+                positions=positions,
+                sigmas=pad_steps(sigmas, extra=1),
+                timesteps=pad_steps(sinusoid(1000 * sigmas[:-1])),
+                guidance=sinusoid(np.float32([3500])) if flux and self.config.guidance_embeds else None,
+                guidance_scale=np.float32(4) if guided else None,
+                skip=None,
+            )
+        )
+        self.layers = self.config.attention_layers(num_text, self.num_visual)
+
+    def caches(self) -> Any:
+        shapes = cache_shapes(self.config, self.num_text, self.num_visual, self.batch, self.dtype)
+        return jax.tree.map(lambda one: jnp.zeros(one.shape, one.dtype), shapes)
+
+    def dense(self, start: int, stop: int, **options: Any) -> jax.Array:
+        return denoise(self.graph, self.params, self.latents, self.inputs, start, stop, **options)
+
+    def rest(self, start: int, stop: int) -> jax.Array:
+        return rest_of(self.graph, self.params, self.latents, self.inputs, start, stop)
+
+    def planned(self, caches: Any, plan: Plan, start: int, stop: int, **options: Any) -> tuple[jax.Array, Any]:
+        rows = PlanRows(pad_steps(plan.half_windows()), pad_steps(plan.head_order()))
+        latents = jnp.array(self.latents)  # given away
+        return denoise_planned(self.graph, self.params, latents, caches, self.inputs, rows, start, stop, **options)
+
+    def plan(self, target: float, *, cached: bool) -> Plan:
+        """Keeps this share of all query-key pairs after the first step: half of the saving by cached heads and half by
+        arrows, or all by arrows; random heads of every layer, as many full ones as possible."""
+        layers = tuple(
+            AttentionLayer(name=name, num_text=x.num_text, num_visual=x.num_visual, text_first=x.text_first)
+            for name, x in self.layers.items()
+        )
+        heads = self.config.num_attention_heads
+        setting = Setting(
+            pipeline_class="", weights="", scheduler="", sigmas=tuple(np.linspace(1, 0, self.steps + 1).tolist()),
+            height=1, width=1, doubled_batch=self.batch == 2, num_heads=heads, layers=layers,
+        )  # fmt: skip
+        choices, generator = np.zeros((self.steps, len(layers), heads), np.uint8), np.random.default_rng(0)
+        methods, reuse = [FULL_METHOD, Method("cached")], (1 - target) / 2 if cached else 0.0
+        owed = np.zeros((len(layers), 2))
+        for number, layer in enumerate(layers):
+            arrow, share = widest_arrow(layer, 1 - target - reuse, 1 - reuse)
+            if arrow not in methods:
+                methods.append(arrow)
+            for step in range(1, self.steps):
+                owed[number] += np.array([reuse, share]) * heads  # fractions of heads are paid in later steps
+                counts = np.floor(owed[number] + 0.5).astype(int)
+                owed[number] -= counts
+                order = generator.permutation(heads)
+                choices[step, number, order[: counts[0]]] = 1
+                choices[step, number, order[counts[0] : counts.sum()]] = methods.index(arrow)
+        return Plan(setting, tuple(methods), choices)
+
+
+def widest_arrow(layer: AttentionLayer, saving: float, room: float) -> tuple[Method, float]:
+    """The widest arrow that saves so much in at most this share of the heads, and that share."""
+    for fraction in (8, 16, 32, 64, 128):
+        arrow = Method.arrow(fraction)
+        kept = density(np.array([arrow.half_window(layer.num_visual)], np.int32), layer.layout)[0]
+        if saving <= room * (1 - kept):
+            return arrow, float(saving / (1 - kept))
+    raise ValueError(f"No arrow saves {saving:.2f} of {layer}: its text is dense.")
+
+
+def kept(plan: Plan, steps: range) -> float:
+    """The share of query-key pairs that a plan keeps in these steps."""
+    windows = plan.half_windows()[list(steps)]
+    counts = [
+        (density(windows[:, number].ravel(), layer.layout).mean(), layer.layout.length**2)
+        for number, layer in enumerate(plan.setting.layers)
+    ]
+    return float(sum(share * size for share, size in counts) / sum(size for _, size in counts))
+
+
+def random_like(shapes: Any) -> Any:
+    """Normal parameters on the default device, scaled by fan-in; made one by one, each in one program of its shape."""
+
+    @partial(jax.jit, static_argnums=(1, 2))
+    def draw(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+        fan_in = shape[-2] if len(shape) > 1 else 1
+        return (jax.random.normal(key, shape, dtype) * fan_in**-0.5).astype(dtype)
+
+    leaves, tree = jax.tree.flatten(shapes)
+    keys = jax.random.split(jax.random.key(0), len(leaves))
+    return jax.tree.unflatten(tree, [draw(key, x.shape, x.dtype) for key, x in zip(keys, leaves, strict=True)])
+
+
+def interleaved(runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each, in turn, round by round, after one call of each that is not timed."""
+    for run in runs.values():
+        jax.block_until_ready(run())
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            started = time.perf_counter()
+            jax.block_until_ready(run())
+            times[name].append(time.perf_counter() - started)
+    return times
+
+
+def ratio(times: dict[str, list[float]], above: str, below: str) -> float:
+    """Median of the rounds' ratios."""
+    return median(a / b for a, b in zip(times[above], times[below], strict=True))
