@@ -7,7 +7,9 @@ from typing import Any
 import jax
 import numpy as np
 
+from .plan import Plan
 from .request import Request
+from .sampling import SkipGuidance
 
 UNTOLD = ("progress", "callback_on_step_end", "output_type", "seed", "sigmas", "plan")
 """Arguments that metadata leaves out, or gives in another form."""
@@ -29,7 +31,23 @@ class Output:
     metadata: dict[str, Any] = field(repr=False)
 
 
-def metadata(pipeline: Any, args: dict[str, Any], request: Request, seeds: list[int | None]) -> dict[str, Any]:
+def density(plan: Plan | None, skip: SkipGuidance | None) -> float:
+    """The kept share of a call's query-key pairs: of the plan, and of skip-layer guidance's forwards, dense ones of
+    the conditional half of the batch without some blocks."""
+    if plan is None:
+        return 1.0
+    if skip is None:
+        return plan.density()
+    pairs = [layer.layout.length**2 for layer in plan.setting.layers]
+    skipped = [bool(skip.layers[int(layer.name.split(".")[1])]) for layer in plan.setting.layers]
+    more = int(np.sum(skip.active)) * sum(np.array(pairs)[~np.array(skipped)].tolist())
+    every = 2 * plan.setting.num_inference_steps * sum(pairs)
+    return (plan.density() * every + more) / (every + more)
+
+
+def metadata(
+    pipeline: Any, args: dict[str, Any], request: Request, seeds: list[int | None], density: float
+) -> dict[str, Any]:
     """Arguments as resolved; arrays only by their shape."""
     given = {
         name: f"array{list(np.shape(value))}" if name.endswith(("embeds", "latents")) else plain(value)
@@ -44,6 +62,7 @@ def metadata(pipeline: Any, args: dict[str, Any], request: Request, seeds: list[
         "max_sequence_length": request.length,
         "seed": plain(args["seed"]) if seeds[0] is not None else None,
         "plan": None if args["plan"] is None else args["plan"].digest,
+        "density": density,
         "sigmas": None if request.sigmas is None else [float(sigma) for sigma in request.sigmas],
         "pipeline": pipeline.pipeline_class,
         "fingerprint": pipeline.fingerprint,

@@ -22,7 +22,7 @@ from .models.layers import sinusoid
 from .models.patches import patchify, unpatchify
 from .models.sd3 import PositionTable
 from .networks import Component, Networks
-from .output import Output, metadata
+from .output import Output, density, metadata
 from .plan import Plan
 from .request import Request, resolve, seeds_of
 from .sampling import Inputs, PlanRows, SkipGuidance, denoise, denoise_planned, pad_steps
@@ -155,7 +155,8 @@ class Pipeline:
         clock.lap("decode")
 
         timings = clock.seconds | {"per_step": clock.seconds["denoise"] / call.request.steps}
-        return Output(images, call.seeds, timings, metadata(self, args, call.request, call.seeds))
+        kept = density(plan, call.inputs.skip)
+        return Output(images, call.seeds, timings, metadata(self, args, call.request, call.seeds, kept))
 
     def setting(self, **arguments: Any) -> Setting:
         """What a plan is bound to, of a call with these arguments: `Plan.full(pipeline.setting(prompt=...))`.

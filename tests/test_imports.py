@@ -28,7 +28,7 @@ ALLOWED = {
         *("pallas_kernels.layout", "pallas_kernels.mask"),
     ],
     "dfa2_jax.caches": [],
-    "dfa2_jax.output": ["dfa2_jax.request"],
+    "dfa2_jax.output": ["dfa2_jax.plan", "dfa2_jax.request", "dfa2_jax.sampling"],
     "dfa2_jax.networks": ["dfa2_jax.checkpoint", "dfa2_jax.tokenizers"],
     "dfa2_jax.plan_view": ["dfa2_jax.files", "dfa2_jax.plan", "pallas_kernels.layout", "pallas_kernels.mask"],
     "dfa2_jax.search": [],

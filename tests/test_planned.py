@@ -118,4 +118,19 @@ def test_skip_layer_guidance_runs_dense_and_leaves_the_caches_alone(ours):
     arguments = {"prompt": PROMPTS[0], "output_type": "latent", "progress": False, "skip_guidance_layers": [1]}
     arguments |= COMMON | CASES["sd35 cfg, attn2, wide"][1]
     plan = Plan.full(pipeline.setting(**arguments))
-    np.testing.assert_array_equal(pipeline(**arguments, plan=plan).images, pipeline(**arguments).images)
+    output = pipeline(**arguments, plan=plan)
+    np.testing.assert_array_equal(output.images, pipeline(**arguments).images)
+    assert output.metadata["density"] == 1
+
+
+def test_density_counts_the_forward_of_skip_layer_guidance(ours):
+    """Four steps of two forwards, and at two of them one more, dense and without block 1."""
+    pipeline = ours("tiny_sd35")
+    arguments = {"prompt": PROMPTS[0], "num_inference_steps": 4, "output_type": "latent", "progress": False}
+    arguments |= {"skip_guidance_layers": [1], "skip_layer_guidance_start": 0.0, "skip_layer_guidance_stop": 0.6}
+    plan = Plan.full(pipeline.setting(**arguments)).with_method([1, 3], None, None, "cached")
+    pairs = {layer.name: layer.layout.length**2 for layer in plan.setting.layers}
+    every, more = 8 * sum(pairs.values()), 2 * sum(size for name, size in pairs.items() if not name.endswith(".1"))
+    assert {"joint.1", "attn2.0"} <= set(pairs) and plan.density() == 0.5
+    output = pipeline(**arguments, plan=plan)
+    assert output.metadata["density"] == pytest.approx((every / 2 + more) / (every + more))

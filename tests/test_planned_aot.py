@@ -4,9 +4,12 @@ import re
 from collections import Counter
 
 import jax
+import numpy as np
 import pytest
 from real_shapes import denoise_arguments, planned_arguments
 
+from dfa2_jax import Method
+from dfa2_jax.calibration import PLANNING_TILES, Budget, calibrate_step
 from dfa2_jax.sampling import denoise, denoise_planned
 from pallas_kernels import aot
 
@@ -78,3 +81,19 @@ def test_caches_stay_where_they_are(name):
     )
     assert planned.alias_bytes >= sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
     assert planned.temp_bytes <= 1.05 * dense.temp_bytes
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize(("name", "head_dim"), [("FLUX.1-dev", 128), ("SD3.5-large", 64)])
+def test_calibration_with_its_exact_choice_compiles_where_caches_are(name, head_dim):
+    """24 and 38 heads, 4 methods. The choice is in the program: no callback to the host."""
+    target = aot.target("h200")
+    graph, params, latents, caches, inputs, *_ = planned_arguments(name, 1024)
+    budget = Budget(*(jax.ShapeDtypeStruct((), np.float32),) * 2)
+    arguments = target.abstract((params, latents, caches, inputs, jax.ShapeDtypeStruct((), np.int32), budget))
+    candidates = (Method("cached"), *map(Method.arrow, (8, 16, 32)))
+    step = aot.compile_for(
+        target, calibrate_step, graph, *arguments, candidates=candidates, tiles=PLANNING_TILES[head_dim]
+    )
+    assert "callback" not in step.hlo
+    assert step.alias_bytes >= sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(caches))
