@@ -27,12 +27,17 @@ PYTEST := -m pytest -q -n auto --maxprocesses 4 --dist loadfile
 
 demo: $(VENV)/ready
 	$(BIN)/python tests/tiny.py build/demo/diffusers
-	rm -rf build/demo/sd35 build/demo/images
+	rm -rf build/demo/sd35 build/demo/images build/demo/plan.json
 	$(BIN)/dfa2-convert build/demo/diffusers/sd35 build/demo/sd35
 	$(BIN)/dfa2 sample build/demo/sd35 --prompt "a large red circle on the left of a blue background" \
 		--height 128 --width 128 --steps 20 --out build/demo/images
 	$(BIN)/dfa2 sample build/demo/diffusers/flux-dev --prompt "a small green star" \
 		--height 128 --width 128 --steps 20 --out build/demo/images
+	$(BIN)/dfa2 calibrate build/demo/sd35 --prompts benchmarks/prompts.txt --height 128 --width 128 --steps 20 \
+		--delta 1 --out build/demo/plan.json
+	$(BIN)/dfa2 plan show build/demo/plan.json --png build/demo/images/plan.png
+	$(BIN)/dfa2 sample build/demo/sd35 --prompt "a large red circle on the left of a blue background" \
+		--plan build/demo/plan.json --out build/demo/images
 	@echo "Images (of random weights: what they show is that all of it runs) are in build/demo/images"
 
 test: $(VENV)/ready
