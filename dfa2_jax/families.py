@@ -35,8 +35,8 @@ class SD3:
     """Stable Diffusion 3 and 3.5: classifier-free guidance, three encoders of which T5 may be absent."""
 
     num_prompts = 3
-    extra_text = 77
-    """Tokens of the joint sequence beside T5's: CLIP's."""
+    clip_length = 77
+    """Tokens of the joint sequence beside T5's, where no tokenizer of CLIP says another number."""
     order = ROW_COLUMN_CHANNEL
     defaults = Defaults(num_inference_steps=28, guidance_scale=7.0, max_sequence_length=256)
 
@@ -80,9 +80,10 @@ class SD3:
 
     def encode(self, encode: Encode, prompts: list[list[str]], length: int, clip_skip: int) -> Embeddings:
         """CLIP-L and bigG side by side, zero-padded to T5's width, before T5's tokens (pipeline_stable_diffusion_3)."""
-        clips = []
+        clips: list[Any] = []
         for index, suffix in enumerate(("", "_2")):
-            out = encode(f"text_encoder{suffix}", f"tokenizer{suffix}", prompts[index], None, clip_skip)
+            tokens = clips[0].hidden.shape[1] if clips else None  # the first tokenizer's length holds for both
+            out = encode(f"text_encoder{suffix}", f"tokenizer{suffix}", prompts[index], tokens, clip_skip)
             if out is None:
                 raise ValueError(
                     f"The folder has no text_encoder{suffix}: pass prompt_embeds and pooled_prompt_embeds (and, with "
@@ -103,7 +104,7 @@ class Flux:
     """FLUX.1 dev (embedded guidance) and schnell: CLIP's pooled state and T5's tokens."""
 
     num_prompts = 2
-    extra_text = 0
+    clip_length = None
     order = CHANNEL_ROW_COLUMN
     default_latent_size = 128
 

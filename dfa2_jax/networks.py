@@ -47,6 +47,9 @@ class Networks:
         """States of prompts, cut or padded to `length` tokens; None if the folder has no such encoder."""
         if encoder not in self:
             return None
-        if tokenizer not in self._tokenizers:
-            self._tokenizers[tokenizer] = self._checkpoint.tokenizer(tokenizer)
-        return self[encoder](self._tokenizers[tokenizer].encode(prompts, length), *args)
+        return self[encoder](self.tokenizer(tokenizer).encode(prompts, length), *args)
+
+    def tokenizer(self, name: str) -> Tokenizer:
+        if name not in self._tokenizers:
+            self._tokenizers[name] = self._checkpoint.tokenizer(name)
+        return self._tokenizers[name]

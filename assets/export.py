@@ -1,0 +1,115 @@
+"""What a training left, as a complete diffusers folder in float16.
+
+    python -m assets.export build/result assets/toy-sd35
+
+Needs torch, diffusers and transformers (the `test` extra). Keys and layouts come from the tables that read such folders
+(`convert.rules`), backwards.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import torch
+import transformers
+from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
+from safetensors.numpy import load_file
+from transformers import CLIPTextConfig, CLIPTokenizer, T5Config, T5TokenizerFast
+
+from convert.rules import pieces_of
+from convert.safetensors_mmap import Tensor
+
+from . import toy
+
+
+def read_result(folder: Path) -> dict[str, np.ndarray]:
+    files = sorted(folder.glob("weights-*.safetensors"))
+    if not files:
+        raise FileNotFoundError(
+            f"{folder} has no weights-*.safetensors: `python -m assets.train --result` writes them."
+        )
+    return {name: array for file in files for name, array in load_file(file).items()}
+
+
+def source_array(key: str, shape: tuple[int, ...], name: str, arrays: dict[str, np.ndarray]) -> np.ndarray:
+    """What torch's parameter `key` of network `name` must hold so that our rules read our array from it."""
+    class_name, config = toy.configs()[name]
+    tensor = Tensor(Path(name), key, "F32", shape, 0, 0, None)  # type: ignore[arg-type]
+    pieces = pieces_of(key, tensor, class_name, config)
+    if not pieces:
+        raise KeyError(f"No rule of {class_name} fills anything from {key}.")
+    places = np.arange(np.prod(shape, dtype=int)).reshape(shape)
+    found = np.full(places.size, np.nan, np.float32)
+    for piece in pieces:
+        whole = arrays[f"{name}.{piece.path}"]
+        wanted = whole if piece.layer is None else whole[piece.layer]
+        turned = piece.turn(places)
+        if turned.shape != wanted.shape:
+            raise ValueError(f"{key} turns into {turned.shape}, but {name}.{piece.path} is {wanted.shape}.")
+        found[turned.ravel()] = wanted.ravel()
+    return found.reshape(shape)
+
+
+def make(name: str, config: dict[str, Any]) -> torch.nn.Module:
+    class_name = toy.configs()[name][0]
+    if class_name in ("SD3Transformer2DModel", "AutoencoderKL"):
+        return getattr(diffusers, class_name)(**config)
+    kind = T5Config if class_name == "T5EncoderModel" else CLIPTextConfig
+    return getattr(transformers, class_name)(kind(**config))
+
+
+def network(name: str, arrays: dict[str, np.ndarray]) -> torch.nn.Module:
+    """A component with our weights."""
+    config = dict(toy.configs()[name][1])
+    if name == "vae":
+        mean, deviation = (float(x) for x in arrays["latents"])
+        config |= {"shift_factor": round(mean, 4), "scaling_factor": round(1 / deviation, 4)}
+    model = make(name, config).eval()
+    state = model.state_dict()
+    filled = {}
+    for key, value in state.items():
+        if key == "encoder.embed_tokens.weight":  # tied to shared.weight
+            filled[key] = torch.from_numpy(source_array("shared.weight", tuple(value.shape), name, arrays))
+        else:
+            filled[key] = torch.from_numpy(source_array(key, tuple(value.shape), name, arrays))
+    if bad := [key for key, value in filled.items() if not torch.isfinite(value).all()]:
+        raise ValueError(f"{name}: parts of {bad} are not filled, or are not finite.")
+    model.load_state_dict(filled)
+    return model
+
+
+def export(result: Path, folder: Path, dtype: torch.dtype = torch.float16) -> Path:
+    arrays = read_result(result)
+    arrays["transformer.pos_embed"] = toy.position_table()
+    vocabulary, merges = toy.clip_vocabulary()
+    clip = {
+        name: CLIPTokenizer(vocab=vocabulary, merges=merges, pad_token=pad, model_max_length=toy.CLIP_LENGTH)
+        for name, pad in toy.CLIP_PADDING.items()
+    }
+    pipeline = StableDiffusion3Pipeline(
+        **{name: network(name, arrays) for name in toy.configs()},
+        scheduler=FlowMatchEulerDiscreteScheduler(**toy.SCHEDULER),
+        **clip,
+        tokenizer_3=T5TokenizerFast(vocab=toy.t5_pieces(), model_max_length=512, extra_ids=0),
+    )
+    if dtype != torch.float32:
+        pipeline.to(dtype)
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("result", type=Path)
+    parser.add_argument("folder", type=Path)
+    args = parser.parse_args()
+    export(args.result, args.folder)
+    sizes = {str(path.relative_to(args.folder)): path.stat().st_size for path in sorted(args.folder.rglob("*.*"))}
+    print(json.dumps(sizes | {"total": sum(sizes.values())}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
