@@ -1,6 +1,8 @@
 """Does a folder draw what captions say that it never saw? Scores as JSON, and a sheet of images to look at.
 
 python -m assets.evaluate assets/toy-sd35 --size 128 --captions 200 --sheet build/sheet.png
+
+FOLDER holds a diffusers pipeline, or what `assets.train --result` wrote.
 """
 
 import argparse
@@ -14,8 +16,10 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from dfa2_jax import Pipeline
+from dfa2_jax.checkpoint import open_checkpoint
 
 from .checker import Score, score
+from .result import ResultCheckpoint
 from .scenes import Scene, held_out
 
 COLUMNS, LABEL = 8, 24
@@ -80,7 +84,9 @@ def main() -> None:
         "max_sequence_length": args.max_sequence_length,
     }
     started = time.perf_counter()
-    pipeline = Pipeline.from_pretrained(args.folder)
+    of_training = not (args.folder / "model_index.json").exists()
+    checkpoint = ResultCheckpoint(args.folder) if of_training else open_checkpoint(args.folder)
+    pipeline = Pipeline(checkpoint)
     images = sample(pipeline, [scene.caption for scene in scenes], args.size, batch=args.batch, **options)
     seconds = time.perf_counter() - started
     scores = [score(image, scene) for image, scene in zip(images, scenes, strict=True)]

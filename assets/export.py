@@ -16,29 +16,20 @@ import numpy as np
 import torch
 import transformers
 from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
-from safetensors.numpy import load_file
 from transformers import CLIPTextConfig, CLIPTokenizer, T5Config, T5TokenizerFast
 
 from convert.rules import pieces_of
 from convert.safetensors_mmap import Tensor
 
 from . import toy
-
-
-def read_result(folder: Path) -> dict[str, np.ndarray]:
-    files = sorted(folder.glob("weights-*.safetensors"))
-    if not files:
-        raise FileNotFoundError(
-            f"{folder} has no weights-*.safetensors: `python -m assets.train --result` writes them."
-        )
-    return {name: array for file in files for name, array in load_file(file).items()}
+from .result import config, read_result
 
 
 def source_array(key: str, shape: tuple[int, ...], name: str, arrays: dict[str, np.ndarray]) -> np.ndarray:
     """What torch's parameter `key` of network `name` must hold so that our rules read our array from it."""
-    class_name, config = toy.configs()[name]
+    class_name, fields = toy.configs()[name]
     tensor = Tensor(Path(name), key, "F32", shape, 0, 0, None)  # type: ignore[arg-type]
-    pieces = pieces_of(key, tensor, class_name, config)
+    pieces = pieces_of(key, tensor, class_name, fields)
     if not pieces:
         raise KeyError(f"No rule of {class_name} fills anything from {key}.")
     places = np.arange(np.prod(shape, dtype=int)).reshape(shape)
@@ -53,21 +44,17 @@ def source_array(key: str, shape: tuple[int, ...], name: str, arrays: dict[str, 
     return found.reshape(shape)
 
 
-def make(name: str, config: dict[str, Any]) -> torch.nn.Module:
+def make(name: str, fields: dict[str, Any]) -> torch.nn.Module:
     class_name = toy.configs()[name][0]
     if class_name in ("SD3Transformer2DModel", "AutoencoderKL"):
-        return getattr(diffusers, class_name)(**config)
+        return getattr(diffusers, class_name)(**fields)
     kind = T5Config if class_name == "T5EncoderModel" else CLIPTextConfig
-    return getattr(transformers, class_name)(kind(**config))
+    return getattr(transformers, class_name)(kind(**fields))
 
 
 def network(name: str, arrays: dict[str, np.ndarray]) -> torch.nn.Module:
     """A component with our weights."""
-    config = dict(toy.configs()[name][1])
-    if name == "vae":
-        mean, deviation = (float(x) for x in arrays["latents"])
-        config |= {"shift_factor": round(mean, 4), "scaling_factor": round(1 / deviation, 4)}
-    model = make(name, config).eval()
+    model = make(name, config(name, arrays)).eval()
     state = model.state_dict()
     filled = {}
     for key, value in state.items():
@@ -83,7 +70,6 @@ def network(name: str, arrays: dict[str, np.ndarray]) -> torch.nn.Module:
 
 def export(result: Path, folder: Path, dtype: torch.dtype = torch.float16) -> Path:
     arrays = read_result(result)
-    arrays["transformer.pos_embed"] = toy.position_table()
     vocabulary, merges = toy.clip_vocabulary()
     clip = {
         name: CLIPTokenizer(vocab=vocabulary, merges=merges, pad_token=pad, model_max_length=toy.CLIP_LENGTH)

@@ -65,27 +65,28 @@ def t5_backend() -> tokenizers.Tokenizer:
     return backend
 
 
-def write_clip_tokenizer(folder: Path, pad_token: str) -> None:
-    """CLIP's older files, which need no transformers."""
+def clip_tokenizer(folder: Path, name: str) -> Tokenizer:
+    """`tokenizer` or `tokenizer_2`, by way of CLIP's older files in `folder`, which need no transformers."""
     vocabulary, merges = clip_vocabulary()
-    special = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": pad_token}
+    config = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": CLIP_PADDING[name]}
     (folder / "vocab.json").write_text(json.dumps(vocabulary))
     (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *(f"{a} {b}" for a, b in merges)]) + "\n")
-    (folder / "tokenizer_config.json").write_text(json.dumps({"model_max_length": CLIP_LENGTH} | special))
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"model_max_length": CLIP_LENGTH}))
+    return Tokenizer.load(folder)
+
+
+def t5_tokenizer() -> Tokenizer:
+    return Tokenizer(backend=t5_backend(), pad_id=0, model_max_length=512, name="tokenizer_3")
 
 
 def token_ids(prompts: list[str]) -> dict[str, np.ndarray]:
     """What the pipeline gives each text encoder, int32 [prompts, tokens], T5's cut to `T5_LENGTH`."""
-    ids = {}
-    with tempfile.TemporaryDirectory() as name:
-        for number, (tokenizer, pad_token) in enumerate(CLIP_PADDING.items()):
-            folder = Path(name) / tokenizer
-            folder.mkdir()
-            write_clip_tokenizer(folder, pad_token)
-            ids[("text_encoder", "text_encoder_2")[number]] = Tokenizer.load(folder).encode(prompts)
-        t5 = Tokenizer(backend=t5_backend(), pad_id=0, model_max_length=512, name="tokenizer_3")
-        ids["text_encoder_3"] = t5.encode(prompts, T5_LENGTH)
-    return ids
+    with tempfile.TemporaryDirectory() as folder:
+        return {
+            "text_encoder": clip_tokenizer(Path(folder), "tokenizer").encode(prompts),
+            "text_encoder_2": clip_tokenizer(Path(folder), "tokenizer_2").encode(prompts),
+            "text_encoder_3": t5_tokenizer().encode(prompts, T5_LENGTH),
+        }
 
 
 def clip_config(activation: str) -> dict[str, Any]:

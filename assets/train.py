@@ -80,10 +80,10 @@ def stages(batch_64: int, steps: int) -> tuple[Stage, ...]:
     long_256 = Part("flow", 256, max(1, batch_64 // 8), max(1, steps // 4), toy.T5_DEFAULT_LENGTH)
     vae = [Part("vae", pixels, max(1, batch_64 // s), steps) for pixels, s in ((64, 4), (128, 8), (256, 32))]
     return (
-        Stage("vae", 0.11, (vae[0], vae[1], vae[2])),
-        Stage("64 tokens", 0.30, (at_64,)),
-        Stage("256 tokens", 0.34, (at_128, at_128, at_64, at_128, long_128)),
-        Stage("1,024 tokens", 0.25, (at_256, at_128, at_256, long_256, at_256, long_128)),
+        Stage("vae", 0.15, (vae[0], vae[1], vae[2])),
+        Stage("64 tokens", 0.28, (at_64,)),
+        Stage("256 tokens", 0.33, (at_128, at_128, at_64, at_128, long_128)),
+        Stage("1,024 tokens", 0.24, (at_256, at_128, at_256, long_256, at_256, long_128)),
     )
 
 
@@ -92,7 +92,7 @@ PRESETS = {
     "cpu": lambda: stages(32, 1),
     "probe": lambda: (
         Stage("vae", 0.25, (Part("vae", 32, 16, 1),)),
-        Stage("64 tokens", 0.75, (Part("flow", 64, 32, 1),)),
+        Stage("16 tokens", 0.75, (Part("flow", 32, 32, 1),)),
     ),
     "smoke": lambda: (
         Stage("vae", 0.4, (Part("vae", 32, 8, 1),)),
@@ -476,7 +476,7 @@ def train(
     def done() -> float:
         return begin + time.monotonic() - started if unit == "seconds" else progress.spent
 
-    bar = tqdm(total=round(total), initial=round(begin), unit=unit[:-1], disable=quiet, mininterval=2)
+    bar = tqdm(total=round(total), initial=round(begin), unit=unit[:-1], disable=quiet, mininterval=5)
     while (spent := done()) < min(total, begin + amount) - (last_steps if unit == "seconds" else 0):
         stage, rate = stage_at(plan, spent / total)
         programs.prepare(stage)

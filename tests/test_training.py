@@ -56,9 +56,9 @@ def test_another_unit_is_refused(whole, tmp_path):
 def test_schedule():
     plan = training.PRESETS["gpu"]()
     assert sum(stage.share for stage in plan) == pytest.approx(1)
-    names = [training.stage_at(plan, fraction)[0].name for fraction in (0, 0.109, 0.111, 0.42, 0.76, 1.0)]
+    names = [training.stage_at(plan, fraction)[0].name for fraction in (0, 0.149, 0.151, 0.44, 0.77, 1.0)]
     assert names == ["vae", "vae", "64 tokens", "256 tokens", "1,024 tokens", "1,024 tokens"]
-    rates = [training.stage_at(plan, fraction)[1] for fraction in np.linspace(0.11, 1, 50)]
+    rates = [training.stage_at(plan, fraction)[1] for fraction in np.linspace(0.1501, 1, 50)]
     assert rates[0] == training.PEAK["flow"] and rates[-1] < 1e-9 and (np.diff(rates) <= 0).all()
     for stage in plan:
         for part in stage.parts:
