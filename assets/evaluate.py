@@ -75,6 +75,7 @@ def main() -> None:
     parser.add_argument("--guidance", type=float, default=4.0)
     parser.add_argument("--max-sequence-length", type=int, default=32, help="of T5")
     parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--dtype", help="of the networks; by default the folder's, float32 on CPU")
     parser.add_argument("--sheet", type=Path, help="PNG of the first 64 images")
     args = parser.parse_args()
     scenes = held_out()[: args.captions]
@@ -86,7 +87,7 @@ def main() -> None:
     started = time.perf_counter()
     of_training = not (args.folder / "model_index.json").exists()
     checkpoint = ResultCheckpoint(args.folder) if of_training else open_checkpoint(args.folder)
-    pipeline = Pipeline(checkpoint)
+    pipeline = Pipeline(checkpoint, dtype=args.dtype)
     images = sample(pipeline, [scene.caption for scene in scenes], args.size, batch=args.batch, **options)
     seconds = time.perf_counter() - started
     scores = [score(image, scene) for image, scene in zip(images, scenes, strict=True)]

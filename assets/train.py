@@ -233,6 +233,7 @@ class Trainer:
     dtype: Any
     attention: str
     mesh: Mesh | None
+    warm_up: int = WARM_UP
 
     def merge(self, name: str, params: Any) -> Any:
         """The network with parameters in the dtype of the computation; gradients reach the float32 ones."""
@@ -315,7 +316,7 @@ class Trainer:
 
         def step(weights: Weights, _: None) -> tuple[Weights, jax.Array]:
             value, grads = jax.value_and_grad(loss)(weights.params, data, jax.random.fold_in(key, weights.step))
-            return update(weights, grads, rate), value
+            return update(weights, grads, rate, self.warm_up), value
 
         if part.steps == 1:
             return step(weights, None)
@@ -326,7 +327,7 @@ class Trainer:
 run = jax.jit(Trainer.run, static_argnums=(0, 1), donate_argnums=2)
 
 
-def update(weights: Weights, grads: Any, rate: jax.Array) -> Weights:
+def update(weights: Weights, grads: Any, rate: jax.Array, warm_up: int) -> Weights:
     """AdamW with clipped gradients, and the running average."""
     params, ema, mu, nu, step = weights
     norm = jnp.sqrt(sum(jnp.square(g).sum() for g in jax.tree.leaves(grads)))
@@ -334,7 +335,7 @@ def update(weights: Weights, grads: Any, rate: jax.Array) -> Weights:
     with jax.numpy_dtype_promotion("standard"):  # optax takes a float to an integer power
         moves, adam = ADAM.update(grads, optax.ScaleByAdamState(step, mu, nu))
     count = step.astype(jnp.float32)
-    rate = rate * jnp.minimum(1.0, (count + 1) / WARM_UP)
+    rate = rate * jnp.minimum(1.0, (count + 1) / warm_up)
     params = jax.tree.map(lambda p, m: p - rate * (m + WEIGHT_DECAY * p), params, moves)
     decay = jnp.minimum(EMA, (1 + count) / (10 + count))
     ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, ema, params)
@@ -432,6 +433,11 @@ class Programs:
         scalar, key = jax.ShapeDtypeStruct((), jnp.float32), jax.eval_shape(lambda: jax.random.key(0))
         return run.lower(self.trainer, part, getattr(self.state, part.phase), self.data, key, scalar).compile()
 
+    def choose(self, stage: Stage, number: int, *, wait: bool) -> Part:
+        """The part whose turn it is; unless to `wait` for it, the next one that is compiled."""
+        turns = [stage.parts[(number + i) % len(stage.parts)] for i in range(len(stage.parts))]
+        return next((part for part in turns if wait or self.futures[part].done()), turns[0])
+
     def __getitem__(self, part: Part) -> Any:
         return self.futures[part].result()
 
@@ -455,20 +461,21 @@ def train(
     amount: float = math.inf,
     dtype: Any = jnp.float32,
     seed: int = 0,
-    save_every: float = 120.0,
+    warm_up: int = WARM_UP,
+    save_every: float = 60.0,
     quiet: bool = False,
 ) -> tuple[State, Progress]:
     """One slice of at most `amount` (of `unit`: "seconds" or "steps") from the checkpoint in `out`, or from scratch."""
     started = last_saved = time.monotonic()
     mesh = Mesh(np.array(jax.devices()), ("batch",)) if jax.device_count() > 1 else None
     everywhere = jax.devices()[0] if mesh is None else NamedSharding(mesh, PartitionSpec())
-    trainer = Trainer(dtype, best_attention(dtype), mesh)
+    trainer = Trainer(dtype, best_attention(dtype), mesh, warm_up)
     fresh = State(*(fresh_weights(PHASES[phase], seed) for phase in PHASES), np.zeros(2, np.float32))
     state, progress = restore(out, fresh) or (fresh, Progress(unit, total))
     if progress.unit != unit:
         raise ValueError(f"The checkpoint in {out} counts {progress.unit}, not {unit}.")
-    state, data = jax.device_put((state, tables()), everywhere)
-    data |= {"vae": state.vae.ema["vae"], "latents": state.latents}
+    frozen = {"vae": jax.tree.map(np.copy, state.vae.ema["vae"]), "latents": state.latents}  # the state is given away
+    state, data = jax.device_put((state, tables() | frozen), everywhere)
     programs, key = Programs(trainer, plan, state, data), jax.random.key(seed)
     progress.total, progress.slices, begin = total, progress.slices + 1, progress.spent
     earlier, last_steps = progress.seconds, 0.0
@@ -481,7 +488,7 @@ def train(
         stage, rate = stage_at(plan, spent / total)
         programs.prepare(stage)
         number = progress.calls.get(stage.name, 0)
-        part = stage.parts[number % len(stage.parts)]
+        part = programs.choose(stage, number, wait=unit == "steps")
         phase, weights = part.phase, getattr(state, part.phase)
         if phase == "flow" and not float(state.latents[1]):
             statistics = latent_statistics(trainer, part.pixels, state, data, key)

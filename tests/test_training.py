@@ -19,7 +19,7 @@ CAPTION = "a large red circle on the left of a blue background"
 
 
 def smoke(out, **options):
-    return training.train(training.PRESETS["smoke"](), out, unit="steps", total=STEPS, quiet=True, **options)
+    return training.train(training.PRESETS["smoke"](), out, unit="steps", total=STEPS, warm_up=4, quiet=True, **options)
 
 
 @pytest.fixture(scope="module")
