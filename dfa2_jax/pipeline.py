@@ -360,10 +360,17 @@ class Pipeline:
                 tokens = self._given_tokens(latents, call.request, call.rows, call.columns)
         return np.asarray(tokens)
 
-    def denoiser(self, call: "Prepared", plan: Plan | None) -> tuple[Callable[..., tuple[Any, Any]], Any, Any]:
-        """(run, tokens, caches): `run(tokens, caches, start, stop)` gives both after these steps."""
+    def denoiser(
+        self, call: "Prepared", plan: Plan | None, implementation: str | None = None
+    ) -> tuple[Callable[..., tuple[Any, Any]], Any, Any]:
+        """(run, tokens, caches): `run(tokens, caches, start, stop)` gives both after these steps.
+
+        Args:
+            implementation: of attention, to measure what another order of the same sums changes; None: the best one.
+        """
         transformer, tokens = self.transformer, call.tokens
         options: dict[str, Any] = {"inputs": jax.device_put(call.inputs), "rounding": self.rounding}
+        options["implementation"] = implementation
         if self.rounding is not None:
             tokens = tokens.astype(self.dtype).astype(np.float32)
         if plan is None:

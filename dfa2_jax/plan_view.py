@@ -1,6 +1,7 @@
 """A plan for people: a summary, and a picture of every step, layer and head."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -51,27 +52,21 @@ def density_table(plan: Plan) -> np.ndarray:
 def draw(plan: Plan, path: Path) -> None:
     """A PNG: the method of every head, steps from left to right, layers from top to bottom, heads side by side within;
     and the kept share of each step and layer."""
-    from matplotlib import colormaps
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.colors import ListedColormap
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
     steps, layers, heads = plan.choices.shape
-    order = sorted(range(len(plan.methods)), key=lambda number: _work(plan.methods[number]), reverse=True)
-    arrows = len(order) - sum(str(method) in ("full", "cached") for method in plan.methods)
-    shades = iter(colormaps["YlGnBu"](np.linspace(0.75, 0.3, max(arrows, 1))))
-    fixed = {"full": "#20124d", "cached": "#f4a259"}
-    colours = [fixed.get(str(plan.methods[number])) or tuple(next(shades)) for number in order]
-    rank = np.argsort(order)
-    picture = rank[plan.choices].transpose(1, 0, 2).reshape(layers, steps * heads)
+    ranks, names, colours = ranked(plan)
+    picture = ranks.transpose(1, 0, 2).reshape(layers, steps * heads)
 
     figure = Figure(figsize=(3 + min(0.35 * steps, 15), 2 + min(0.2 * layers, 14)), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(2, 2, sharex="col", sharey="row", width_ratios=(5, 1), height_ratios=(1, 6))
     table, (top, corner), (atlas, side) = density_table(plan), axes[0], axes[1]
     atlas.imshow(
-        picture, ListedColormap(colours), aspect="auto", interpolation="nearest", vmin=-0.5, vmax=len(order) - 0.5,
+        picture, ListedColormap(colours), aspect="auto", interpolation="nearest", vmin=-0.5, vmax=len(names) - 0.5,
         extent=(-0.5, steps - 0.5, layers - 0.5, -0.5),
     )  # fmt: skip
     for step in range(steps - 1):
@@ -83,14 +78,25 @@ def draw(plan: Plan, path: Path) -> None:
     top.set(ylim=(0, 1), ylabel="kept")
     side.barh(np.arange(layers), table.mean(0), color="grey")
     side.set(xlim=(0, 1), xlabel="kept")
-    handles = [
-        Patch(color=colour, label=str(plan.methods[number])) for colour, number in zip(colours, order, strict=True)
-    ]
+    handles = [Patch(color=colour, label=name) for name, colour in zip(names, colours, strict=True)]
     corner.axis("off")
     corner.legend(handles=handles, loc="center", fontsize=7)
     figure.suptitle(f"{plan.setting.pipeline_class}: {table.mean():.2f} of query-key pairs kept", fontsize=10)
     with replacing(Path(path)) as file:
         figure.savefig(file, format="png", dpi=110)
+
+
+def ranked(plan: Plan) -> tuple[np.ndarray, list[str], list[Any]]:
+    """For pictures: the rank [steps, layers, heads] of every choice, and names and colours of the methods by rank, from
+    most work to least."""
+    from matplotlib import colormaps
+
+    order = sorted(range(len(plan.methods)), key=lambda number: _work(plan.methods[number]), reverse=True)
+    names = [str(plan.methods[number]) for number in order]
+    arrows = sum(name not in ("full", "cached") for name in names)
+    shades = iter(colormaps["YlGnBu"](np.linspace(0.75, 0.3, max(arrows, 1))))
+    fixed = {"full": "#20124d", "cached": "#f4a259"}
+    return np.argsort(order)[plan.choices], names, [fixed.get(name) or tuple(next(shades)) for name in names]
 
 
 def _work(method: Method) -> int:
