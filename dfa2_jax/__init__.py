@@ -10,3 +10,5 @@ from .pipeline import Pipeline as Pipeline
 from .plan import Method as Method
 from .plan import Plan as Plan
 from .plan import PlanError as PlanError
+from .report import quality_report as quality_report
+from .report_table import Report as Report

@@ -1,4 +1,4 @@
-"""`dfa2`: sample images and find plans from a shell, and say what this machine can do."""
+"""`dfa2`: sample images, find plans and judge them from a shell, and say what this machine can do."""
 
 import argparse
 import json
@@ -18,7 +18,8 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit codes: 0, or 2 for bad input (one line on stderr), or 130 when interrupted."""
+    """Exit codes: 0; 1 where `dfa2 report` has limits and a plan misses one; 2 for bad input (one line on stderr); 130
+    when interrupted."""
     args = _parser().parse_args(argv)
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
     try:
@@ -77,6 +78,35 @@ def _parser() -> argparse.ArgumentParser:
     calibrate.add_argument("--tiles", type=int, nargs=2, metavar=("QUERIES", "KEYS"), help="whose savings count")
     calibrate.add_argument("--dtype", choices=DTYPES, help="default: the checkpoint's; float32 on CPU")
     calibrate.add_argument("--quiet", action="store_true", help="no progress bar")
+
+    report = commands.add_parser(
+        "report",
+        help="what plans do to images",
+        description="Compare plans with dense sampling, next to the noise of rounding and to another seed.",
+        epilog="Exit codes: 0; 1 if a plan misses a limit; 2 for bad input; 130 when interrupted.",
+    )
+    report.set_defaults(run=run_report)
+    report.add_argument("folder", help="a diffusers folder, or one that dfa2-convert wrote")
+    report.add_argument(
+        "--plan", type=Path, action="append", required=True, metavar="PLAN.json", help="may be repeated"
+    )
+    report.add_argument("--prompts", type=Path, required=True, metavar="FILE", help="one prompt per line")
+    report.add_argument("--out", type=Path, required=True, metavar="DIR", help="for report.html and report.json")
+    report.add_argument("--seed", type=int, nargs="+", default=[0], help="every prompt is sampled from each")
+    report.add_argument("--negative-prompt", help="for all prompts")
+    report.add_argument("--guidance-scale", type=float, help="default: the first plan's")
+    report.add_argument("--batch", type=int, default=1, metavar="N", help="images at a time")
+    report.add_argument("--max-lpips", type=float, metavar="X", help="a limit of a plan's mean")
+    report.add_argument("--min-ssim", type=float, metavar="X")
+    report.add_argument("--min-psnr", type=float, metavar="X", help="in dB")
+    report.add_argument(
+        "--lpips", metavar="WEIGHTS", help="a .safetensors file of an lpips.LPIPS; needs dfa2-jax[quality]"
+    )
+    report.add_argument("--clip", metavar="FOLDER", help="a CLIPModel of transformers; needs dfa2-jax[quality]")
+    report.add_argument("--image-reward", metavar="FOLDER", help="not supported: says why")
+    report.add_argument("--quick", action="store_true", help="no noise floor and no heads, for a gate")
+    report.add_argument("--dtype", choices=DTYPES, help="default: the checkpoint's; float32 on CPU")
+    report.add_argument("--quiet", action="store_true", help="no progress bar")
 
     plans = commands.add_parser("plan", help="look at a plan, or sign an edited one").add_subparsers(
         dest="action", required=True
@@ -166,9 +196,7 @@ def run_calibrate(args: argparse.Namespace) -> int:
     from .calibration import calibrate
     from .pipeline import Pipeline
 
-    prompts = [line for line in args.prompts.read_text().splitlines() if line.strip()]
-    if not prompts:
-        raise ValueError(f"--prompts {args.prompts} holds no prompt: write one per line.")
+    prompts = read_prompts(args.prompts)
     if not os.access(args.out.absolute().parent, os.W_OK):
         raise PermissionError(f"--out {args.out} is not in a folder that is there and writable: choose another one.")
     resume = args.out.with_name(f"{args.out.name}.progress")
@@ -180,6 +208,58 @@ def run_calibrate(args: argparse.Namespace) -> int:
     resume.unlink(missing_ok=True)
     print(args.out)
     return 0
+
+
+def read_prompts(path: Path) -> list[str]:
+    """One per line; empty lines are skipped.
+
+    Raises:
+        ValueError: there is none, or the file is no UTF-8.
+    """
+    try:
+        prompts = [line for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--prompts {path} is not UTF-8: {error}") from error
+    if not prompts:
+        raise ValueError(f"--prompts {path} holds no prompt: write one per line.")
+    return prompts
+
+
+REPORT_OPTIONS = (
+    "seed",
+    "negative_prompt",
+    "guidance_scale",
+    "batch",
+    "dtype",
+    "lpips",
+    "clip",
+    "image_reward",
+    "quick",
+)
+
+
+def run_report(args: argparse.Namespace) -> int:
+    enable_compilation_cache()
+    devices()
+    from .plan import Plan
+    from .report import quality_report
+    from .report_table import writable
+
+    prompts, names = read_prompts(args.prompts), [path.stem for path in args.plan]
+    if len({*names}) < len(names):  # plans of one name in different folders
+        names = [str(path) for path in args.plan]
+    plans = {name: Plan.load(path) for name, path in zip(names, args.plan, strict=True)}
+    if len(plans) < len(names):
+        raise ValueError(f"--plan {max(names, key=names.count)} is there twice.")
+    writable(args.out)
+    limits = {"lpips": args.max_lpips, "ssim": args.min_ssim, "psnr": args.min_psnr}
+    limits = {metric: limit for metric, limit in limits.items() if limit is not None}
+    options = {name: getattr(args, name) for name in REPORT_OPTIONS}
+    report = quality_report(args.folder, plans, prompts, **options, limits=limits, progress=not args.quiet)
+    print(report.save(args.out))
+    for failure in report.failures:
+        print(f"dfa2 report: {failure}", file=sys.stderr)
+    return 1 if report.failures else 0
 
 
 def run_plan_show(args: argparse.Namespace) -> int:

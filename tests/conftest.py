@@ -58,6 +58,18 @@ def compilations():
     jax.monitoring.unregister_event_duration_listener(listen)
 
 
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """A compilation cache of the test's own, and JAX's configuration put back after it."""
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = {name: getattr(jax.config, name) for name in names}
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    yield tmp_path / "cache" / "dfa2_jax" / "xla"
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
 def _tiny(name):
     @pytest.fixture(scope="session")
     def folder(tmp_path_factory):

@@ -17,18 +17,6 @@ PROMPT = "a large red circle"
 SIZE = ["--height", "64", "--width", "96", "--steps", "2", "--max-sequence-length", "16"]
 
 
-@pytest.fixture
-def cache(tmp_path, monkeypatch):
-    """A compilation cache of the test's own, and JAX's configuration put back after it."""
-    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-    before = {name: getattr(jax.config, name) for name in names}
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
-    yield tmp_path / "cache" / "dfa2_jax" / "xla"
-    for name, value in before.items():
-        jax.config.update(name, value)
-
-
 def test_sample_writes_images_that_say_how_they_were_made(tiny_sd35, tmp_path, cache, capsys):
     out = tmp_path / "images"
     arguments = ["sample", str(tiny_sd35), "--prompt", PROMPT, "--prompt", "a star", "--negative-prompt", "blurry"]

@@ -53,11 +53,27 @@ ALLOWED = {
         *(f"dfa2_jax.{name}" for name in ("caches", "calibration", "models.attention", "pipeline", "plan", "sampling")),
         *("dfa2_jax.search", "pallas_kernels.layout", "pallas_kernels.mask"),
     ],
+    "dfa2_jax.quality": [],
+    "dfa2_jax.heads": [
+        *(f"dfa2_jax.{name}" for name in ("models.attention", "pipeline", "plan", "plan_view", "sampling")),
+        "pallas_kernels.layout",
+    ],
+    "dfa2_jax.report_page": ["dfa2_jax.quality"],
+    "dfa2_jax.report_table": [
+        *(f"dfa2_jax.{name}" for name in ("files", "heads", "plan", "quality", "report_page")),
+    ],
+    "dfa2_jax.report": [
+        *(f"dfa2_jax.{name}" for name in ("calibration", "heads", "models.attention", "pipeline", "plan", "quality")),
+        "dfa2_jax.report_table",
+    ],
     "dfa2_jax.cli": [
         *("dfa2_jax.models.attention", "dfa2_jax.pipeline", "dfa2_jax.checkpoint", "dfa2_jax.files"),
-        *("dfa2_jax.calibration", "dfa2_jax.plan", "dfa2_jax.plan_view"),
+        *("dfa2_jax.calibration", "dfa2_jax.plan", "dfa2_jax.plan_view", "dfa2_jax.report", "dfa2_jax.report_table"),
     ],
-    "dfa2_jax": ["dfa2_jax.pipeline", "dfa2_jax.output", "dfa2_jax.faults", "dfa2_jax.calibration", "dfa2_jax.plan"],
+    "dfa2_jax": [
+        *("dfa2_jax.pipeline", "dfa2_jax.output", "dfa2_jax.faults", "dfa2_jax.calibration", "dfa2_jax.plan"),
+        *("dfa2_jax.report", "dfa2_jax.report_table"),
+    ],
 }
 
 
