@@ -17,8 +17,8 @@ METRICS = {"psnr": ("PSNR, dB", 2), "ssim": ("SSIM", 4), "lpips": ("LPIPS", 4), 
 NEARNESS = ("psnr", "ssim", "lpips")
 """Of those, what compares with the dense image."""
 
-WIDEST = 512
-"""Pixels of a picture's longer side at most: a page with five pairs at 2048 px would have 100 MB."""
+WIDEST = 384
+"""Pixels of a picture's longer side at most: five pairs at 2048 px would have 100 MB."""
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 75rem; margin: 2rem auto; padding: 0 1rem; color: #222; }

@@ -159,7 +159,7 @@ def test_rows_are_the_plans_between_noise_and_another_seed(made):
     names = ["dense", "float32, sums reordered", "bfloat16 against float32", "bfloat16, sums reordered"]
     assert [one.name for one in made.rows] == [*names, "full", "arrows", "broken", "another seed"]
     psnr = {one.name: one.mean("psnr") for one in made.rows[1:]}
-    assert psnr["float32, sums reordered"] > 120 > 70 > psnr["bfloat16 against float32"] > psnr["arrows"]
+    assert quality.EQUAL_PSNR > psnr["float32, sums reordered"] > 120 > 70 > psnr["bfloat16 against float32"] > psnr["arrows"]
     assert 70 > psnr["bfloat16, sums reordered"] > psnr["broken"] > psnr["another seed"]
     assert all(len(one.scores["ssim"]) == 6 for one in made.rows[1:])
 
@@ -438,6 +438,7 @@ def test_clip_score_is_the_models_cosine(tmp_path):
 
 
 @pytest.mark.torch
+@pytest.mark.filterwarnings("ignore:.*deprecated since 0.13")  # lpips 0.1.4 asks torchvision as one did before
 @pytest.mark.parametrize("net", ["alex", "vgg"])
 def test_lpips_is_the_packages(net, tmp_path):
     lpips = pytest.importorskip("lpips", reason="the extra `quality` is not in the locked environments")
