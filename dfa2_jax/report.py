@@ -77,7 +77,10 @@ class Sampler:
 
 
 class Study:
-    """The rows of a report, and the sampling that fills them: in the plans' dtype first, in the other one after it."""
+    """The rows of a report, and the sampling that fills them: in the plans' dtype first, in the other one after it.
+
+    exact: the dense images by batch, kept for the other dtype: 13 MB each at 1024 px.
+    """
 
     def __init__(self, plans: Mapping[str, Plan], judges: Judges, batches: list[list[Shot]], dtype: str, quick: bool):
         self.judges, self.batches, self.quick = judges, batches, quick

@@ -3,8 +3,10 @@
 import json
 import pickle
 import sys
+import time
 from html.parser import HTMLParser
 from statistics import median
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +14,7 @@ import numpy as np
 import pytest
 from skimage.metrics import structural_similarity
 
-from dfa2_jax import Pipeline, Plan, PlanError, cli, heads, quality, quality_report, report
+from dfa2_jax import Pipeline, Plan, PlanError, cli, heads, quality, quality_report, report, report_table
 from dfa2_jax.report_table import Judges, Report, Row, Shot
 from pallas_kernels import Layout
 
@@ -62,7 +64,7 @@ def test_the_interval_covers_the_mean_as_often_as_it_says(monkeypatch):
 
 
 def test_the_interval_is_reproducible_and_not_defined_for_one_prompt():
-    values = np.array([1.0, 2.0, 4.0])
+    values = np.random.default_rng(0).random(30)
     assert quality.mean_interval(values) == quality.mean_interval(values)
     assert quality.mean_interval(values[:1]) is None
 
@@ -159,7 +161,8 @@ def test_rows_are_the_plans_between_noise_and_another_seed(made):
     names = ["dense", "float32, sums reordered", "bfloat16 against float32", "bfloat16, sums reordered"]
     assert [one.name for one in made.rows] == [*names, "full", "arrows", "broken", "another seed"]
     psnr = {one.name: one.mean("psnr") for one in made.rows[1:]}
-    assert quality.EQUAL_PSNR > psnr["float32, sums reordered"] > 120 > 70 > psnr["bfloat16 against float32"] > psnr["arrows"]
+    assert quality.EQUAL_PSNR > psnr["float32, sums reordered"] > 120
+    assert 70 > psnr["bfloat16 against float32"] > psnr["arrows"]
     assert 70 > psnr["bfloat16, sums reordered"] > psnr["broken"] > psnr["another seed"]
     assert all(len(one.scores["ssim"]) == 6 for one in made.rows[1:])
 
@@ -175,12 +178,12 @@ def test_a_full_plan_is_within_the_noise_and_the_others_are_not(made):
 
 def test_images_are_those_that_the_pipeline_gives(made, plans, tiny_sd35):
     pipeline = Pipeline.from_pretrained(tiny_sd35)
-    arguments = {"prompt": [PROMPTS[2]] * 4, "seed": [0, 7, 1, 2], "output_type": "np", "progress": False}
+    arguments = {"prompt": [PROMPTS[1]] * 4, "seed": [0, 7, 1, 2], "output_type": "np", "progress": False}
     exact = pipeline(**arguments, **SIZE).images[1]
     image = pipeline(**arguments, plan=plans["broken"]).images[1]
     scores = made.content()["rows"][-2]["metrics"]
-    assert scores["psnr"]["values"][2][1] == pytest.approx(quality.psnr(image, exact), abs=0.01)
-    assert scores["ssim"]["values"][2][1] == pytest.approx(quality.ssim(image, exact), abs=1e-4)
+    assert scores["psnr"]["values"][1][1] == pytest.approx(quality.psnr(image, exact), abs=0.01)
+    assert scores["ssim"]["values"][1][1] == pytest.approx(quality.ssim(image, exact), abs=1e-4)
 
 
 def test_the_five_worst_pairs_are_kept(made):
@@ -197,10 +200,28 @@ def test_heads_are_told_by_layer(made, full):
     assert made.masses.half_windows == (24 // 8,)
 
 
-def test_time_is_of_interleaved_rounds_without_compilation(made):
+def test_the_first_call_of_a_program_is_not_timed(no_shape_checks):
+    compiled = []
+
+    def denoiser(call, plan, implementation):
+        def run(tokens, caches, start, stop):
+            if (program := (plan is None, implementation)) not in compiled:
+                compiled.append(program)
+                time.sleep(0.5)
+            return np.full(1, stop), caches
+
+        return run, None, None
+
+    sampler = report.Sampler(SimpleNamespace(denoiser=denoiser), {}, 1)
+    call = SimpleNamespace(request=SimpleNamespace(steps=3))
+    for implementation in (None, "reference", None):
+        tokens, seconds = sampler.denoise(call, None, implementation)
+        assert tokens == [3] and seconds < 0.1
+
+
+def test_time_is_of_interleaved_rounds(made):
     dense, full = made.rows[0], row(made, "full")
     assert len(dense.seconds) == len(full.seconds) == report.ROUNDS
-    assert max(dense.seconds) < 1, "a step of 24 tokens takes milliseconds, its compilation seconds"
     assert made.speedup(full) == median(a / b for a, b in zip(dense.seconds, full.seconds, strict=True))
 
 
@@ -268,7 +289,7 @@ def test_files_appear_together_or_not_at_all(made, tmp_path, monkeypatch):
     def fail(*args, **kwargs):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("dfa2_jax.report_table.json.dumps", fail)
+    monkeypatch.setattr(report_table, "json", SimpleNamespace(dumps=fail))  # when the page is written already
     with pytest.raises(OSError, match="No space"):
         made.save(tmp_path)
     assert not list(tmp_path.iterdir())
