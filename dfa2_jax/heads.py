@@ -152,18 +152,18 @@ def draw(plan: Plan, masses: Masses) -> bytes:
 
     steps, layers, heads = plan.choices.shape
     ranks, names, colours = ranked(plan)
-    tall = layers * max(0.35, 0.06 * heads)
+    tall = layers * min(max(0.35, 0.06 * heads), 0.8)
     size = 4.5 + 3 * min(0.12 * steps, 3), tall + 1.8
     figure = Figure(figsize=size, layout="constrained")
     FigureCanvasAgg(figure)
-    (local, text, method), (local_scale, text_scale, legend) = figure.subplots(2, 3, height_ratios=(tall, 0.15))
+    (local_scale, text_scale, legend), (local, text, method) = figure.subplots(2, 3, height_ratios=(0.15, tall))
 
     def show(axes: Any, values: np.ndarray, title: str, **options: Any) -> Any:
         picture = values.transpose(1, 2, 0).reshape(layers * heads, steps)
         extent = (-0.5, steps - 0.5, layers - 0.5, -0.5)
         shown = axes.imshow(picture, aspect="auto", interpolation="nearest", extent=extent, **options)
         for layer in range(layers - 1):
-            axes.axhline(layer + 0.5, color="white", linewidth=1)
+            axes.axhline(layer + 0.5, color="silver", linewidth=1.5)
         axes.set_yticks([])
         axes.set_xlabel("step", fontsize=8)
         axes.set_title(title, fontsize=8)
@@ -178,7 +178,7 @@ def draw(plan: Plan, masses: Masses) -> bytes:
     show(method, ranks, "method", cmap=ListedColormap(colours), vmin=-0.5, vmax=len(names) - 0.5)
     legend.axis("off")
     handles = [Patch(color=colour, label=name) for name, colour in zip(names, colours, strict=True)]
-    legend.legend(handles=handles, loc="upper center", fontsize=7, ncols=2, frameon=False)
+    legend.legend(handles=handles, loc="lower center", fontsize=7, ncols=2, frameon=False)
     local.set_yticks([*range(layers)], [layer.name for layer in plan.setting.layers])
     figure.savefig(file := io.BytesIO(), format="png", dpi=110)
     return file.getvalue()
