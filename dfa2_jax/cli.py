@@ -79,6 +79,25 @@ def _parser() -> argparse.ArgumentParser:
     calibrate.add_argument("--dtype", choices=DTYPES, help="default: the checkpoint's; float32 on CPU")
     calibrate.add_argument("--quiet", action="store_true", help="no progress bar")
 
+    _report_arguments(commands)
+
+    plans = commands.add_parser("plan", help="look at a plan, or sign an edited one").add_subparsers(
+        dest="action", required=True
+    )
+    show = plans.add_parser("show", help="a summary", description="Summarise a plan, and draw it.")
+    show.set_defaults(run=run_plan_show)
+    show.add_argument("plan", type=Path)
+    show.add_argument("--png", type=Path, metavar="FILE", help="draw the method of every step, layer and head")
+    sign = plans.add_parser("sign", help="accept edits", description="Check an edited plan and renew its digest.")
+    sign.set_defaults(run=run_plan_sign)
+    sign.add_argument("plan", type=Path)
+
+    doctor = commands.add_parser("doctor", help="what this machine can do", description="Report on this machine.")
+    doctor.set_defaults(run=run_doctor)
+    return parser
+
+
+def _report_arguments(commands: Any) -> None:
     report = commands.add_parser(
         "report",
         help="what plans do to images",
@@ -107,21 +126,6 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--quick", action="store_true", help="no noise floor and no heads, for a gate")
     report.add_argument("--dtype", choices=DTYPES, help="default: the checkpoint's; float32 on CPU")
     report.add_argument("--quiet", action="store_true", help="no progress bar")
-
-    plans = commands.add_parser("plan", help="look at a plan, or sign an edited one").add_subparsers(
-        dest="action", required=True
-    )
-    show = plans.add_parser("show", help="a summary", description="Summarise a plan, and draw it.")
-    show.set_defaults(run=run_plan_show)
-    show.add_argument("plan", type=Path)
-    show.add_argument("--png", type=Path, metavar="FILE", help="draw the method of every step, layer and head")
-    sign = plans.add_parser("sign", help="accept edits", description="Check an edited plan and renew its digest.")
-    sign.set_defaults(run=run_plan_sign)
-    sign.add_argument("plan", type=Path)
-
-    doctor = commands.add_parser("doctor", help="what this machine can do", description="Report on this machine.")
-    doctor.set_defaults(run=run_doctor)
-    return parser
 
 
 PIPELINE_OPTIONS = (

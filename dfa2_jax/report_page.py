@@ -67,14 +67,17 @@ def _text(value: object) -> str:
     return f'<bdi dir="auto">{escape(str(value))}</bdi>'
 
 
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s' * (number != 1)}"
+
+
 def _intro(content: Mapping[str, Any]) -> str:
     model, made = content["model"], content["arguments"]
     prompts, seeds = len(content["prompts"]), len(content["seeds"])
-    counted = " x ".join(f"{count} {noun}{'s' * (count > 1)}" for count, noun in ((prompts, "prompt"), (seeds, "seed")))
     return (
         f"<p>{_text(model['folder'])}, {escape(model['pipeline'])} in {escape(model['dtype'])}: {made['width']} x "
         f"{made['height']}, {made['num_inference_steps']} steps, guidance {made['guidance_scale']:g}. "
-        f"{counted}; each image against the dense one of the same prompt and seed. Made on "
+        f"{_count(prompts, 'prompt')} x {_count(seeds, 'seed')}; each image against the dense one of the same prompt and seed. Made on "
         f"{escape(content['machine']['device'])}.</p>"
     )
 
@@ -210,7 +213,7 @@ def _details(content: Mapping[str, Any]) -> str:
             )
             lines.append(f'<tr><td style="white-space: normal">{_text(prompt)}</td><td>{seed}</td>{cells}</tr>')
     table = f"<table><thead><tr><th>prompt</th><th>seed</th>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
-    return f'<details><summary>{len(lines)} images</summary><div class="wide">{table}</div></details>'
+    return f'<details><summary>{_count(len(lines), "image")}</summary><div class="wide">{table}</div></details>'
 
 
 def _origin(content: Mapping[str, Any]) -> str:
