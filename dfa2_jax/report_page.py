@@ -73,12 +73,11 @@ def _count(number: int, noun: str) -> str:
 
 def _intro(content: Mapping[str, Any]) -> str:
     model, made = content["model"], content["arguments"]
-    prompts, seeds = len(content["prompts"]), len(content["seeds"])
+    counted = f"{_count(len(content['prompts']), 'prompt')} x {_count(len(content['seeds']), 'seed')}"
     return (
         f"<p>{_text(model['folder'])}, {escape(model['pipeline'])} in {escape(model['dtype'])}: {made['width']} x "
-        f"{made['height']}, {made['num_inference_steps']} steps, guidance {made['guidance_scale']:g}. "
-        f"{_count(prompts, 'prompt')} x {_count(seeds, 'seed')}; each image against the dense one of the same prompt and seed. Made on "
-        f"{escape(content['machine']['device'])}.</p>"
+        f"{made['height']}, {made['num_inference_steps']} steps, guidance {made['guidance_scale']:g}. {counted}; each image "
+        f"against the dense one of the same prompt and seed. Made on {escape(content['machine']['device'])}.</p>"
     )
 
 
@@ -213,7 +212,8 @@ def _details(content: Mapping[str, Any]) -> str:
             )
             lines.append(f'<tr><td style="white-space: normal">{_text(prompt)}</td><td>{seed}</td>{cells}</tr>')
     table = f"<table><thead><tr><th>prompt</th><th>seed</th>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
-    return f'<details><summary>{_count(len(lines), "image")}</summary><div class="wide">{table}</div></details>'
+    counted = _count(len(lines), "image")
+    return f'<details><summary>{counted}</summary><div class="wide">{table}</div></details>'
 
 
 def _origin(content: Mapping[str, Any]) -> str:
