@@ -74,10 +74,11 @@ def _count(number: int, noun: str) -> str:
 def _intro(content: Mapping[str, Any]) -> str:
     model, made = content["model"], content["arguments"]
     counted = f"{_count(len(content['prompts']), 'prompt')} x {_count(len(content['seeds']), 'seed')}"
+    device = escape(content["machine"]["device"])
     return (
         f"<p>{_text(model['folder'])}, {escape(model['pipeline'])} in {escape(model['dtype'])}: {made['width']} x "
-        f"{made['height']}, {made['num_inference_steps']} steps, guidance {made['guidance_scale']:g}. {counted}; each image "
-        f"against the dense one of the same prompt and seed. Made on {escape(content['machine']['device'])}.</p>"
+        f"{made['height']}, {made['num_inference_steps']} steps, guidance {made['guidance_scale']:g}. {counted}; each "
+        f"image against the dense one of the same prompt and seed. Made on {device}.</p>"
     )
 
 
