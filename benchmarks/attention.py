@@ -20,8 +20,8 @@ from statistics import median
 from typing import Any, NamedTuple
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch needs a share of the GPU
-# Else torch's workers spin for milliseconds after each call, on the cores of whoever is timed next: arrows in full, which
-# come after torch, then took 1.16 times the time of the same tiles in dense attention (1.03 without).
+# Else torch's workers spin for milliseconds after each call, on the cores of whoever is timed next: arrows in full,
+# which come after torch, then took 1.16 times the time of the same tiles in dense attention (1.03 without).
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import jax

@@ -3,7 +3,7 @@
 For quality, not for speed: every step computes all that its scheme may choose from, and takes what was chosen.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -68,8 +68,8 @@ CACHE = Option(CACHED_METHOD)
 SHARED = Option(FULL_METHOD, share_guidance=True)
 BAND, ARROW = (Option(Method.arrow(8), band=band, residual=True) for band in (True, False))
 SCHEMES = {
-    "DiTFastAttn": Scheme((CACHE, Option(**vars(BAND) | {"share_guidance": True}), BAND, SHARED)),
-    "DiTFastAttn, arrows": Scheme((CACHE, Option(**vars(ARROW) | {"share_guidance": True}), ARROW, SHARED)),
+    "DiTFastAttn": Scheme((CACHE, replace(BAND, share_guidance=True), BAND, SHARED)),
+    "DiTFastAttn, arrows": Scheme((CACHE, replace(ARROW, share_guidance=True), ARROW, SHARED)),
     "attention caching": Scheme((CACHE,)),
     "arrows, caching, CFG sharing": Scheme(
         (
@@ -167,7 +167,7 @@ def shared_step(
     rounded = rounding_to(rounding)
     attend = Sharing(options, budget)
     velocity, memory = guided_velocity(watched, attend, inputs, rounded, i, latents, memory, by_segment)
-    latents = rounded(euler_step(latents, velocity, inputs.sigmas[i], inputs.sigmas[i + 1]))
+    latents = jnp.asarray(rounded(euler_step(latents, velocity, inputs.sigmas[i], inputs.sigmas[i + 1])))
     kept = [one for pair in memory for one in pair if one is not None]
     numbers = np.concatenate([numbers for pair in model.attention_rows for numbers in pair if numbers])
     return latents, memory, jnp.concatenate([one.picks for one in kept])[np.argsort(numbers)], outputs[0]

@@ -35,8 +35,6 @@ class SD3:
     """Stable Diffusion 3 and 3.5: classifier-free guidance, three encoders of which T5 may be absent."""
 
     num_prompts = 3
-    clip_length = 77
-    """Tokens of the joint sequence beside T5's, where no tokenizer of CLIP says another number."""
     order = ROW_COLUMN_CHANNEL
     defaults = Defaults(num_inference_steps=28, guidance_scale=7.0, max_sequence_length=256)
 
@@ -56,6 +54,10 @@ class SD3:
         if true_cfg_scale != 1.0:
             raise ValueError(f"{true_cfg_scale=} is FLUX's second forward: SD3 takes guidance_scale.")
         return guidance_scale if guidance_scale > 1 else None
+
+    def clip_tokens(self, networks: Any) -> int:
+        """Of the joint sequence, beside T5's: as many as the first CLIP tokenizer makes."""
+        return networks.tokenizer("tokenizer").model_max_length if "text_encoder" in networks else 77
 
     def embedded_guidance(self, guidance_scale: float, dtype: DTypeLike) -> None:
         return None
@@ -104,7 +106,6 @@ class Flux:
     """FLUX.1 dev (embedded guidance) and schnell: CLIP's pooled state and T5's tokens."""
 
     num_prompts = 2
-    clip_length = None
     order = CHANNEL_ROW_COLUMN
     default_latent_size = 128
 
@@ -131,6 +132,9 @@ class Flux:
     def guidance(self, guidance_scale: float, true_cfg_scale: float, has_negative: bool) -> float | None:
         """The scale of a doubled batch (true CFG), or None for one forward per image."""
         return true_cfg_scale if true_cfg_scale > 1 and has_negative else None
+
+    def clip_tokens(self, networks: Any) -> int:
+        return 0
 
     def embedded_guidance(self, guidance_scale: float, dtype: DTypeLike) -> np.ndarray | None:
         if not self.config.guidance_embeds:

@@ -196,7 +196,7 @@ class Pipeline:
             "height": setting.height,
             "width": setting.width,
             "num_inference_steps": setting.num_inference_steps,
-            "max_sequence_length": num_text - self._clip_length,
+            "max_sequence_length": num_text - self.family.clip_tokens(self._networks),
         }
         return found | ({} if plan.calibration is None else {"guidance_scale": plan.calibration.guidance_scale})
 
@@ -248,13 +248,6 @@ class Pipeline:
         nhwc = np.asarray(latents, np.float32).transpose(0, 2, 3, 1)
         decoded = [np.asarray(vae(image[None], method="decode"), np.float32) for image in nhwc]
         return np.clip(np.concatenate(decoded) / 2 + 0.5, 0, 1)
-
-    @property
-    def _clip_length(self) -> int:
-        """Tokens of the joint sequence that are CLIP's."""
-        if (length := self.family.clip_length) is None:
-            return 0
-        return self._networks.tokenizer("tokenizer").model_max_length if "text_encoder" in self._networks else length
 
     def _need_vae(self) -> None:
         if "vae" not in self._networks:

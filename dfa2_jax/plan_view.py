@@ -56,6 +56,7 @@ def draw(plan: Plan, path: Path) -> None:
     from matplotlib.colors import ListedColormap
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
+    from matplotlib.ticker import MaxNLocator
 
     steps, layers, heads = plan.choices.shape
     ranks, names, colours = ranked(plan)
@@ -73,6 +74,7 @@ def draw(plan: Plan, path: Path) -> None:
         atlas.axvline(step + 0.5, color="white", linewidth=0.6)
     shown = range(0, layers, max(1, layers // 40))
     atlas.set_yticks([*shown], [plan.setting.layers[number].name for number in shown], fontsize=7)
+    atlas.xaxis.set_major_locator(MaxNLocator(integer=True))
     atlas.set(xlabel="step (within it, heads from left to right)", ylabel="layer")
     top.bar(np.arange(steps), table.mean(1), color="grey")
     top.set(ylim=(0, 1), ylabel="kept")
