@@ -273,20 +273,21 @@ def run(shape: Shape, rounds: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--only", default="", help="part of the names of the shapes to run")
+    parser.add_argument("--only", default="", help="part of the names of the shapes to run; the file keeps the others")
     kind = "gpu" if jax.default_backend() == "gpu" else "cpu"
     parser.add_argument("--out", type=Path, default=Path(f"benchmarks/results/attention_{kind}.json"))
     args = parser.parse_args()
-    results = []
-    for shape in tqdm([shape for shape in shapes() if args.only in shape.name]):
-        results.append(run(shape, args.rounds))
-        last = results[-1]
+    chosen = [shape for shape in shapes() if args.only in shape.name]
+    known = json.loads(args.out.read_text())["shapes"] if args.only and args.out.exists() else []
+    results = {entry["shape"]: entry for entry in known}
+    for shape in tqdm(chosen):
+        last = results[shape.name] = run(shape, args.rounds)
         tqdm.write(f"{shape.name}: " + ", ".join(f"{name} {ms:.4g} ms" for name, ms in last["milliseconds"].items()))
         tqdm.write("  " + ", ".join(f"{name} {row['efficiency']}" for name, row in last["rows"].items()))
         tqdm.write(f"  {last['not_run'] or ''}")
         device = jax.devices()[0].device_kind
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        content = {"machine": describe_machine(), "device": device, "shapes": results}
+        content = {"machine": describe_machine(), "device": device, "shapes": list(results.values())}
         args.out.write_text(json.dumps(content, indent=1) + "\n")
 
 

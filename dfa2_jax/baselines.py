@@ -22,7 +22,7 @@ from .calibration import Budget, moments, relative_errors
 from .models.attention import Heads, Project, arrow_attention
 from .pipeline import Pipeline
 from .plan import CACHED_METHOD, FULL_METHOD, Method
-from .sampling import Inputs, euler_step, guided_velocity, rounding_to
+from .sampling import Inputs, euler_step, guided_velocity, in_order, rounding_to
 from .search import choose
 
 
@@ -168,9 +168,8 @@ def shared_step(
     attend = Sharing(options, budget)
     velocity, memory = guided_velocity(watched, attend, inputs, rounded, i, latents, memory, by_segment)
     latents = jnp.asarray(rounded(euler_step(latents, velocity, inputs.sigmas[i], inputs.sigmas[i + 1])))
-    kept = [one for pair in memory for one in pair if one is not None]
-    numbers = np.concatenate([numbers for pair in model.attention_rows for numbers in pair if numbers])
-    return latents, memory, jnp.concatenate([one.picks for one in kept])[np.argsort(numbers)], outputs[0]
+    made = in_order(model.attention_rows, tuple(tuple(kept and kept.picks for kept in pair) for pair in memory))
+    return latents, memory, made, outputs[0]
 
 
 @dataclass(frozen=True)

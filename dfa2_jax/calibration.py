@@ -7,6 +7,7 @@ compression that they will meet (DiTFastAttnV2, arXiv 2503.22796, section 3.3).
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
@@ -29,7 +30,7 @@ from .files import replacing
 from .models.attention import Heads, Memory, PlanRow, Project, arrow_attention, nested_arrow_attention
 from .pipeline import Pipeline
 from .plan import CACHED_METHOD, FULL_METHOD, Method, Plan
-from .sampling import Inputs, by_segment, denoise_step, rounding_to
+from .sampling import Inputs, by_segment, denoise_step, in_order, rounding_to
 from .search import MAX_DELTA, choose
 from .setting import Calibration, Density
 
@@ -184,10 +185,11 @@ def calibrate_step(
     step = partial(denoise_step, model.velocity, attend, inputs, rounding_to(rounding))
     out, memory = step(i, latents, memory, rows)
 
-    found = [one for pair in memory for one in pair if one is not None]
-    numbers = np.concatenate([numbers for pair in model.attention_rows for numbers in pair if numbers])
-    picks, errors = (jnp.concatenate(x)[np.argsort(numbers)] for x in zip(*[one[1:] for one in found], strict=True))
-    return jnp.asarray(out), tuple(tuple(one and one.caches for one in pair) for pair in memory), picks, errors
+    def of_each(get: Callable[[Found], Any]) -> tuple[Memory, ...]:
+        return tuple((first and get(first), second and get(second)) for first, second in memory)
+
+    picks, errors = in_order(model.attention_rows, of_each(lambda found: (found.picks, found.errors)))
+    return jnp.asarray(out), of_each(lambda found: found.caches), picks, errors
 
 
 def calibrate(

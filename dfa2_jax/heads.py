@@ -19,7 +19,7 @@ from .models.attention import Heads, PlanRow, Project, arrow_attention
 from .pipeline import Pipeline, Prepared
 from .plan import Plan
 from .plan_view import ranked
-from .sampling import Inputs, by_segment, denoise_step, rounding_to
+from .sampling import Inputs, by_segment, denoise_step, in_order, rounding_to
 
 WEIGHT_BYTES = 2**26
 """Float32 weights held at once, of a chunk of one head's queries. FLUX at 2048 px has 27 GB of them in a layer."""
@@ -113,9 +113,7 @@ def watched_step(
     rows = by_segment(model.attention_rows, None)
     step = partial(denoise_step, model.velocity, Watching(half_windows), inputs, rounding_to(rounding))
     out, memory = step(i, latents, memory, rows)
-    numbers = np.concatenate([numbers for pair in model.attention_rows for numbers in pair if numbers])
-    found = jnp.concatenate([one for pair in memory for one in pair if one is not None])
-    return jnp.asarray(out), found[np.argsort(numbers)]
+    return jnp.asarray(out), in_order(model.attention_rows, memory)
 
 
 def watch(pipeline: Pipeline, call: Prepared, half_windows: Sequence[int], *, progress: bool = True) -> Masses:

@@ -147,6 +147,13 @@ def by_segment(attention_rows: Rows, row: PlanRows | None) -> tuple[Memory, ...]
     return tuple((of(first), of(second)) for first, second in attention_rows)
 
 
+def in_order(attention_rows: Rows, found: tuple[Memory, ...]) -> Any:
+    """Arrays that every segment has of its layers, as arrays of all layers in order of execution."""
+    parts = [part for pair in found for part in pair if part is not None]
+    numbers = np.concatenate([numbers for pair in attention_rows for numbers in pair if numbers])
+    return jax.tree.map(lambda *x: jnp.concatenate(x)[np.argsort(numbers)], *parts)
+
+
 def denoise_step(
     model: Callable[..., tuple[Array, Any]],
     attend: Attend,

@@ -34,6 +34,9 @@ LOG2_E = 1.4426950408889634
 UNSEEN = -1e30
 """Score of a masked pair. Finite: weights of a wholly masked tile become 0 with the first true score."""
 
+Bits = UInt[Array, "*dims"] | Float[Array, "*dims"]
+"""Of 16-bit floats, as integers."""
+
 Index = tuple[Array, Array]
 Carry = tuple[Array, Array, Array]  # of the keys so far: maximum, sum of weights, weighted values
 Carries = tuple[Carry, ...]
@@ -124,32 +127,33 @@ def arrow_attention(
 
     def head(i: Array, stack: Array) -> Array:
         b, n = i // heads, i % heads
-        entry = b + (0 if layer is None else layer * batch)
 
         def put(n: Array, stack: Array) -> Array:
-            return _put(stack, (entry, n), compute((b, n), half_window[n]), q.dtype)
+            index = (b, n) if layer is None else (layer, b, n)
+            return _put(stack, index, compute((b, n), half_window[n]), q.dtype)
 
         # Nothing in it may be constant over this loop of one head or none: XLA would compute that before, for any head.
         return jax.lax.fori_loop(n, jnp.where(half_window[n] == CACHED, n, n + 1), put, stack)
 
-    start = jnp.full_like(q, jnp.nan) if cache is None else cache
-    stack = _bits(start.reshape(-1, *q.shape[1:]))  # entries in a row: written in place, wherever the layer's begins
-    return _values(jax.lax.fori_loop(0, batch * heads, head, stack), q.dtype).reshape(start.shape)
+    stack = _bits(jnp.full_like(q, jnp.nan) if cache is None else cache)
+    return _values(jax.lax.fori_loop(0, batch * heads, head, stack), q.dtype)
 
 
-def _bits(x: Float[Array, "*dims"]) -> UInt[Array, "*dims"]:
-    """XLA's CPU backend updates 16-bit floats by way of a float32 copy of the whole array, integers in place."""
-    return jax.lax.bitcast_convert_type(x, {2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize])
+def _bits(x: Float[Array, "*dims"]) -> Bits:
+    """XLA's CPU backend slices and updates 16-bit floats by way of a float32 copy of the whole array, even where every
+    head is cached (12 to 17 ms at 8 heads x 64, 4,608 tokens); integers, and float32 itself, in place."""
+    return x if x.dtype == jnp.float32 else jax.lax.bitcast_convert_type(x, jnp.uint16)
 
 
-def _values(x: UInt[Array, "*dims"], dtype: DTypeLike) -> Float[Array, "*dims"]:
-    return jax.lax.bitcast_convert_type(x, dtype)
+def _values(x: Bits, dtype: DTypeLike) -> Float[Array, "*dims"]:
+    return x if dtype == jnp.float32 else jax.lax.bitcast_convert_type(x, dtype)
 
 
-def _put(
-    out: UInt[Array, "B T N H"], index: Index, head: Float[Array, "T H"], dtype: DTypeLike
-) -> UInt[Array, "B T N H"]:
-    return jax.lax.dynamic_update_slice(out, _bits(head.astype(dtype))[None, :, None], (index[0], 0, index[1], 0))
+def _put(out: Bits, index: tuple[Array, ...], head: Float[Array, "T H"], dtype: DTypeLike) -> Bits:
+    """`out` [..., T, N, H] with one head written in place. (Reshaped first, stacks of one sample would be copied.)"""
+    *entry, n = index
+    update = _bits(head.astype(dtype))[(*(None,) * len(entry), slice(None), None)]
+    return jax.lax.dynamic_update_slice(out, update, (*entry, 0, n, 0))
 
 
 class _Rows:
@@ -184,7 +188,8 @@ class _Head(NamedTuple):
     def of(cls, q: Array, k: Array, v: Array, index: Index) -> "_Head":
         def cut(x: Array) -> Float[Array, "T H"]:
             size = 1, x.shape[1], 1, x.shape[3]
-            return jax.lax.dynamic_slice(x, (index[0], 0, index[1], 0), size).reshape(size[1::2]).astype(jnp.float32)
+            one = jax.lax.dynamic_slice(_bits(x), (index[0], 0, index[1], 0), size).reshape(size[1::2])
+            return _values(one, x.dtype).astype(jnp.float32)
 
         return cls(cut(q) * (q.shape[-1] ** -0.5 * LOG2_E), cut(k), cut(v))
 

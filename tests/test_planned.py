@@ -1,7 +1,9 @@
 """Compressed sampling: against diffusers with the same plan in its attention processors, and against itself."""
 
+import re
 from functools import partial
 
+import jax
 import numpy as np
 import pytest
 from test_pipeline import COMMON, PROMPTS, error, load_theirs, run_theirs
@@ -111,6 +113,23 @@ def test_caches_that_do_not_fit_are_refused_before_any_step(ours, monkeypatch):
     monkeypatch.setattr("dfa2_jax.caches.free_bytes", lambda: need - 1)
     with pytest.raises(MemoryError, match=f"3 images of {layouts[0].num_visual} visual tokens.*a batch of 2 would fit"):
         pipeline(**arguments, plan=plan, progress=False)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_no_stack_of_caches_is_copied_on_a_cpu_either(case, ours):
+    """On a GPU: test_planned_aot.py. A copy of all layers for each of them would grow with the square of the depth."""
+    name, arguments = CASES[case]
+    pipeline = ours(name)
+    call = pipeline.prepare(prompt=PROMPTS[0], **COMMON | arguments)
+    plan = Plan.full(pipeline.setting_of(call))
+    _, tokens, caches = pipeline.denoiser(call, plan)
+    rows = sampling.PlanRows(*map(sampling.pad_steps, (plan.half_windows(), plan.head_order())))
+    graph, params = pipeline.transformer.graph, pipeline.transformer.params
+    hlo = sampling.denoise_planned.lower(graph, params, tokens, caches, call.inputs, rows, 0, 4).compile().as_text()
+    stacks = {f"f32[{','.join(map(str, leaf.shape))}]" for leaf in jax.tree.leaves(caches)}
+    made = re.findall(r"= (\S+\])\{[^ ]*\} ([\w-]+)\(", hlo)
+    assert stacks <= {shape for shape, _ in made}
+    assert [(shape, opcode) for shape, opcode in made if shape in stacks and "copy" in opcode] == []
 
 
 def test_skip_layer_guidance_runs_dense_and_leaves_the_caches_alone(ours):

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
@@ -74,7 +75,7 @@ class Planned:
     def __call__(
         self, project: Project, layout: Layout, memory: Float[Array, "L B T N H"], row: PlanRow
     ) -> tuple[Heads, Float[Array, "L B T N H"]]:
-        def compute(stack: Float[Array, "L B T N H"]) -> Float[Array, "L B T N H"]:
+        def compute(project: Project, stack: Float[Array, "L B T N H"]) -> Float[Array, "L B T N H"]:
             return arrow_attention(
                 *project(),
                 row.half_window,
@@ -86,7 +87,13 @@ class Planned:
             )
 
         if row.half_window is None:
-            memory = compute(memory)
+            memory = compute(project, memory)
         else:  # a layer whose heads are all cached needs no queries, keys and values
-            memory = jax.lax.cond(jnp.all(row.half_window == CACHED), lambda stack: stack, compute, memory)
+            idle = jnp.all(row.half_window == CACHED)
+            best = arrow_implementation(memory.dtype, memory.shape[-1]).implementation
+            if (self.implementation or best) == "triton":
+                memory = jax.lax.cond(idle, lambda stack: stack, partial(compute, project), memory)
+            else:  # XLA's CPU backend would copy a stack that passes through a cond, all its layers for each of them
+                nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(project))
+                memory = compute(lambda: jax.lax.cond(idle, lambda: nothing, project), memory)
         return memory[row.layer], memory
