@@ -2,10 +2,10 @@
 
     python -m benchmarks.calibration [CASE ...] [--rounds 5] [--out FILE]
 
-Cases are those of benchmarks/sampling.py whose attention takes most of a step. One step of each, interleaved: dense;
-without attention; calibration (every candidate in one nested pass, the choice in the program); the official scheme (a
-dense pass, one per window, the choice, and a pass of the chosen mix). Also the exact choice alone, for all layers, and
-memory.
+Cases are those of benchmarks/sampling.py whose attention takes most of a step, and one of 24 heads. One step of each,
+interleaved: dense; without attention; calibration (every candidate in one nested pass, the choice in the program); the
+official scheme (a dense pass, one per window, the choice, and a pass of the chosen mix). Also the exact choice alone,
+for all layers, and memory.
 """
 
 import argparse
@@ -22,15 +22,16 @@ import numpy as np
 
 from benchmarks.loops import Loop, interleaved, ratio
 from benchmarks.machine import describe_machine
-from benchmarks.sampling import CPU, GPU
+from benchmarks.sampling import CPU, GPU, cut_sd35
 from dfa2_jax import Method, calibration
 from dfa2_jax.models.attention import arrow_attention
 from dfa2_jax.sampling import denoise
 from dfa2_jax.search import choose
 from pallas_kernels.layout import FULL
 
+CPU_CASES = CPU | {"1,024 tokens, 24 heads": cut_sd35(32, 154, 24, 64)}
 CASES = {
-    "cpu": ["1,024 tokens, share of 2048 px", "4,096 tokens, share of 2048 px"],
+    "cpu": ["1,024 tokens, share of 2048 px", "1,024 tokens, 24 heads", "4,096 tokens, share of 2048 px"],
     "gpu": ["FLUX.1-dev 1024", "FLUX.1-dev 2048", "SD3.5-medium 2048"],
 }
 CANDIDATES = (Method("cached"), *map(Method.arrow, (8, 16, 32)))
@@ -141,7 +142,7 @@ def temporary(lowered: Any) -> int:
 
 def main() -> None:
     platform = jax.default_backend()
-    cases = CPU if platform == "cpu" else GPU
+    cases = CPU_CASES if platform == "cpu" else GPU
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cases", nargs="*", metavar="CASE", help=f"of {', '.join(cases)}; default: {CASES[platform]}")
     parser.add_argument("--rounds", type=int, default=5)
