@@ -34,7 +34,7 @@ demo: $(VENV)/ready
 	$(BIN)/dfa2 sample build/demo/diffusers/flux-dev --prompt "a small green star" \
 		--height 128 --width 128 --steps 20 --out build/demo/images
 	$(BIN)/dfa2 calibrate build/demo/sd35 --prompts benchmarks/prompts.txt --height 128 --width 128 --steps 20 \
-		--delta 1 --out build/demo/plan.json
+		--delta 1 --tiles 16 16 --out build/demo/plan.json
 	$(BIN)/dfa2 plan show build/demo/plan.json --png build/demo/images/plan.png
 	$(BIN)/dfa2 sample build/demo/sd35 --prompt "a large red circle on the left of a blue background" \
 		--plan build/demo/plan.json --out build/demo/images

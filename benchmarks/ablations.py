@@ -1,7 +1,7 @@
 """The paper's tables 5 and 6 on any folder: the head coefficient c, and the sets of methods, quality against density.
 
     python -m benchmarks.ablations FOLDER --prompts FILE [--calibrate-on 8] [--steps 20] [--height PX] [--width PX]
-        [--deltas 0.2 0.4 0.6 0.8 1.0] [--out PREFIX]
+        [--deltas 0.2 0.4 0.6 0.8 1.0] [--tiles QUERIES KEYS] [--out PREFIX]
 
 One prompt per line: the first ones calibrate, the others are sampled, dense and compressed, from equal seeds. Quality
 is SSIM and PSNR against the dense images; every point goes to PREFIX.json, the curves of quality over density to
@@ -35,12 +35,14 @@ Run = Callable[[float], tuple[float, np.ndarray]]
 """From a delta or threshold to a density, and the images of the prompts."""
 
 
-def runs(pipeline: Pipeline, learn: list[str], test: list[str], shape: dict[str, Any]) -> dict[str, Run]:
+def runs(
+    pipeline: Pipeline, learn: list[str], test: list[str], shape: dict[str, Any], tiles: tuple[int, int] | None
+) -> dict[str, Run]:
     """Every row of both tables, by name."""
     sampling = shape | {"prompt": test, "seed": 1, "output_type": "np"}
 
     def planned(threshold: float, **options: Any) -> tuple[float, np.ndarray]:
-        plan = calibrate(pipeline, learn, delta=threshold, progress=False, **shape, **options)
+        plan = calibrate(pipeline, learn, delta=threshold, tiles=tiles, progress=False, **shape, **options)
         return plan.density(), pipeline(**sampling, plan=plan, progress=False).images
 
     def shared(threshold: float, scheme: Any) -> tuple[float, np.ndarray]:
@@ -93,6 +95,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--height", type=int)
     parser.add_argument("--width", type=int)
+    parser.add_argument("--tiles", type=int, nargs=2, metavar=("QUERIES", "KEYS"), help="small images: 16 16")
     parser.add_argument("--deltas", type=float, nargs="+", default=[0.2, 0.4, 0.6, 0.8, 1.0])
     parser.add_argument("--out", type=Path, default=Path("build/ablations"), metavar="PREFIX")
     args = parser.parse_args()
@@ -107,7 +110,7 @@ def main() -> None:
     exact = pipeline(test, seed=1, output_type="np", progress=False, **shape).images
     todo = [
         (name, run, threshold)
-        for name, run in runs(pipeline, learn, test, shape).items()
+        for name, run in runs(pipeline, learn, test, shape, args.tiles and tuple(args.tiles)).items()
         for threshold in (args.deltas if name in COEFFICIENTS or "CFG" in name or "only" in name else THRESHOLDS)
     ]
     result: dict[str, list[dict[str, Any]]] = {}

@@ -110,7 +110,7 @@ class Sharing:
 
     def __call__(self, project: Project, layout: Layout, memory: Kept, row: Row) -> tuple[Heads, Kept]:
         q, k, v = project()
-        dense = arrow_attention(q, k, v, layout=layout)
+        dense = arrow_attention(q, k, v, layout=layout, implementation=self.implementation)
         outputs, residuals = [], memory.residuals
         for option in self.options:
             half_window, seen = option.window(layout)
@@ -119,13 +119,14 @@ class Sharing:
             elif half_window == FULL:
                 out = dense
             else:
-                out = window = arrow_attention(q, k, v, jnp.full(q.shape[2], half_window, jnp.int32), layout=seen)
+                every_head = jnp.full(q.shape[2], half_window, jnp.int32)
+                out = window = arrow_attention(q, k, v, every_head, layout=seen, implementation=self.implementation)
                 if option.residual and memory.residuals is not None:
                     out = window + memory.residuals[row.layer]
                     residuals = memory.residuals.at[row.layer].set(dense - window)
             half = len(out) // 2
             outputs.append(jnp.concatenate([out[:half]] * 2) if option.share_guidance else out)
-        units = 10_000  # the savings' resolution
+        units = 16  # coarse, so that like savings are one: eight different ones of 24 heads are 10 million states
         saved = tuple(round(units * (1 - option.pairs(layout))) for option in self.options)
         errors = relative_errors(jax.tree.map(lambda x: x[None], moments(outputs, dense)))
         picks = jnp.where(row.picks == FREE, choose(errors, saved, *self.budget), row.picks)

@@ -40,7 +40,8 @@ def empty_caches(
     need, free = sum(one.size * one.dtype.itemsize for one in jax.tree.leaves(shapes)), free_bytes()
     if need > free:
         fitting = int(free / need * images)
-        advice = f"a batch of {fitting} would fit" if fitting else "take a smaller image, or no plan"
+        smaller = f"one image takes {need / images / 1e9:.1f} GB: take a smaller one, or no plan"
+        advice = f"a batch of {fitting} would fit" if fitting else smaller
         raise MemoryError(
             f"The plan keeps {need / 1e9:.1f} GB of attention outputs for {images} images of {num_visual} visual "
             f"tokens, and {free / 1e9:.1f} GB are free: {advice}."
@@ -52,5 +53,6 @@ def free_bytes() -> int:
     """What the default device can still hold; of a CPU's memory, what programs can get without swapping."""
     if stats := jax.devices()[0].memory_stats():
         return stats["bytes_limit"] - stats["bytes_in_use"]
-    available = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
+    meminfo = Path("/proc/meminfo")  # Linux alone
+    available = re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text()) if meminfo.is_file() else None
     return int(available[1]) * 1024 if available else sys.maxsize

@@ -5,14 +5,12 @@ reduced per head, the choice is made in the same program, and the chosen outputs
 compression that they will meet (DiTFastAttnV2, arXiv 2503.22796, section 3.3).
 """
 
-import hashlib
-import json
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from os import PathLike
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -25,14 +23,15 @@ from tqdm import tqdm
 from pallas_kernels.layout import CACHED, FULL, Layout
 from pallas_kernels.mask import count_tiles
 
-from .faults import blame, read_json
-from .files import replacing
 from .models.attention import Heads, Memory, PlanRow, Project, arrow_attention, nested_arrow_attention
 from .pipeline import Pipeline
 from .plan import CACHED_METHOD, FULL_METHOD, Method, Plan
+from .progress import Progress, digest_of
 from .sampling import Inputs, by_segment, denoise_step, in_order, rounding_to
 from .search import MAX_DELTA, choose
-from .setting import Calibration, Density
+from .setting import Calibration, Density, Setting
+
+logger = logging.getLogger("dfa2_jax")
 
 PLANNING_TILES = {64: (128, 128), 128: (128, 64)}
 """By head_dim, those of the paper's kernel."""
@@ -58,8 +57,14 @@ class Budget(NamedTuple):
 
     @classmethod
     def of(cls, delta: float, c: float | None, heads: int) -> "Budget":
-        """`c * delta / heads` bounds a head (appendix); None: nothing does."""
-        return cls(jnp.float32(delta), jnp.float32(np.inf if c is None else c * delta / heads))
+        """`c * delta / heads` bounds a head (appendix); None: nothing does. Rounded down: float32(0.6) is above 0.6."""
+        return cls(float32_below(delta), float32_below(np.inf if c is None else c * delta / heads))
+
+
+def float32_below(x: float) -> Float[Array, ""]:
+    """The largest float32 that is not above x."""
+    nearest = np.float32(x)
+    return jnp.asarray(np.nextafter(nearest, np.float32(-np.inf)) if float(nearest) > x else nearest)
 
 
 class Moments(NamedTuple):
@@ -247,8 +252,10 @@ def calibrate(
     }
     heads = pipeline.config.num_attention_heads
     tiles = tiles or PLANNING_TILES.get(pipeline.config.attention_head_dim, (128, 128))
-    _check(delta, c, tiles)
+    _check(prompts, seed, delta, c, tiles)
     call = pipeline.prepare(**named)
+    if negative_prompt is not None and call.request.scale is None:
+        raise ValueError(f"{negative_prompt=:.100} has no effect: this model does not guide at {guidance_scale=}.")
     batch = len(call.inputs.text)
     if attention_chunk is not None and (attention_chunk < 1 or batch % attention_chunk):
         raise ValueError(f"{attention_chunk=} must divide the batch of {batch} (with guidance, twice the prompts).")
@@ -256,14 +263,24 @@ def calibrate(
     table = (FULL_METHOD, *candidates)
     choices = np.zeros((call.request.steps, len(setting.layers), heads), np.uint8)
     plan = Plan(setting=setting, methods=table, choices=choices)
-    told = {"setting": setting.model_dump(mode="json"), "prompts": digest_of(named), "delta": delta, "c": c}
-    told |= {"candidates": [str(method) for method in candidates], "tiles": list(tiles), "seed": seed}
-    found = Progress.read(resume, digest_of(told))
+    _tell_idle(candidates, setting, tiles)
+    facts: dict[str, Any] = {
+        "prompts_sha256": digest_of({"prompts": prompts, "negative_prompt": negative_prompt}),
+        "num_prompts": len(prompts),
+        "seed": seed,
+        "guidance_scale": call.request.guidance_scale,
+        "dtype": pipeline.dtype.name,
+        "delta": delta,
+        "c": c,
+        "candidates": tuple(str(method) for method in candidates),
+        "tiles": tiles,
+        "versions": {"dfa2_jax": version("dfa2-jax"), "jax": jax.__version__},
+    }
+    told = facts | {"setting": setting.model_dump(mode="json"), "rounding": pipeline.rounding}
+    found = Progress.read(resume, digest_of(told), plan)
 
     run, tokens, caches = pipeline.denoiser(call, found.plan(plan))
-    tokens, caches = run(
-        tokens, caches, 0, 1 + found.steps
-    )  # the dense first step, and those that an earlier run found
+    tokens, caches = run(tokens, caches, 0, 1 + found.steps)  # the dense step, and those that an earlier run found
     transformer = pipeline.transformer
     step = partial(
         calibrate_step,
@@ -282,75 +299,11 @@ def calibrate(
         found.add(np.asarray(picks), np.asarray(errors))
     plan = found.plan(plan)
     calibration = Calibration(
-        prompts_sha256=digest_of(named),
-        num_prompts=len(prompts),
-        seed=seed,
-        guidance_scale=call.request.guidance_scale,
-        delta=delta,
-        c=c,
-        candidates=tuple(str(method) for method in candidates),
-        tiles=tiles,
-        versions={"dfa2_jax": version("dfa2-jax"), "jax": jax.__version__},
+        **facts,
         predicted_density=Density(exact=plan.density(), tiles=plan.density(tiles)),
         errors=((0.0,) * len(setting.layers), *found.spent),
     )
     return replace(plan, calibration=calibration)
-
-
-@dataclass
-class Progress:
-    """What is found so far, in a file if it has one: later steps start from it."""
-
-    path: Path | None
-    digest: str
-    """Of all that the findings depend on."""
-    picks: list[list[list[int]]]
-    """By step from the second on, layer and head."""
-    spent: list[tuple[float, ...]]
-    """By step and layer: the chosen methods' errors, added up over the heads."""
-
-    @classmethod
-    def read(cls, path: str | PathLike[str] | None, digest: str) -> "Progress":
-        """
-        Raises:
-            ValueError: the file is of another calibration, or damaged.
-        """
-        path = None if path is None else Path(path)
-        if path is None or not path.exists():
-            return cls(path, digest, [], [])
-        content = read_json(path)
-        if content.get("digest") != digest:
-            raise ValueError(
-                f"{path} is the progress of another calibration, digest {content.get('digest')!r:.100}, this one's is "
-                f"{digest!r}: give another file, or remove it to start anew."
-            )
-        with blame(f"{path}, remove it to start anew"):
-            spent = [tuple(float(error) for error in layers) for layers in content["spent"]]
-            return cls(path, digest, np.asarray(content["picks"], int).tolist(), spent)
-
-    @property
-    def steps(self) -> int:
-        return len(self.picks)
-
-    def add(self, picks: Int[np.ndarray, "layers N"], errors: Float[np.ndarray, "layers N M"]) -> None:
-        chosen = np.take_along_axis(errors, np.maximum(picks, 0)[..., None], -1)[..., 0].astype(np.float64)
-        self.picks.append(picks.tolist())
-        self.spent.append(tuple(np.where(picks < 0, 0, chosen).sum(1).tolist()))
-        if self.path is not None:
-            content = {"digest": self.digest, "picks": self.picks, "spent": self.spent}
-            with replacing(self.path) as file:
-                file.write(json.dumps(content).encode())
-
-    def plan(self, empty: Plan) -> Plan:
-        """With what is found; later steps stay as they are."""
-        choices = empty.choices.copy()
-        if self.picks:
-            choices[1 : 1 + self.steps] = np.array(self.picks) + 1  # the table's first method is full
-        return replace(empty, choices=choices)
-
-
-def digest_of(content: Any) -> str:
-    return "sha256:" + hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _candidates(windows: tuple[int, ...], cache: bool) -> tuple[Method, ...]:
@@ -362,11 +315,29 @@ def _candidates(windows: tuple[int, ...], cache: bool) -> tuple[Method, ...]:
     return candidates
 
 
-def _check(delta: float, c: float | None, tiles: tuple[int, int]) -> None:
+def _tell_idle(candidates: tuple[Method, ...], setting: Setting, tiles: tuple[int, int]) -> None:
+    """Small images: where a tile holds more than a band, arrows save nothing."""
+    saved = []
+    for layer in setting.layers:
+        windows = np.array([method.half_window(layer.num_visual) for method in candidates], np.int32)
+        saved.append(saved_tiles(windows, layer.layout, tiles))
+    if idle := [str(method) for method, *savings in zip(candidates, *saved, strict=True) if not any(savings)]:
+        logger.warning(
+            "%s save no tile of %s queries x %s keys in any layer (%s visual tokens) and are never chosen: "
+            "give smaller tiles",
+            ", ".join(idle), *tiles, setting.layers[0].num_visual,
+        )  # fmt: skip
+
+
+def _check(prompts: list[str], seed: int, delta: float, c: float | None, tiles: tuple[int, ...]) -> None:
+    if not isinstance(prompts, list | tuple) or not prompts or not all(isinstance(one, str) for one in prompts):
+        raise ValueError(f"prompts={prompts!r:.100} must be a list of texts, one at least.")
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise ValueError(f"{seed=} must be an integer: all prompts are one batch.")
     for name, value in (("delta", delta), ("c", 1.0 if c is None else c)):
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < np.inf:
             raise ValueError(f"{name}={value!r} must be a number, not negative.")
     if delta > MAX_DELTA:
         raise ValueError(f"{delta=} is above {MAX_DELTA}, where heads could be anything: the paper's are up to 1.")
-    if len(tiles) != 2 or any(not isinstance(size, int) or size < 1 for size in tiles):
+    if not isinstance(tiles, tuple) or len(tiles) != 2 or any(not isinstance(size, int) or size < 1 for size in tiles):
         raise ValueError(f"{tiles=} must be two positive integers: queries and keys of a tile.")

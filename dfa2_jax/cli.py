@@ -84,10 +84,10 @@ def _parser() -> argparse.ArgumentParser:
     plans = commands.add_parser("plan", help="look at a plan, or sign an edited one").add_subparsers(
         dest="action", required=True
     )
-    show = plans.add_parser("show", help="a summary", description="Summarise a plan, and draw it.")
+    show = plans.add_parser("show", help="a summary, and a picture", description="Summarise a plan, and draw it.")
     show.set_defaults(run=run_plan_show)
     show.add_argument("plan", type=Path)
-    show.add_argument("--png", type=Path, metavar="FILE", help="draw the method of every step, layer and head")
+    show.add_argument("--png", type=Path, metavar="FILE", help="where to draw it; default: beside the plan")
     sign = plans.add_parser("sign", help="accept edits", description="Check an edited plan and renew its digest.")
     sign.set_defaults(run=run_plan_sign)
     sign.add_argument("plan", type=Path)
@@ -272,9 +272,9 @@ def run_plan_show(args: argparse.Namespace) -> int:
 
     plan = Plan.load(args.plan)
     print(summary(plan))
-    if args.png is not None:
-        draw(plan, args.png)
-        print(args.png)
+    picture = args.png or args.plan.with_suffix(".png")
+    draw(plan, picture)
+    print(picture)
     return 0
 
 

@@ -1,7 +1,6 @@
 """From a prompt to an image: `Pipeline`, with diffusers' argument names and meanings."""
 
 import inspect
-import logging
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -29,8 +28,6 @@ from .sampling import Inputs, PlanRows, SkipGuidance, denoise, denoise_planned, 
 from .schedule import torch_randn
 from .setting import AttentionLayer, Setting
 from .timing import Clock
-
-logger = logging.getLogger("dfa2_jax")
 
 Prompt = str | list[str] | None
 Callback = Callable[["Pipeline", int, float, dict[str, np.ndarray]], dict[str, np.ndarray] | None]
@@ -136,7 +133,7 @@ class Pipeline:
             callback_on_step_end: called as (pipeline, step, timestep, {"latents": ...}); may return other latents.
             output_type: "pil", "np" or "latent".
             plan: which heads attend in full, inside an arrow, or not at all at which step (`calibrate`). It decides
-                size, number of steps and sequence length where those are None, and is refused where they differ.
+                size, steps, sequence length and guidance scale where those are None; only the last may differ.
             progress: show a bar, one step at a time; the numbers are those of the whole loop.
 
         Raises:
@@ -176,7 +173,9 @@ class Pipeline:
         if (plan := args["plan"]) is not None:
             if not isinstance(plan, Plan):
                 raise ValueError(f"plan={plan!r:.100} must be a Plan: Plan.load(path) reads one.")
-            args = args | {name: value for name, value in self._planned(plan).items() if args[name] is None}
+            told = {"num_inference_steps"} if args["sigmas"] is not None else set()
+            told |= {name for name, value in args.items() if value is not None}
+            args = args | {name: value for name, value in self._planned(plan).items() if name not in told}
         request = resolve(args, self.family, self._multiple, self._default_size, self._num_layers)
         rows, columns = request.height // self._multiple, request.width // self._multiple
         if request.output_type != "latent":
@@ -191,12 +190,11 @@ class Pipeline:
     def _planned(self, plan: Plan) -> dict[str, Any]:
         """What a plan says where a call says nothing."""
         setting = plan.setting
-        num_text = next(layer.num_text for layer in setting.layers)
         found = {
             "height": setting.height,
             "width": setting.width,
             "num_inference_steps": setting.num_inference_steps,
-            "max_sequence_length": num_text - self.family.clip_tokens(self._networks),
+            "max_sequence_length": setting.layers[0].num_text - self.family.clip_tokens(self._networks),
         }
         return found | ({} if plan.calibration is None else {"guidance_scale": plan.calibration.guidance_scale})
 

@@ -100,6 +100,7 @@ class Plan:
             raise PlanError(
                 f"choices are {list(self.choices.shape)}, but the setting has steps, layers, heads {shape}."
             )
+        _letters(self.methods)
         if self.choices.max() >= len(self.methods):
             raise PlanError(f"choices go up to {self.choices.max()}, but there are {len(self.methods)} methods.")
         full = [number for number, method in enumerate(self.methods) if method == FULL_METHOD]
@@ -191,8 +192,8 @@ class Plan:
             if name == "sigmas" and len(mine) == len(theirs) and np.allclose(mine, theirs, rtol=0, atol=1e-6):
                 continue
             if mine != theirs:
-                if name == "layers":
-                    mine, theirs = _first_difference(mine, theirs)
+                if name in ("layers", "sigmas"):
+                    mine, theirs = _first_difference(mine, theirs, "steps" if name == "sigmas" else "layers")
                 faults.append(f"{name} is {mine!s:.200} in the plan and {theirs!s:.200} in the call: {advice}")
         if faults:
             raise PlanError("The plan is for another sampling call.\n" + "\n".join(faults))
@@ -320,10 +321,16 @@ def _plan(file: _File) -> Plan:
     return Plan(setting, methods, choices, file.calibration, file.edited)
 
 
+ARROW_LETTERS = "abdeghijklmnopqrstuvwxyz" + "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
+
+
 def _letters(methods: tuple[Method, ...]) -> list[str]:
     """f, c, and for arrows a, b, d, ..."""
-    arrows = iter("abdeghijklmnopqrstuvwxyz" + "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789")
-    return [{"full": "f", "cached": "c"}.get(method.name) or next(arrows) for method in methods]
+    known = {"full": "f", "cached": "c"}
+    if (count := sum(method.name not in known for method in methods)) > len(ARROW_LETTERS):
+        raise PlanError(f"methods: there are {count} arrows, but letters for {len(ARROW_LETTERS)}: take fewer.")
+    arrows = iter(ARROW_LETTERS)
+    return [known.get(method.name) or next(arrows) for method in methods]
 
 
 def _numbers(layers: Any, names: list[str]) -> Any:
@@ -347,10 +354,12 @@ def _select(name: str, selector: Any, size: int) -> list[int]:
     return numbers
 
 
-def _first_difference(mine: tuple, theirs: tuple) -> tuple[Any, Any]:
+def _first_difference(mine: tuple, theirs: tuple, what: str) -> tuple[str, str]:
     if len(mine) != len(theirs):
-        return f"{len(mine)} layers", f"{len(theirs)} layers"
-    return next((a, b) for a, b in zip(mine, theirs, strict=True) if a != b)
+        ends = what == "steps"  # there is one sigma more
+        return f"{len(mine) - ends} {what}", f"{len(theirs) - ends} {what}"
+    number = next(i for i, (a, b) in enumerate(zip(mine, theirs, strict=True)) if a != b)
+    return f"{mine[number]} (number {number})", f"{theirs[number]} (number {number})"
 
 
 def _pretty(content: dict[str, Any]) -> bytes:

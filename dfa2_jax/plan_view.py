@@ -29,12 +29,13 @@ def summary(plan: Plan) -> str:
     }
     if found is not None:
         rows, keys = found.tiles
-        lines["density"] += f"; {found.predicted_density.tiles:.3f} of tiles of {rows} x {keys}"
+        lines["density"] += f"; {plan.density(found.tiles):.3f} of tiles of {rows} x {keys}"
         lines["found with"] = f"{found.num_prompts} prompts, seed {found.seed}, delta {found.delta}, c {found.c}"
         spent = np.array(found.errors)[1:]
         if spent.size:
+            edited = ", before it was edited" if plan.edited else ""
             lines["errors"] = (
-                f"{spent.mean():.4f} of delta {found.delta} on average in a layer, {spent.max():.4f} at most"
+                f"{spent.mean():.4f} of delta {found.delta} on average in a layer, {spent.max():.4f} at most{edited}"
             )
     return "\n".join(f"{name:11s} {line}" for name, line in lines.items())
 

@@ -59,9 +59,12 @@ class Calibration(Record):
     """How a plan was found."""
 
     prompts_sha256: str
+    """Of prompts and negative prompt."""
     num_prompts: Count
     seed: int
     guidance_scale: Number
+    dtype: str
+    """Of the transformer."""
     delta: Number
     c: Number | None
     candidates: Annotated[tuple[str, ...], Field(strict=False)]

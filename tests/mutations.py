@@ -275,6 +275,7 @@ def sample_plan(seed: int, steps: int = 3) -> Plan:
         layers=layers,
     )  # fmt: skip
     calibration = Calibration(
+        dtype="float32",
         prompts_sha256="sha256:0", num_prompts=2, seed=0, guidance_scale=7.0, delta=0.4, c=None,
         candidates=("cached", "arrow(1/8)"), tiles=(16, 16), versions={"jax": "0.10.2"},
         predicted_density=Density(exact=0.5, tiles=0.6), errors=((0.0, 0.1, 0.2),) * steps,

@@ -1,5 +1,6 @@
 """Calibration against an independent float64 oracle, and what must hold of its plans."""
 
+import json
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import product
@@ -115,13 +116,8 @@ def follow(pipeline, plan, arguments):
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("delta", [0.1, 0.6])
-def test_an_oracle_in_float64_finds_the_same_errors_and_no_better_choice(name, delta, pipelines, monkeypatch):
+def test_an_oracle_in_float64_finds_the_same_errors_and_no_better_choice(name, delta, pipelines, seen):
     """Teacher-forced: the oracle follows our choices, so that both judge the same queries, keys and values."""
-    seen = []
-    add = calibration.Progress.add
-    monkeypatch.setattr(
-        calibration.Progress, "add", lambda self, picks, errors: (seen.append(errors), add(self, picks, errors))
-    )
     pipeline = pipelines(name)
     plan = find(pipeline, name, delta=delta)
     arguments = {
@@ -193,12 +189,23 @@ def test_heads_in_another_order_have_the_same_plan_in_that_order(name, pipelines
         pipeline.transformer.params = kept
 
 
+@pytest.fixture
+def seen(monkeypatch):
+    """Errors of every candidate that calibrations find, [layers, heads, candidates] by step."""
+    found, add = [], calibration.Progress.add
+    monkeypatch.setattr(
+        calibration.Progress, "add", lambda self, picks, errors: (found.append(errors), add(self, picks, errors))
+    )
+    return found
+
+
 @pytest.mark.parametrize("name", CASES)
-def test_chunks_of_the_batch_change_nothing(name, pipelines):
+def test_chunks_of_the_batch_change_nothing(name, pipelines, seen):
     pipeline = pipelines(name)
     plan, chunked = find(pipeline, name, delta=0.6), find(pipeline, name, delta=0.6, attention_chunk=1)
     np.testing.assert_array_equal(plan.choices, chunked.choices)
-    np.testing.assert_allclose(plan.calibration.errors, chunked.calibration.errors, atol=1e-5)
+    whole, parts = np.split(np.array(seen), 2)
+    np.testing.assert_allclose(parts, whole, rtol=1e-5, atol=1e-5)
     with pytest.raises(ValueError, match="attention_chunk=3 must divide the batch of"):
         find(pipeline, name, attention_chunk=3)
 
@@ -216,12 +223,16 @@ def test_an_interrupted_calibration_goes_on(name, pipelines, tmp_path, monkeypat
     monkeypatch.setattr(calibration.Progress, "add", stop)
     with pytest.raises(KeyboardInterrupt):
         find(pipeline, name, delta=0.6, resume=path)
-    steps = []
+    kept, steps = json.loads(path.read_text()), []
     monkeypatch.setattr(calibration.Progress, "add", lambda self, *found: (steps.append(1), add(self, *found)))
     assert find(pipeline, name, delta=0.6, resume=path) == whole
     assert len(steps) == 2  # of four after the first
     with pytest.raises(ValueError, match="is the progress of another calibration"):
         find(pipeline, name, delta=0.5, resume=path)
+    for change in ({"picks": [[[5]]]}, {"spent": []}, {"picks": None}):
+        path.write_text(json.dumps(kept | change))
+        with pytest.raises(ValueError, match="progress.json, remove it to start anew"):
+            find(pipeline, name, delta=0.6, resume=path)
     path.write_text('{"digest": 1')
     with pytest.raises(ValueError, match="progress.json is not valid JSON"):
         find(pipeline, name, delta=0.6, resume=path)
@@ -238,12 +249,44 @@ def test_an_interrupted_calibration_goes_on(name, pipelines, tmp_path, monkeypat
         ({"windows": (0,)}, r"windows=\(0,\) must be different positive integers"),
         ({"windows": (), "cache": False}, "leave nothing to choose from"),
         ({"tiles": (16, 0)}, r"tiles=\(16, 0\) must be two positive integers"),
+        ({"tiles": [16, 16]}, r"tiles=\[16, 16\] must be two positive integers"),
+        ({"seed": [1, 2]}, r"seed=\[1, 2\] must be an integer"),
         ({"height": 100}, "height x width = 100"),
+        ({"guidance_scale": 1.0}, "negative_prompt=blurry has no effect: .* guidance_scale=1.0"),
     ],
 )
-def test_bad_arguments_are_named(options, message, pipelines):
+def test_bad_arguments_are_named(options, message, pipelines, no_shape_checks):
     with pytest.raises(ValueError, match=message):
         find(pipelines("tiny_sd35"), "tiny_sd35", **options)
+
+
+def test_prompts_are_a_list_and_flux_takes_no_negative_one(pipelines, no_shape_checks):
+    pipeline = pipelines("tiny_flux_dev")
+    for prompts in ("a cat", [], [1]):
+        with pytest.raises(ValueError, match="must be a list of texts, one at least"):
+            calibrate(pipeline, prompts, progress=False)
+    with pytest.raises(ValueError, match="negative_prompt=blurry has no effect"):
+        calibrate(pipeline, ["a cat"], negative_prompt="blurry", progress=False)
+
+
+def test_arrows_that_save_nothing_are_told(pipelines, caplog):
+    """On 8 x 8 visual tokens tiles of 128 hold every band."""
+    options = {"height": 128, "width": 128, "num_inference_steps": 2}
+    find(pipelines("tiny_flux_dev"), "tiny_flux_dev", **options, tiles=(128, 128))
+    assert "arrow(1/4), arrow(1/8) save no tile of 128 queries x 128 keys in any layer (64 visual" in caplog.text
+    caplog.clear()
+    find(pipelines("tiny_flux_dev"), "tiny_flux_dev", **options, tiles=(16, 16))
+    assert "save no tile" not in caplog.text
+
+
+def test_the_hash_of_the_prompts_is_theirs_alone(pipelines):
+    pipeline, options = pipelines("tiny_flux_dev"), COMMON | CASES["tiny_flux_dev"] | {"num_inference_steps": 2}
+    known = [
+        calibrate(pipeline, prompts, **options, seed=seed).calibration
+        for prompts, seed in ((PROMPTS, 0), (PROMPTS, 1), (PROMPTS[::-1], 0))
+    ]
+    hashes = [found.prompts_sha256 for found in known]
+    assert hashes[0] == hashes[1] != hashes[2] and known[0].dtype == "float32"
 
 
 def test_arrows_alone_and_caching_alone(pipelines):

@@ -109,7 +109,7 @@ def test_from_prompts_to_a_plan_to_images(tiny_sd35, prompts, tmp_path, cache, c
     assert found.calibration.num_prompts == 2 and found.calibration.c is None and found.calibration.delta == 3
     assert found.density() < 1 and {path.name for path in tmp_path.glob("plan*")} == {"plan.json"}
 
-    assert cli.main(["plan", "show", str(plan), "--png", str(picture)]) == 0
+    assert cli.main(["plan", "show", str(plan)]) == 0
     shown = capsys.readouterr().out
     assert "64 x 96, 3 steps, guided" in shown and "2 prompts, seed 0, delta 3.0, c None" in shown
     with Image.open(picture) as drawn:

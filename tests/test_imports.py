@@ -31,12 +31,10 @@ ALLOWED = {
     "dfa2_jax.output": ["dfa2_jax.plan", "dfa2_jax.request", "dfa2_jax.sampling"],
     "dfa2_jax.networks": ["dfa2_jax.checkpoint", "dfa2_jax.tokenizers"],
     "dfa2_jax.plan_view": ["dfa2_jax.files", "dfa2_jax.plan", "pallas_kernels.layout", "pallas_kernels.mask"],
+    "dfa2_jax.progress": ["dfa2_jax.faults", "dfa2_jax.files", "dfa2_jax.plan"],
     "dfa2_jax.search": [],
     "dfa2_jax.calibration": [
-        *(
-            f"dfa2_jax.{name}"
-            for name in ("faults", "files", "models.attention", "pipeline", "plan", "sampling", "setting")
-        ),
+        *(f"dfa2_jax.{name}" for name in ("models.attention", "pipeline", "plan", "progress", "sampling", "setting")),
         *("dfa2_jax.search", "pallas_kernels.layout", "pallas_kernels.mask"),
     ],
     "dfa2_jax.checkpoint": ["dfa2_jax.faults", "dfa2_jax.schedule", "dfa2_jax.tokenizers"],

@@ -159,6 +159,23 @@ def test_files_that_are_no_plans(text, message, tmp_path):
         Plan.load(tmp_path / "missing.json")
 
 
+def test_more_arrows_than_letters_are_refused(file):
+    plan = Plan.load(file)
+    for fraction in range(1, 61):
+        plan = plan.with_method(1, 0, 0, f"arrow(1/{fraction})")
+    arrows = sum(str(method).startswith("arrow") for method in plan.methods)
+    with pytest.raises(PlanError, match=f"there are {61 if arrows == 60 else arrows + 1} arrows, but letters for 60"):
+        for fraction in range(100, 170):
+            plan = plan.with_method(1, 0, 0, f"arrow(1/{fraction})")
+    plan.save(file)
+    assert Plan.load(file) == plan
+    content = json.loads(file.read_text())
+    content["methods"] |= {letter: f"arrow(1/{number + 200})" for number, letter in enumerate("!?", start=1)}
+    file.write_text(json.dumps(content))
+    with pytest.raises(PlanError, match="letters for 60"):
+        Plan.load(file)
+
+
 def test_signing_accepts_an_edit_and_marks_it(file):
     edit(file, lambda content: content["steps"][1].update({"joint.0": "fcaf"}))
     signed = Plan.sign(file)

@@ -1,7 +1,6 @@
 """Compressed sampling: against diffusers with the same plan in its attention processors, and against itself."""
 
 import re
-from functools import partial
 
 import jax
 import numpy as np
@@ -63,19 +62,18 @@ def test_latents_equal_diffusers_with_the_plan_in_its_processors(case, ours, req
     assert error(latents, dense) > 1e-2  # the plans are not idle
 
 
-@pytest.mark.parametrize("implementation", ["blockwise", "reference"])
 @pytest.mark.parametrize("case", CASES)
-def test_the_full_plan_is_the_dense_program_bit_for_bit(case, ours, implementation, monkeypatch):
+def test_the_full_plan_is_the_dense_program_bit_for_bit(case, ours):
     name, arguments = CASES[case]
     pipeline = ours(name)
-    arguments = {"prompt": PROMPTS[0], "output_type": "latent", "progress": False} | COMMON | arguments
-    for program in ("denoise", "denoise_planned"):
-        monkeypatch.setattr(
-            f"dfa2_jax.pipeline.{program}", partial(getattr(sampling, program), implementation=implementation)
-        )
-    dense = pipeline(**arguments).images
-    planned = pipeline(**arguments, plan=Plan.full(pipeline.setting(**arguments))).images
-    np.testing.assert_array_equal(planned, dense)
+    call = pipeline.prepare(prompt=PROMPTS[0], **COMMON | arguments)
+    full, found = Plan.full(pipeline.setting_of(call)), {}
+    for implementation in ("blockwise", "reference"):
+        for plan in (None, full):
+            run, tokens, caches = pipeline.denoiser(call, plan, implementation)
+            found[implementation, plan] = np.asarray(run(tokens, caches, 0, call.request.steps)[0])
+        np.testing.assert_array_equal(found[implementation, full], found[implementation, None])
+    assert not np.array_equal(found["blockwise", full], found["reference", full])  # the names arrive
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -98,8 +96,14 @@ def test_a_plan_decides_what_the_call_leaves_open_and_refuses_the_rest(ours):
         pipeline(PROMPTS[1], plan=plan, height=128, progress=False)
     with pytest.raises(PlanError, match="doubled_batch is True in the plan and False in the call"):
         pipeline(PROMPTS[1], plan=plan, guidance_scale=1.0, progress=False)
-    with pytest.raises(PlanError, match="sigmas"):
+    with pytest.raises(PlanError, match="sigmas is 8 steps in the plan and 9 steps in the call"):
         pipeline(PROMPTS[1], plan=plan, num_inference_steps=9, progress=False)
+    other = [float(sigma) for sigma in plan.setting.sigmas[:-1]]
+    with pytest.raises(PlanError, match="sigmas is 8 steps in the plan and 3 steps in the call"):
+        pipeline(PROMPTS[1], plan=plan, sigmas=[1.0, 0.6, 0.3], progress=False)
+    setting = plan.setting.model_copy(update={"sigmas": (*other[:5], other[5] - 0.01, *other[6:], 0.0)})
+    with pytest.raises(PlanError, match=rf"sigmas is {other[5]} \(number 5\) in the plan and {other[5] - 0.01} "):
+        plan.check(setting)
 
 
 def test_caches_that_do_not_fit_are_refused_before_any_step(ours, monkeypatch):

@@ -74,7 +74,9 @@ def test_caches_stay_where_they_are(name):
     dense = aot.compile_for(target, denoise, graph, *target.abstract(tuple(rest)))
 
     leaves = jax.tree.leaves(caches)
-    made, reads = uses_of_stacks(planned.hlo, {f"bf16[{','.join(map(str, leaf.shape))}]" for leaf in leaves})
+    stacks = {f"bf16[{','.join(map(str, leaf.shape))}]" for leaf in leaves}
+    assert all(f"= {stack}" in planned.hlo for stack in stacks), "not as they are looked for"
+    made, reads = uses_of_stacks(planned.hlo, stacks)
     assert made == {}, "a stack of caches is copied or made anew"
     assert max(reads.values()) <= 2, (
         "a block reads more than its text and visual rows (FLUX), or two attentions' (SD3.5)"

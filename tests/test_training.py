@@ -12,7 +12,8 @@ training = pytest.importorskip("assets.train", reason="assets/ is beside the tes
 toy = pytest.importorskip("assets.toy")
 scenes = pytest.importorskip("assets.scenes")
 
-pytestmark = pytest.mark.checkout
+# Exporting needs diffusers; and one environment is enough for a script of the repository, which takes a minute.
+pytestmark = [pytest.mark.checkout, pytest.mark.torch]
 
 STEPS = 40
 CAPTION = "a large red circle on the left of a blue background"
@@ -102,7 +103,6 @@ def folder(whole, tmp_path_factory):
     return export(result, tmp_path_factory.mktemp("toy") / "folder", torch.float32)
 
 
-@pytest.mark.torch
 def test_the_export_is_what_was_trained_and_small(folder, whole):
     pipeline = Pipeline.from_pretrained(folder)
     trained = training.named(perturbed(whole[0]).flow.ema["transformer"])
@@ -115,7 +115,6 @@ def test_the_export_is_what_was_trained_and_small(folder, whole):
     assert floats / 2 + others < 12e6
 
 
-@pytest.mark.torch
 def test_diffusers_reads_the_export_and_draws_the_same(folder):
     import torch
     from diffusers import StableDiffusion3Pipeline
@@ -129,7 +128,6 @@ def test_diffusers_reads_the_export_and_draws_the_same(folder):
     np.testing.assert_allclose(ours, want, atol=1e-3)
 
 
-@pytest.mark.torch
 def test_ids_of_the_training_are_those_of_the_folder(folder):
     from transformers import AutoTokenizer
 
@@ -146,7 +144,6 @@ def test_ids_of_the_training_are_those_of_the_folder(folder):
         assert changed == len(CAPTION.split()) + (encoder != "text_encoder"), encoder
 
 
-@pytest.mark.torch
 def test_a_plan_says_the_length_of_t5_whatever_clip_takes(folder):
     pipeline = Pipeline.from_pretrained(folder)
     arguments = {"prompt": CAPTION, "height": 64, "width": 64, "num_inference_steps": 2}
