@@ -84,7 +84,7 @@ def draw(plan: Plan, path: Path) -> None:
     handles = [Patch(color=colour, label=name) for name, colour in zip(names, colours, strict=True)]
     corner.axis("off")
     corner.legend(handles=handles, loc="center", fontsize=7)
-    figure.suptitle(f"{plan.setting.pipeline_class}: {table.mean():.2f} of query-key pairs kept", fontsize=10)
+    figure.suptitle(f"{plan.setting.pipeline_class}: {plan.density():.2f} of query-key pairs kept", fontsize=10)
     with replacing(Path(path)) as file:
         figure.savefig(file, format="png", dpi=110)
 
