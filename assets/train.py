@@ -1,6 +1,6 @@
 """Train the model in the box: the autoencoder first, then the transformer with its text encoders.
 
-    python -m assets.train --out build/train --seconds 540 --total-seconds 850 --result build/result
+    python -m assets.train --out build/train --seconds 560 --total-seconds 1525 --result build/result
 
 does one slice and stops; the same command again goes on from the last checkpoint. All work of a call (drawing scenes,
 encoding them, noise, the optimizer's steps) is one program on the device. The learning rate and the changes of stage
@@ -48,6 +48,9 @@ UNIFORM = 0.2
 """Share of noise levels drawn evenly: the logit-normal hardly draws above 0.98, where a sampler decides the layout."""
 PAIRS = 0.55
 """Share of scenes with two things."""
+GPU_OPTIONS = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
+"""cuBLAS's own choice of kernels. H100, 128 pixels: 54 ms a step and 27 s of compilation; Triton's products untuned
+take 108 ms, and tuning them compiles for minutes."""
 RESULT_BYTES = 15 * 2**20
 """Of one file of a result."""
 
@@ -99,7 +102,7 @@ PRESETS = {
         Stage("16 tokens", 0.6, (Part("flow", 32, 8, 1),)),
     ),
 }
-"""One step per call on CPU: XLA's convolutions there take 20 times as long inside a loop."""
+"""One step per call on CPU, where it takes a second: a slice ends on time."""
 
 
 class Weights(NamedTuple):
@@ -239,6 +242,39 @@ class Lookup:
         return jax.nn.one_hot(ids, len(self.table), dtype=self.table.dtype) @ self.table
 
 
+class Product(nnx.Module):
+    """A convolution as one product of each pixel's neighbourhood, [B h w, size^2 C], with the kernel.
+
+    These networks' convolutions are narrow (16 and 32 channels): XLA's loops for them take 20 times as long inside a
+    scan on CPU, and cuDNN's want 200 s of autotuning, or run at 2 % of the memory's rate without.
+    """
+
+    def __init__(self, conv: nnx.Conv):
+        self.kernel, self.bias = conv.kernel, conv.bias
+        self.stride, self.padding = conv.strides, conv.padding
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        kernel, stride = self.kernel[...], self.stride
+        size = kernel.shape[0]
+        x = jnp.pad(x, ((0, 0), *self.padding, (0, 0)))
+        height, width = ((length - size) // stride + 1 for length in x.shape[1:3])
+        ends = [(height - 1) * stride + 1, (width - 1) * stride + 1]
+        near = [
+            x[:, row : row + ends[0] : stride, column : column + ends[1] : stride]
+            for row, column in np.ndindex(size, size)
+        ]
+        out = jnp.concatenate(near, axis=-1) @ kernel.reshape(-1, kernel.shape[-1])
+        return out + self.bias[...][None, None, None]
+
+
+def convolve_by_products(module: nnx.Module) -> nnx.Module:
+    for _, one in list(nnx.iter_modules(module)):
+        for name, child in list(vars(one).items()):
+            if isinstance(child, nnx.Conv):
+                setattr(one, name, Product(child))
+    return module
+
+
 # --- losses -----------------------------------------------------------------------------------------------------------
 
 
@@ -253,7 +289,8 @@ class Trainer:
 
     def merge(self, name: str, params: Any) -> Any:
         """The network with parameters in the dtype of the computation; gradients reach the float32 ones."""
-        return nnx.merge(graph_of(name, self.dtype), jax.tree.map(lambda x: x.astype(self.dtype), params))
+        module = nnx.merge(graph_of(name, self.dtype), jax.tree.map(lambda x: x.astype(self.dtype), params))
+        return convolve_by_products(module)
 
     def spread(self, x: jax.Array) -> jax.Array:
         """The batch over all devices."""
@@ -456,7 +493,9 @@ class Programs:
 
     def compile(self, part: Part) -> Any:
         scalar, key = jax.ShapeDtypeStruct((), jnp.float32), jax.eval_shape(lambda: jax.random.key(0))
-        return run.lower(self.trainer, part, getattr(self.state, part.phase), self.data, key, scalar).compile()
+        options = GPU_OPTIONS if jax.default_backend() == "gpu" else None
+        lowered = run.lower(self.trainer, part, getattr(self.state, part.phase), self.data, key, scalar)
+        return lowered.compile(compiler_options=options)
 
     def choose(self, stage: Stage, number: int, *, wait: bool) -> Part:
         """The part whose turn it is; unless to `wait` for it, the next one that is compiled."""
@@ -562,7 +601,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("build/train"), help="checkpoint of the training")
     parser.add_argument("--result", type=Path, help="where to write the weights and the log at the end of the slice")
     parser.add_argument("--seconds", type=float, default=math.inf, help="of this slice, by the clock")
-    parser.add_argument("--total-seconds", type=float, default=850, help="of training in all slices, less compilation")
+    parser.add_argument("--total-seconds", type=float, default=1525, help="of training in all slices, less compilation")
     parser.add_argument("--total-steps", type=int, help="count steps, not seconds")
     parser.add_argument("--preset", choices=PRESETS, help="batch sizes; by default those of the device")
     parser.add_argument("--seed", type=int, default=0)
