@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from PIL import Image, ImageDraw
 from tqdm import tqdm
@@ -94,7 +95,8 @@ def main() -> None:
     if args.sheet:
         args.sheet.parent.mkdir(parents=True, exist_ok=True)
         sheet(images[:64], scenes[:64], scores[:64]).save(args.sheet)
-    settings = {"size": args.size, **options, "seconds": round(seconds, 1)}
+    where = {"device": jax.devices()[0].device_kind, "jax": jax.__version__, "dtype": pipeline.dtype.name}
+    settings = {"size": args.size, **options, "seconds": round(seconds, 1), **where}
     print(json.dumps(settings | summary(scores, scenes), indent=1))
 
 

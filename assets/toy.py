@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import tokenizers
-from tokenizers import Regex, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import models, pre_tokenizers, processors
 
 from dfa2_jax.tokenizers import Tokenizer
 
@@ -30,17 +30,14 @@ def words() -> list[str]:
 
 @cache
 def clip_vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Vocabulary and merges of byte-level BPE in CLIP's order, merged until every word of a caption is one token."""
-    backend = tokenizers.Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    backend.normalizer = normalizers.Lowercase()
-    letters = pre_tokenizers.Split(Regex(r"\p{L}+"), behavior="removed", invert=True)
-    backend.pre_tokenizer = pre_tokenizers.Sequence([letters, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    """Vocabulary and merges of byte-level BPE in CLIP's order; every word of a caption is one token.
+
+    The merges are a file because learning them is not reproducible: tokenizers' `BpeTrainer`, from which they come,
+    breaks ties by a hash that differs from process to process.
+    """
+    lines = (Path(__file__).parent / "clip_merges.txt").read_text(encoding="utf-8").splitlines()
+    merges = [(a, b) for a, b in (line.split(" ") for line in lines)]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(
-        vocab_size=4096, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False
-    )
-    backend.train_from_iterator(words(), trainer)
-    merges = [(a, b) for a, b in json.loads(backend.to_str())["model"]["merges"]]
     order = ["!"] + alphabet + [byte + "</w>" for byte in alphabet] + [a + b for a, b in merges]  # bigG pads with id 0
     vocabulary = {token: index for index, token in enumerate([*dict.fromkeys(order), START, END])}
     assert all(word + "</w>" in vocabulary for word in words())

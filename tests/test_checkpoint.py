@@ -1,0 +1,105 @@
+"""The model in the box: diffusers reads it, it draws what captions say that it never saw, and plans fit it."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors import safe_open
+
+from dfa2_jax import Pipeline, calibrate
+
+scenes = pytest.importorskip("assets.scenes", reason="assets/ is beside the tests in a checkout alone")
+checker = pytest.importorskip("assets.checker")
+
+pytestmark = pytest.mark.checkout
+
+ASSETS = Path(scenes.__file__).parent
+FOLDER = ASSETS / "toy-sd35"
+OPTIONS = {"height": 128, "width": 128, "num_inference_steps": 14, "guidance_scale": 4.0, "max_sequence_length": 32}
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    return Pipeline.from_pretrained(FOLDER)
+
+
+def test_it_is_whole_and_small():
+    files = [path for path in FOLDER.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 12e6
+    assert {path.suffix for path in files} == {".json", ".safetensors"}
+    for path in FOLDER.rglob("*.safetensors"):
+        with safe_open(path, "numpy") as file:
+            assert {file.get_slice(key).get_dtype() for key in file.keys()} == {"F16"}, path  # noqa: SIM118
+
+
+def test_prompts_of_the_demo_are_held_out():
+    held_out = [scene.caption for scene in scenes.held_out()]
+    every = {scene.caption for scene in scenes.scenes()}
+    shown = (ASSETS / "held_out_prompts.txt").read_text().splitlines()
+    learned = (ASSETS / "calibration_prompts.txt").read_text().splitlines()
+    assert set(shown) <= set(held_out) and set(learned) <= every - set(held_out)
+    both = (ASSETS.parent / "benchmarks" / "prompts.txt").read_text().splitlines()
+    assert set(both[:8]) <= every - set(held_out) and set(both[8:]) <= set(held_out)
+
+
+def test_it_draws_what_it_never_saw(pipeline):
+    """In little what `python -m assets.evaluate` does with 200 captions."""
+    some = scenes.held_out()[100:108]
+    prompts = [scene.caption for scene in some]
+    seeds = list(range(len(some)))
+    images = pipeline(prompts, seed=seeds, output_type="np", progress=False, **OPTIONS).images
+    scores = np.array([checker.score(image, scene) for image, scene in zip(images, some, strict=True)])
+    background, colour, _, iou = scores.mean(0)
+    assert background == colour == 1 and iou > 0.85
+    # Other captions' scores say that the checker looks: two of these share a background at most.
+    shuffled = np.array([checker.score(image, scene) for image, scene in zip(images, some[1:] + some[:1], strict=True)])
+    assert shuffled[:, 3].mean() < 0.4
+
+
+def test_a_plan_of_it_keeps_the_scene(pipeline):
+    """Of random weights no plan can be wrong: here much is left out, and what was asked for is there."""
+    learned = (ASSETS / "calibration_prompts.txt").read_text().splitlines()[:2]
+    plan = calibrate(pipeline, learned, delta=0.1, tiles=(16, 16), progress=False, **OPTIONS)
+    assert plan.density() < 0.8
+    scene = scenes.held_out()[0]
+    planned = {"guidance_scale": 4.0, "seed": 0, "output_type": "np", "progress": False}
+    for one, close in ((plan, True), (plan.with_method(slice(1, None), None, None, "cached"), False)):
+        score = checker.score(pipeline(scene.caption, plan=one, **planned).images[0], scene)
+        assert (score.iou > 0.75) == close, score
+
+
+@pytest.mark.torch
+def test_diffusers_reads_it_and_draws_the_same():
+    import torch
+    from diffusers import StableDiffusion3Pipeline
+
+    arguments = OPTIONS | {"height": 64, "width": 64, "num_inference_steps": 6}
+    prompt = "a large red circle on the left of a blue background"
+    theirs = StableDiffusion3Pipeline.from_pretrained(FOLDER, local_files_only=True).to(torch.float32)
+    theirs.set_progress_bar_config(disable=True)
+    want = theirs(prompt, generator=torch.Generator().manual_seed(3), output_type="np", **arguments).images
+    ours = Pipeline.from_pretrained(FOLDER)(prompt, seed=3, output_type="np", progress=False, **arguments).images
+    assert np.std(want) > 0.1
+    np.testing.assert_allclose(ours, want, atol=1e-3)
+
+
+@pytest.mark.torch
+def test_it_is_what_the_script_would_export():
+    """Sizes and tokenizers of the folder are those that `assets.train` trains."""
+    from transformers import AutoTokenizer
+
+    toy = pytest.importorskip("assets.toy")
+    for name, (class_name, fields) in toy.configs().items():
+        config = json.loads((FOLDER / name / "config.json").read_text())
+        assert class_name in (config.get("_class_name"), *config.get("architectures", []))
+        fields = {
+            field: value for field, value in fields.items() if field != "tie_word_embeddings"
+        }  # an encoder has none
+        differ = {field: (config.get(field), value) for field, value in fields.items() if config.get(field) != value}
+        assert not differ, name
+    prompts = [scene.caption for scene in scenes.held_out()[:20]]
+    for encoder, ours in toy.token_ids(prompts).items():
+        theirs = AutoTokenizer.from_pretrained(FOLDER / encoder.replace("text_encoder", "tokenizer"))
+        want = theirs(prompts, padding="max_length", truncation=True, max_length=ours.shape[1]).input_ids
+        np.testing.assert_array_equal(ours, want, err_msg=encoder)
