@@ -1,12 +1,14 @@
 """The paper's tables 5 and 6 on any folder: the head coefficient c, and the sets of methods, quality against density.
 
     python -m benchmarks.ablations FOLDER --prompts FILE [--calibrate-on 8] [--steps 20] [--height PX] [--width PX]
-        [--deltas 0.2 0.4 0.6 0.8 1.0] [--tiles QUERIES KEYS] [--out PREFIX]
+        [--max-sequence-length TOKENS] [--deltas 0.2 0.4 0.6 0.8 1.0] [--tiles QUERIES KEYS] [--dtype NAME]
+        [--out PREFIX]
 
 One prompt per line: the first ones calibrate, the others are sampled, dense and compressed, from equal seeds. Quality
 is SSIM and PSNR against the dense images; every point goes to PREFIX.json, the curves of quality over density to
-PREFIX.png. Thresholds of schemes that decide by layers are another quantity than delta: they are swept until their
-densities span those of the plans, and tables compare at equal density, between neighbours by a straight line.
+PREFIX.png; a run that was stopped goes on from the points in PREFIX.json. Thresholds of schemes that decide by layers
+are another quantity than delta: they are swept until their densities span those of the plans, and tables compare at
+equal density, between neighbours by a straight line.
 """
 
 import argparse
@@ -28,7 +30,7 @@ from dfa2_jax import Pipeline, calibrate
 from dfa2_jax.baselines import SCHEMES, calibrate_shared, sample_shared
 
 COEFFICIENTS = {"c none": None, "c 1": 1.0, "c 1.5": 1.5, "c 2": 2.0}
-THRESHOLDS = (0.02, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6)
+THRESHOLDS = (0.1, 0.2, 0.4, 0.8, 1.6)
 """Of DiTFastAttn's kind; the paper's are up to 0.15."""
 
 Run = Callable[[float], tuple[float, np.ndarray]]
@@ -68,6 +70,17 @@ def at_density(points: list[dict[str, Any]], density: float, metric: str) -> flo
     return float(np.interp(density, x, y)) if x[0] <= density <= x[-1] else None
 
 
+def earlier_points(path: Path, facts: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """Of a run that was stopped, if it was made from the same facts."""
+    if not path.exists():
+        return {}
+    content = json.loads(path.read_text())
+    rows, wanted = content.pop("rows"), json.loads(json.dumps(facts))
+    if differ := [name for name in wanted if name != "machine" and content.get(name) != wanted[name]]:
+        raise SystemExit(f"{path} holds points of a run with other {differ}: move it, or choose another --out.")
+    return rows
+
+
 def draw(result: dict[str, list[dict[str, Any]]], path: Path) -> None:
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
@@ -95,8 +108,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--height", type=int)
     parser.add_argument("--width", type=int)
+    parser.add_argument("--max-sequence-length", type=int, metavar="TOKENS", help="of T5")
     parser.add_argument("--tiles", type=int, nargs=2, metavar=("QUERIES", "KEYS"), help="small images: 16 16")
     parser.add_argument("--deltas", type=float, nargs="+", default=[0.2, 0.4, 0.6, 0.8, 1.0])
+    parser.add_argument("--dtype", help="default: the checkpoint's; float32 on CPU")
     parser.add_argument("--out", type=Path, default=Path("build/ablations"), metavar="PREFIX")
     args = parser.parse_args()
     prompts = [line for line in args.prompts.read_text().splitlines() if line.strip()]
@@ -105,28 +120,35 @@ def main() -> None:
         parser.error(
             f"{args.prompts} has {len(prompts)} prompts: more than --calibrate-on {args.calibrate_on} are needed"
         )
-    pipeline = Pipeline.from_pretrained(args.folder)
+    pipeline = Pipeline.from_pretrained(args.folder, dtype=args.dtype)
     shape = {"height": args.height, "width": args.width, "num_inference_steps": args.steps}
+    shape |= {"max_sequence_length": args.max_sequence_length}
     exact = pipeline(test, seed=1, output_type="np", progress=False, **shape).images
     todo = [
         (name, run, threshold)
         for name, run in runs(pipeline, learn, test, shape, args.tiles and tuple(args.tiles)).items()
         for threshold in (args.deltas if name in COEFFICIENTS or "CFG" in name or "only" in name else THRESHOLDS)
     ]
-    result: dict[str, list[dict[str, Any]]] = {}
+    facts = {
+        "machine": describe_machine(),
+        "device": jax.devices()[0].device_kind,
+        "folder": Path(args.folder).name,
+        "dtype": pipeline.dtype.name,
+        "learn": len(learn),
+        "test": len(test),
+        "arguments": {k: str(v) for k, v in (shape | {"tiles": args.tiles}).items()},
+    }
+    path = args.out.with_suffix(".json")
+    result = earlier_points(path, facts)
     for name, run, threshold in tqdm(todo):
+        points = result.setdefault(name, [])
+        if any(point["threshold"] == threshold for point in points):
+            continue
         density, images = run(threshold)
-        point = {"threshold": threshold, "density": density} | quality(images, exact)
-        result.setdefault(name, []).append(point)
-        tqdm.write(f"{name} {threshold}: density {density:.3f}, SSIM {np.mean(point['ssim']):.4f}")
-        content = {
-            "machine": describe_machine(),
-            "device": jax.devices()[0].device_kind,
-            "folder": Path(args.folder).name,
-        }
-        content |= {"learn": len(learn), "test": len(test), "arguments": {k: str(v) for k, v in shape.items()}}
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.with_suffix(".json").write_text(json.dumps(content | {"rows": result}, indent=1) + "\n")
+        points.append({"threshold": threshold, "density": density} | quality(images, exact))
+        tqdm.write(f"{name} {threshold}: density {density:.3f}, SSIM {np.mean(points[-1]['ssim']):.4f}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(facts | {"rows": result}, indent=1) + "\n")
     draw(result, args.out.with_suffix(".png"))
     for point in result["c 1.5"]:
         matched = {name: at_density(points, point["density"], "ssim") for name, points in result.items()}

@@ -68,9 +68,6 @@ CACHE = Option(CACHED_METHOD)
 SHARED = Option(FULL_METHOD, share_guidance=True)
 BAND, ARROW = (Option(Method.arrow(8), band=band, residual=True) for band in (True, False))
 SCHEMES = {
-    "DiTFastAttn": Scheme((CACHE, replace(BAND, share_guidance=True), BAND, SHARED)),
-    "DiTFastAttn, arrows": Scheme((CACHE, replace(ARROW, share_guidance=True), ARROW, SHARED)),
-    "attention caching": Scheme((CACHE,)),
     "arrows, caching, CFG sharing": Scheme(
         (
             CACHE,
@@ -79,6 +76,9 @@ SCHEMES = {
         ),
         per_head=True,
     ),
+    "attention caching": Scheme((CACHE,)),
+    "DiTFastAttn": Scheme((CACHE, replace(BAND, share_guidance=True), BAND, SHARED)),
+    "DiTFastAttn, arrows": Scheme((CACHE, replace(ARROW, share_guidance=True), ARROW, SHARED)),
 }
 """By the names of the paper's tables. Without a guided batch, options that share it are left out."""
 
