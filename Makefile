@@ -25,20 +25,26 @@ PYTEST := -m pytest -q -n auto --maxprocesses 4 --dist loadfile
 
 .PHONY: demo test lint aot lock clean
 
+# Text to images by the model in the box, dense and by two plans, side by side: about seven minutes on two cores.
+SHAPE := --height 256 --width 256 --steps 20 --guidance-scale 4 --max-sequence-length 32
+SAMPLE := sed 's/.*/--prompt "&"/' assets/held_out_prompts.txt | xargs $(BIN)/dfa2 sample build/demo/sd35
+
 demo: $(VENV)/ready
-	$(BIN)/python tests/tiny.py build/demo/diffusers
-	rm -rf build/demo/sd35 build/demo/images build/demo/plan.json
-	$(BIN)/dfa2-convert build/demo/diffusers/sd35 build/demo/sd35
-	$(BIN)/dfa2 sample build/demo/sd35 --prompt "a large red circle on the left of a blue background" \
-		--height 128 --width 128 --steps 20 --out build/demo/images
-	$(BIN)/dfa2 sample build/demo/diffusers/flux-dev --prompt "a small green star" \
-		--height 128 --width 128 --steps 20 --out build/demo/images
-	$(BIN)/dfa2 calibrate build/demo/sd35 --prompts benchmarks/prompts.txt --height 128 --width 128 --steps 20 \
-		--delta 1 --tiles 16 16 --out build/demo/plan.json
-	$(BIN)/dfa2 plan show build/demo/plan.json --png build/demo/images/plan.png
-	$(BIN)/dfa2 sample build/demo/sd35 --prompt "a large red circle on the left of a blue background" \
-		--plan build/demo/plan.json --out build/demo/images
-	@echo "Images (of random weights: what they show is that all of it runs) are in build/demo/images"
+	rm -rf build/demo
+	mkdir -p build/demo
+	$(BIN)/dfa2-convert assets/toy-sd35 build/demo/sd35
+	$(SAMPLE) $(SHAPE) --out build/demo/dense
+	for delta in 0.1 0.4; do \
+		$(BIN)/dfa2 calibrate build/demo/sd35 --prompts assets/calibration_prompts.txt $(SHAPE) \
+			--delta $$delta --tiles 64 64 --out build/demo/delta-$$delta.json && \
+		$(BIN)/dfa2 plan show build/demo/delta-$$delta.json && \
+		$(SAMPLE) --plan build/demo/delta-$$delta.json --guidance-scale 4 --out build/demo/delta-$$delta || exit 1; \
+	done
+	$(BIN)/dfa2 report build/demo/sd35 --plan build/demo/delta-0.1.json --plan build/demo/delta-0.4.json \
+		--prompts assets/held_out_prompts.txt --guidance-scale 4 --batch 4 --out build/demo/report
+	$(BIN)/python -m assets.figure --dense build/demo/dense --plan delta-0.1=build/demo/delta-0.1 \
+		--plan delta-0.4=build/demo/delta-0.4 --report build/demo/report/report.json --out build/demo/demo.png
+	@echo "Look at build/demo/demo.png and build/demo/report/report.html; the plans are drawn in build/demo/delta-*.png"
 
 test: $(VENV)/ready
 	$(CACHE) $(BIN)/python $(PYTEST) -m "not aot"
