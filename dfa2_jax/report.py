@@ -22,6 +22,7 @@ import numpy as np
 from tqdm import tqdm
 
 from . import quality
+from .arithmetic import attention_share
 from .calibration import PLANNING_TILES
 from .heads import watch, windows_of
 from .models.attention import dense_implementation
@@ -285,6 +286,7 @@ def _facts(sampler: Sampler, folder: str | PathLike[str], call: Prepared) -> dic
             "max_sequence_length": request.length,
             "batch": sampler.batch,
         },
+        "attention_share": attention_share(pipeline.transformer, *jax.device_put((call.tokens, call.inputs))),
         "tiles": list(PLANNING_TILES.get(pipeline.config.attention_head_dim, (128, 128))),
     }
 

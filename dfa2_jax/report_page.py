@@ -107,7 +107,10 @@ def _table(content: Mapping[str, Any]) -> str:
         density = row.get("density", {"exact": 1.0, "tiles": 1.0} if row["kind"] == "dense" else None)
         cells += ["", ""] if density is None else [f"{density['exact']:.3f}", f"{density['tiles']:.3f}"]
         time = row.get("seconds_per_step")
-        faster = f"<br><small>{row['speedup']:.2f} times as fast</small>" if "speedup" in row else ""
+        faster = ""
+        if "speedup" in row:
+            predicted = f"{row['predicted_speedup']:.2f} predicted"
+            faster = f"<br><small>{row['speedup']:.2f} times as fast, {predicted}</small>"
         cells.append("" if time is None else f"{1e3 * time['median']:.1f}{faster}")
         if row["not_finite"]:
             name += f"<br><small>{row['not_finite']} images are not finite</small>"
@@ -133,7 +136,9 @@ def _notes(content: Mapping[str, Any]) -> str:
     return (
         f"<p><small>{interval} Kept: the share of query-key pairs, and of tiles, "
         "that the plan does not skip, predicted. Time: the median of rounds in which dense and plans take turns, "
-        f"compilation apart, {content['arguments']['batch']} at a time; the machine's other work is in it.</small></p>"
+        f"compilation apart, {content['arguments']['batch']} at a time; the machine's other work is in it. "
+        f"Predicted: attention does {content['attention_share']:.0%} of a step's multiplications, a plan the share of "
+        "those that it keeps.</small></p>"
     )
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Float
 
 from . import quality
+from .arithmetic import predicted_speedup
 from .files import replacing
 from .heads import Masses, draw
 from .plan import Plan
@@ -177,6 +178,7 @@ class Report:
             tiles = self.facts["tiles"]
             content |= {"digest": row.plan.digest, "speedup": self.speedup(row), "distances": self.distances(row)}
             content["density"] = {"exact": row.plan.density(), "tiles": row.plan.density(tuple(tiles))}
+            content["predicted_speedup"] = predicted_speedup(self.facts["attention_share"], row.plan.density())
         metrics = {}
         for metric in row.scores:
             values = row.values(metric, len(self.seeds))

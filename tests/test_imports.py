@@ -52,17 +52,20 @@ ALLOWED = {
         *("dfa2_jax.search", "pallas_kernels.layout", "pallas_kernels.mask"),
     ],
     "dfa2_jax.quality": [],
+    "dfa2_jax.arithmetic": [
+        *("dfa2_jax.models.attention", "dfa2_jax.networks", "dfa2_jax.sampling", "pallas_kernels.layout"),
+    ],
     "dfa2_jax.heads": [
         *(f"dfa2_jax.{name}" for name in ("models.attention", "pipeline", "plan", "plan_view", "sampling")),
         "pallas_kernels.layout",
     ],
     "dfa2_jax.report_page": ["dfa2_jax.quality"],
     "dfa2_jax.report_table": [
-        *(f"dfa2_jax.{name}" for name in ("files", "heads", "plan", "quality", "report_page")),
+        *(f"dfa2_jax.{name}" for name in ("arithmetic", "files", "heads", "plan", "quality", "report_page")),
     ],
     "dfa2_jax.report": [
         *(f"dfa2_jax.{name}" for name in ("calibration", "heads", "models.attention", "pipeline", "plan", "quality")),
-        "dfa2_jax.report_table",
+        *("dfa2_jax.arithmetic", "dfa2_jax.report_table"),
     ],
     "dfa2_jax.cli": [
         *("dfa2_jax.models.attention", "dfa2_jax.pipeline", "dfa2_jax.checkpoint", "dfa2_jax.files"),

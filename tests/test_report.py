@@ -225,6 +225,16 @@ def test_time_is_of_interleaved_rounds(made):
     assert made.speedup(full) == median(a / b for a, b in zip(dense.seconds, full.seconds, strict=True))
 
 
+def test_predicted_speedup_is_that_of_the_kept_pairs(made, plans):
+    share = made.facts["attention_share"]
+    assert 0 < share < 1
+    for one in made.content()["rows"]:
+        if one["kind"] == "plan":
+            kept = plans[one["name"]].density()
+            assert one["density"]["exact"] == kept
+            assert one["predicted_speedup"] == pytest.approx(1 / (1 - share * (1 - kept)))
+
+
 class Page(HTMLParser):
     """Collects tags that never close, references to elsewhere, and text."""
 

@@ -1,0 +1,44 @@
+"""What share of a step is attention, counted in its program, against counts by hand."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from dfa2_jax import Pipeline
+from dfa2_jax.arithmetic import attention_share, multiplications, predicted_speedup
+
+
+def test_products_in_loops_count_as_often_as_they_run():
+    x, stack = jnp.ones((3, 5, 7)), jnp.ones((4, 7, 7))
+
+    def program(x, stack):
+        looped = jax.lax.scan(lambda x, w: (jax.jit(jnp.matmul)(x, w), None), x, stack)[0]
+        return jnp.einsum("bij,bkj->bik", looped, x) * 2
+
+    assert multiplications(jax.make_jaxpr(program)(x, stack).jaxpr) == 4 * 3 * 5 * 7 * 7 + 3 * 5 * 5 * 7
+
+
+@pytest.mark.parametrize("guided", [False, True])
+def test_share_of_sd35_is_that_of_its_layers(tiny_sd35, guided):
+    pipeline = Pipeline.from_pretrained(tiny_sd35)
+    call = pipeline.prepare(
+        prompt="a", height=64, width=96, num_inference_steps=2, max_sequence_length=16, guidance_scale=1 + 3.0 * guided
+    )
+    share = attention_share(pipeline.transformer, *jax.device_put((call.tokens, call.inputs)))
+    width = pipeline.config.num_attention_heads * pipeline.config.attention_head_dim
+    layers = pipeline.setting_of(call).layers
+    attention = sum(2 * (layer.num_text + layer.num_visual) ** 2 * width for layer in layers)
+    # Of each token in each attention: q, k, v and the output; in each block's MLP twice a fourfold width. The last
+    # block's text takes q, k and v alone.
+    joint = [layer for layer in layers if layer.name.startswith("joint")]
+    rest = sum(4 * width**2 * (layer.num_text + layer.num_visual) for layer in layers)
+    rest += sum(8 * width**2 * (layer.num_text + layer.num_visual) for layer in joint)
+    rest -= 9 * width**2 * joint[-1].num_text
+    # Modulation, embeddings and the last projection are the rest of the rest.
+    assert attention / (attention + 1.6 * rest) < share < attention / (attention + rest)
+
+
+def test_amdahl():
+    assert predicted_speedup(0.6, 1.0) == 1
+    assert predicted_speedup(0.5, 0.0) == 2
+    assert predicted_speedup(0.6, 0.5) == pytest.approx(1 / 0.7)
