@@ -190,11 +190,12 @@ class Pipeline:
     def _planned(self, plan: Plan) -> dict[str, Any]:
         """What a plan says where a call says nothing."""
         setting = plan.setting
+        length = setting.layers[0].num_text - self.family.clip_tokens(self._networks)
         found = {
             "height": setting.height,
             "width": setting.width,
             "num_inference_steps": setting.num_inference_steps,
-            "max_sequence_length": setting.layers[0].num_text - self.family.clip_tokens(self._networks),
+            "max_sequence_length": max(1, length),  # below 1 it is another model's plan: `Plan.check` says so
         }
         return found | ({} if plan.calibration is None else {"guidance_scale": plan.calibration.guidance_scale})
 

@@ -106,6 +106,16 @@ def test_a_plan_decides_what_the_call_leaves_open_and_refuses_the_rest(ours):
         plan.check(setting)
 
 
+def test_the_plan_of_a_model_with_shorter_text_is_refused_as_such(ours):
+    """Less text than this model's CLIPs take alone leaves no length for its T5."""
+    pipeline = ours("tiny_sd35")
+    setting = pipeline.setting(prompt="a", height=64, width=64, num_inference_steps=2)
+    layers = tuple(one.model_copy(update={"num_text": min(one.num_text, 20)}) for one in setting.layers)
+    plan = Plan.full(setting.model_copy(update={"layers": layers, "weights": "another"}))
+    with pytest.raises(PlanError, match="weights is another in the plan"):
+        pipeline("a", plan=plan, progress=False)
+
+
 def test_caches_that_do_not_fit_are_refused_before_any_step(ours, monkeypatch):
     pipeline = ours("tiny_sd35")
     arguments = {"prompt": [PROMPTS[0]] * 3} | COMMON | CASES["sd35 cfg, attn2, wide"][1]
