@@ -1,4 +1,7 @@
-"""Does an image show its caption? Colours by the nearest of the palette, shapes by overlap with drawn ones."""
+"""Does an image show its caption? Colours by the nearest of the palette, shapes by overlap with drawn ones.
+
+What a caption does not ask for is not looked for: an object more, of another colour, costs nothing.
+"""
 
 from functools import cache
 from typing import NamedTuple

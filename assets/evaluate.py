@@ -23,7 +23,7 @@ from .checker import Score, score
 from .result import ResultCheckpoint
 from .scenes import Scene, held_out
 
-COLUMNS, LABEL = 8, 24
+COLUMNS = 8
 
 
 def sample(pipeline: Pipeline, prompts: list[str], size: int, *, batch: int, **options: Any) -> np.ndarray:
@@ -50,20 +50,21 @@ def summary(scores: list[Score], scenes: list[Scene]) -> dict[str, dict[str, flo
 
 
 def sheet(images: np.ndarray, scenes: list[Scene], scores: list[Score]) -> Image.Image:
-    """The images in rows, under each its caption and IoU."""
+    """The images in rows, under each its IoU and its caption."""
     side = max(128, images.shape[1])
+    label, font = side * 3 // 16, side * 9 // 128
     rows = -(-len(images) // COLUMNS)
-    page = Image.new("RGB", (COLUMNS * side, rows * (side + LABEL)), "white")
+    page = Image.new("RGB", (COLUMNS * side, rows * (side + label)), "white")
     pen = ImageDraw.Draw(page)
     for i, (image, scene, one) in enumerate(zip(images, scenes, scores, strict=True)):
-        x, y = i % COLUMNS * side, i // COLUMNS * (side + LABEL)
+        x, y = i % COLUMNS * side, i // COLUMNS * (side + label)
         page.paste(
             Image.fromarray((image * 255).round().astype(np.uint8)).resize((side, side), Image.Resampling.NEAREST),
             (x, y),
         )
-        words = scene.caption.removeprefix("a ").removesuffix(" background").split()
+        words = scene.caption.split()[:-1]
         text = f"{one.iou:.2f} {' '.join(words[: len(words) // 2])}\n{' '.join(words[len(words) // 2 :])}"
-        pen.multiline_text((x + 2, y + side), text, fill="black", font_size=9, spacing=1)
+        pen.multiline_text((x + 2, y + side), text, fill="black", font_size=font, spacing=1)
     return page
 
 
@@ -79,6 +80,10 @@ def main() -> None:
     parser.add_argument("--dtype", help="of the networks; by default the folder's, float32 on CPU")
     parser.add_argument("--sheet", type=Path, help="PNG of the first 64 images")
     args = parser.parse_args()
+    if not 1 <= args.captions <= len(held_out()):
+        parser.error(f"--captions {args.captions}: from 1 to {len(held_out())}")
+    if not any((args.folder / name).exists() for name in ("model_index.json", "log.json")):
+        parser.error(f"{args.folder} is no diffusers folder and no result of assets.train")
     scenes = held_out()[: args.captions]
     options = {
         "num_inference_steps": args.steps,

@@ -58,10 +58,8 @@ def network(name: str, arrays: dict[str, np.ndarray]) -> torch.nn.Module:
     state = model.state_dict()
     filled = {}
     for key, value in state.items():
-        if key == "encoder.embed_tokens.weight":  # tied to shared.weight
-            filled[key] = torch.from_numpy(source_array("shared.weight", tuple(value.shape), name, arrays))
-        else:
-            filled[key] = torch.from_numpy(source_array(key, tuple(value.shape), name, arrays))
+        source = "shared.weight" if key == "encoder.embed_tokens.weight" else key  # tied
+        filled[key] = torch.from_numpy(source_array(source, tuple(value.shape), name, arrays))
     if bad := [key for key, value in filled.items() if not torch.isfinite(value).all()]:
         raise ValueError(f"{name}: parts of {bad} are not filled, or are not finite.")
     model.load_state_dict(filled)

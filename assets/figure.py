@@ -23,7 +23,10 @@ AMPLIFIED = 4
 
 def read(folder: Path) -> dict[str, np.ndarray]:
     """Images in [0, 1] by file name."""
-    return {path.name: np.asarray(Image.open(path), np.float32) / 255 for path in sorted(folder.glob("*.png"))}
+    images = {path.name: np.asarray(Image.open(path), np.float32) / 255 for path in sorted(folder.glob("*.png"))}
+    if not images:
+        raise SystemExit(f"{folder} holds no PNG: it must be what `dfa2 sample --out` was given.")
+    return images
 
 
 def prompt_of(path: Path) -> str:
@@ -38,7 +41,7 @@ def line(row: dict[str, Any]) -> str:
     if row["kind"] == "dense":
         return f"every query-key pair\n{time}"
     psnr, ssim = (row["metrics"][name]["mean"] for name in ("psnr", "ssim"))
-    metrics = f"PSNR {psnr:.1f}, SSIM {ssim:.2f}"
+    metrics = f"mean PSNR {psnr:.1f}, SSIM {ssim:.2f}"
     return f"{row['density']['exact']:.0%} of the pairs, {metrics}\n{time}, {row['speedup']:.2f} times as fast"
 
 
@@ -65,6 +68,11 @@ def draw(dense: Path, plans: dict[str, Path], report: dict[str, Any], out: Path)
             axes.imshow(pixels)
             axes.set(xticks=[], yticks=[])
         cells[0].set_xlabel("\n".join(textwrap.wrap(prompt_of(dense / file), 40)), fontsize=7)
+    made = report["arguments"]
+    shape = (
+        f"{made['width']} x {made['height']}, {made['num_inference_steps']} steps, guidance {made['guidance_scale']:g}"
+    )
+    figure.suptitle(f"{report['model']['folder']}, {shape}, on {report['machine']['cores']} cores", fontsize=8)
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out)
 
@@ -76,8 +84,12 @@ def main() -> None:
     parser.add_argument("--report", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
-    plans = {name: Path(folder) for name, _, folder in (one.partition("=") for one in args.plan)}
-    draw(args.dense, plans, json.loads(args.report.read_text()), args.out)
+    plans = {name: Path(folder) for name, _, folder in (one.rpartition("=") for one in args.plan)}
+    report = json.loads(args.report.read_text())
+    known = [row["name"] for row in report["rows"] if row["kind"] == "plan"]
+    if unknown := [name for name in plans if name not in known]:
+        parser.error(f"--plan {unknown}: the plans of {args.report} are {known}, and each is NAME=DIR")
+    draw(args.dense, plans, report, args.out)
     print(args.out)
 
 

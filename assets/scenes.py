@@ -123,7 +123,10 @@ def scenes() -> tuple[Scene, ...]:
 
 @cache
 def split() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Indices into `scenes()`: single things to train on, pairs to train on, and the held-out half and half."""
+    """Indices into `scenes()`: single things to train on, pairs to train on, and the held-out half and half.
+
+    Captions are held out, not scenes: of a pair that is left of another, the converse caption is trained on.
+    """
     every = scenes()
     order = sorted(range(len(every)), key=lambda i: hashlib.sha256(every[i].caption.encode()).digest())
     singles = np.array([i for i in order if len(every[i].things) == 1], np.int32)

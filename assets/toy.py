@@ -18,7 +18,7 @@ WIDTH, HEADS, LAYERS = 128, 4, 8
 TABLE_SIDE = 32
 """Patches along a side of the largest image: 1,024 tokens, 256 pixels."""
 CLIP_LENGTH, T5_LENGTH, T5_DEFAULT_LENGTH = 24, 32, 256
-"""Tokens. A caption has 15 at most; 256 is what the pipelines pad T5's prompts to when told nothing."""
+"""Tokens. A caption has 14 at most; 256 is what the pipelines pad T5's prompts to when told nothing."""
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 CLIP_PADDING = {"tokenizer": END, "tokenizer_2": "!"}  # as published: CLIP-L's and bigG's

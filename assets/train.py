@@ -52,7 +52,7 @@ GPU_OPTIONS = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
 """cuBLAS's own choice of kernels. H100, 128 pixels: 54 ms a step and 27 s of compilation; Triton's products untuned
 take 108 ms, and tuning them compiles for minutes."""
 RESULT_BYTES = 15 * 2**20
-"""Of one file of a result."""
+"""Of one file of a result, which then passes where files may have 16 MB."""
 
 
 @dataclass(frozen=True)
@@ -93,10 +93,6 @@ def stages(batch_64: int, steps: int) -> tuple[Stage, ...]:
 PRESETS = {
     "gpu": lambda: stages(512, 16),
     "cpu": lambda: stages(32, 1),
-    "probe": lambda: (
-        Stage("vae", 0.25, (Part("vae", 32, 16, 1),)),
-        Stage("16 tokens", 0.75, (Part("flow", 32, 32, 1),)),
-    ),
     "smoke": lambda: (
         Stage("vae", 0.4, (Part("vae", 32, 8, 1),)),
         Stage("16 tokens", 0.6, (Part("flow", 32, 8, 1),)),
@@ -127,6 +123,7 @@ class Progress:
     """What is done, in the unit of the total."""
 
     unit: str
+    seed: int
     total: float
     spent: float = 0.0
     calls: dict[str, int] = field(default_factory=dict)
@@ -135,6 +132,16 @@ class Progress:
     seconds: float = 0.0
     slices: int = 0
     log: list[dict[str, Any]] = field(default_factory=list)
+
+    def note(self, stage: Stage, part: Part, loss: float, step: int, seconds: float) -> dict[str, Any]:
+        """One call of a program, as the log keeps it."""
+        self.calls[stage.name] = self.calls.get(stage.name, 0) + 1
+        self.images += part.steps * part.batch
+        self.spent += seconds if self.unit == "seconds" else part.steps
+        entry = {"stage": stage.name, "pixels": part.pixels, "t5": part.t5_length, "loss": round(loss, 5)}
+        entry |= {"spent": round(self.spent, 2), "step": step, "ms": round(1000 * seconds / part.steps, 2)}
+        self.log.append(entry)
+        return entry
 
 
 # --- networks ---------------------------------------------------------------------------------------------------------
@@ -229,8 +236,8 @@ def patchify(latents: jax.Array) -> jax.Array:
 class Lookup:
     """A table whose rows are looked up by a product, `table[...][ids]`, so that its gradient is one too.
 
-    On an H100 steps took 5 microseconds for each token of text, 200 of 230 ms: like the gradient of a gather, a scatter
-    in bfloat16 of which most rows are padding and collide.
+    On an H100 steps took 5 microseconds for each token of text, 200 of 230 ms, with the gradient of a gather: a scatter
+    in bfloat16, most of whose rows are padding and collide.
     """
 
     def __init__(self, table: jax.Array):
@@ -432,6 +439,18 @@ def restore(folder: Path, state: State) -> tuple[State, Progress] | None:
     return jax.tree.unflatten(jax.tree.structure(state), leaves), progress
 
 
+def begin(out: Path, unit: str, total: float, seed: int) -> tuple[State, Progress]:
+    """The checkpoint in `out`, or a fresh start, as arrays of the host."""
+    fresh = State(*(fresh_weights(PHASES[phase], seed) for phase in PHASES), np.zeros(2, np.float32))
+    state, progress = restore(out, fresh) or (fresh, Progress(unit, seed, total))
+    if (progress.unit, progress.seed) != (unit, seed):
+        raise ValueError(
+            f"The checkpoint in {out} counts {progress.unit} from seed {progress.seed}, not {unit} from {seed}."
+        )
+    progress.total, progress.slices = total, progress.slices + (progress.spent < total)
+    return state, progress
+
+
 def write_result(folder: Path, state: State, progress: Progress) -> None:
     """The running averages in files of at most `RESULT_BYTES`, and the log."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -445,8 +464,23 @@ def write_result(folder: Path, state: State, progress: Progress) -> None:
         save_file(part, folder / f"weights-{number}.safetensors")
     steps = {phase: int(getattr(state, phase).step) for phase in PHASES}
     device = jax.devices()[0].device_kind
-    summary = asdict(progress) | {"steps": steps, "device": device, "devices": jax.device_count()}
-    (folder / "log.json").write_text(json.dumps(summary, indent=1) + "\n")
+    log = asdict(progress) | {"steps": steps, "device": device, "devices": jax.device_count()}
+    (folder / "log.json").write_text(json.dumps(log, indent=1) + "\n")
+    (folder / "summary.json").write_text(json.dumps(in_short(log), indent=1) + "\n")
+
+
+def in_short(log: dict[str, Any]) -> dict[str, Any]:
+    """A log whose calls are gathered by the program that they ran: median time, first loss, mean of the last 5 %."""
+    programs: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for call in log["log"]:
+        programs.setdefault((call["stage"], call["pixels"], call["t5"]), []).append(call)
+    rows = [
+        dict(zip(("stage", "pixels", "t5"), name, strict=True))
+        | {"calls": len(calls), "ms": float(np.median([call["ms"] for call in calls])), "first_loss": calls[0]["loss"]}
+        | {"last_loss": round(float(np.mean([call["loss"] for call in calls[-max(1, len(calls) // 20) :]])), 5)}
+        for name, calls in programs.items()
+    ]
+    return {name: value for name, value in log.items() if name != "log"} | {"programs": rows}
 
 
 # --- the loop ---------------------------------------------------------------------------------------------------------
@@ -539,27 +573,22 @@ def train(
     mesh = Mesh(np.array(jax.devices()), ("batch",)) if jax.device_count() > 1 else None
     everywhere = jax.devices()[0] if mesh is None else NamedSharding(mesh, PartitionSpec())
     trainer = Trainer(dtype, best_attention(dtype), mesh, warm_up)
-    fresh = State(*(fresh_weights(PHASES[phase], seed) for phase in PHASES), np.zeros(2, np.float32))
-    state, progress = restore(out, fresh) or (fresh, Progress(unit, total))
-    if progress.unit != unit:
-        raise ValueError(f"The checkpoint in {out} counts {progress.unit}, not {unit}.")
+    state, progress = begin(out, unit, total, seed)
     frozen = {"vae": jax.tree.map(np.copy, state.vae.ema["vae"]), "latents": state.latents}  # the state is given away
     state, data = jax.device_put((state, tables() | frozen), everywhere)
     programs, key = Programs(trainer, plan, state, data), jax.random.key(seed)
-    progress.total, progress.slices, begin = total, progress.slices + 1, progress.spent
-    earlier, last_steps = progress.seconds, 0.0
+    already, earlier, last_steps = progress.spent, progress.seconds, 0.0
 
     def goes_on() -> bool:
         if unit == "steps":
-            return progress.spent < min(total, begin + amount)
+            return progress.spent < min(total, already + amount)
         return progress.spent + last_steps < total and time.monotonic() - started + last_steps < amount
 
-    bar = tqdm(total=round(total), initial=round(begin), unit=unit[:-1], disable=quiet, mininterval=5)
+    bar = tqdm(total=round(total), initial=round(already), unit=unit[:-1], disable=quiet, mininterval=5)
     while goes_on():
         stage, rate = stage_at(plan, progress.spent / total)
         programs.prepare(stage)
-        number = progress.calls.get(stage.name, 0)
-        part = programs.choose(stage, number, wait=unit == "steps")
+        part = programs.choose(stage, progress.calls.get(stage.name, 0), wait=unit == "steps")
         phase, weights = part.phase, getattr(state, part.phase)
         if phase == "flow" and not float(state.latents[1]):
             statistics = latent_statistics(trainer, part.pixels, state, data, key)
@@ -569,23 +598,14 @@ def train(
         rate_array = jax.device_put(np.float32(rate), everywhere)
         weights, loss = program(weights, data, jax.random.fold_in(key, phase == "flow"), rate_array)
         state = state._replace(**{phase: weights})
-        entry = {"stage": stage.name, "pixels": part.pixels, "t5": part.t5_length, "loss": round(float(loss), 5)}
+        loss = float(loss)  # waits
         last_steps = time.monotonic() - called
-        progress.calls[stage.name] = number + 1
-        progress.images += part.steps * part.batch
         progress.seconds = earlier + time.monotonic() - started
-        progress.spent += last_steps if unit == "seconds" else part.steps
-        entry |= {
-            "spent": round(progress.spent, 2),
-            "step": int(weights.step),
-            "ms": round(1000 * last_steps / part.steps, 2),
-        }
-        progress.log.append(entry)
+        entry = progress.note(stage, part, loss, int(weights.step), last_steps)
         if not math.isfinite(entry["loss"]):
             raise FloatingPointError(f"The loss is {entry['loss']} at {entry}: the last checkpoint in {out} is good.")
-        bar.set_postfix_str(
-            f"{stage.name}, {part.pixels} px, loss {entry['loss']:.4f}, {entry['ms']} ms", refresh=False
-        )
+        shown = f"{stage.name}, {part.pixels} px, loss {entry['loss']:.4f}, {entry['ms']} ms"
+        bar.set_postfix_str(shown, refresh=False)
         bar.update(round(progress.spent) - bar.n)
         if time.monotonic() - last_saved > save_every:
             save(out, state, progress)

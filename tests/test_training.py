@@ -50,7 +50,7 @@ def test_two_slices_are_one_bit_for_bit(whole, tmp_path):
 
 def test_another_unit_is_refused(whole, tmp_path):
     training.save(tmp_path, *whole)
-    with pytest.raises(ValueError, match="counts steps, not seconds"):
+    with pytest.raises(ValueError, match="counts steps from seed 0, not seconds"):
         training.train(training.PRESETS["smoke"](), tmp_path, unit="seconds", total=1.0, quiet=True)
 
 
