@@ -252,8 +252,8 @@ class Lookup:
 class Product(nnx.Module):
     """A convolution as one product of each pixel's neighbourhood, [B h w, size^2 C], with the kernel.
 
-    These networks' convolutions are narrow (16 and 32 channels): XLA's take 20 times as long inside a scan on CPU; on an
-    H100 cuDNN's took 200 s of autotuning, or without it 290 ms a step of the autoencoder where these take 22.
+    These networks' convolutions are narrow (16 and 32 channels): XLA's take 20 times as long inside a scan on CPU; on
+    an H100 cuDNN's took 200 s of autotuning, or without it 290 ms a step of the autoencoder where these take 22.
     """
 
     def __init__(self, conv: nnx.Conv):
