@@ -1,7 +1,5 @@
 """`arrow_attention` and `nested_arrow_attention`: check their arguments and pick an implementation."""
 
-from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -15,7 +13,8 @@ from . import blockwise, cost, reference, triton, triton_nested
 from .layout import CACHED, Layout
 from .tiles import row_for, tiles_for
 
-IMPLEMENTATIONS = ("reference", "blockwise", "triton", "cudnn")
+IMPLEMENTATIONS = ("reference", "blockwise", "triton", "mosaic", "cudnn")
+KERNELS = ("triton", "mosaic")
 
 
 def arrow_attention(
@@ -42,11 +41,12 @@ def arrow_attention(
         cache: the outputs that cached heads return, or a stack of them over layers with `layer`, the one to use. Where
             it is donated or a loop carries it, the result takes its buffer, and cached heads cost nothing. Without a
             cache, a cached head's output is NaN.
-        head_order: a permutation of the heads, those with most work first: the order in which the "triton" kernel
-            starts them. The result does not depend on it. None: as they come.
+        head_order: a permutation of the heads, those with most work first: the order in which the kernels start
+            them. The result does not depend on it. None: as they come.
         implementation: None picks the best for the device: for arrows "triton" on NVIDIA GPUs and "blockwise"
-            elsewhere, for dense attention "cudnn" (16-bit, NVIDIA) and "blockwise". "reference" is for tests.
-        interpret: run the "triton" kernel on any device, slowly, for tests.
+            elsewhere, for dense attention "cudnn" (16-bit, NVIDIA) and "blockwise". "mosaic" is the kernel for Hopper,
+            by name (16-bit, jax 0.11 or newer). "reference" is for tests.
+        interpret: run the "triton" or the "mosaic" kernel on any device, slowly, for tests.
 
     Returns:
         The output [B, T, N, H]; with a stack, the stack with this layer's entry replaced by the output.
@@ -81,6 +81,12 @@ def arrow_attention(
             tiles = tiles_for(gpu_kind(), q.shape[-1], q.dtype)
             args = q, k, v, half_window, layout, cache, layer, head_order, tiles
             return triton.arrow_attention(*args, interpret=interpret)
+        if implementation == "mosaic":
+            from . import mosaic  # needs a newer jax than the other backends
+
+            return mosaic.arrow_attention(
+                q, k, v, half_window, layout, cache, layer, head_order, interpret=interpret
+            )
         if implementation == "blockwise":
             return blockwise.arrow_attention(q, k, v, half_window, layout, cache, layer)
         if layer is None:
@@ -89,7 +95,8 @@ def arrow_attention(
         out = reference.attention(q, k, v, half_window, layout, entry)
         return jax.lax.dynamic_update_index_in_dim(cache, out, layer, 0)
 
-    return _without_gradient(attend)(q, k, v, half_window, cache, layer, head_order)
+    q, k, v, cache = _constants((q, k, v, cache))
+    return attend(q, k, v, half_window, cache, layer, head_order)
 
 
 def nested_arrow_attention(
@@ -130,6 +137,8 @@ def nested_arrow_attention(
         implementation is None and choice.implementation == "triton" and _apart(q, values, half_windows.size, layout)
     )
     implementation = _supported(implementation or choice.implementation, q, True, interpret)
+    if implementation == "mosaic":
+        raise NotImplementedError("implementation='mosaic' has no nested kernel; pass None or 'triton'.")
 
     def attend(q, k, v, half_windows):
         if apart:
@@ -142,7 +151,7 @@ def nested_arrow_attention(
         module = blockwise if implementation == "blockwise" else reference
         return module.nested_arrow_attention(q, k, v, half_windows, layout)
 
-    return _without_gradient(attend)(q, k, v, jnp.asarray(half_windows))
+    return attend(*_constants((q, k, v)), jnp.asarray(half_windows))
 
 
 def _apart(q: Array, half_windows: np.ndarray | None, count: int, layout: Layout) -> bool:
@@ -201,40 +210,56 @@ def triton_lacks(dtype: DTypeLike, head_dim: int) -> str | None:
     return None
 
 
+def mosaic_lacks(dtype: DTypeLike, head_dim: int) -> str | None:
+    """Why the "mosaic" kernel cannot serve this, if so."""
+    if jax.__version_info__ < (0, 11):
+        return f"the Mosaic kernel needs jax 0.11 or newer (Python 3.12), this is {jax.__version__}"
+    if head_dim not in (64, 128):
+        return f"the Mosaic kernel is built for a head_dim of 64 and 128, not {head_dim}"
+    if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16):
+        return f"the Mosaic kernel takes bfloat16 and float16, not {jnp.dtype(dtype).name}"
+    capability = getattr(jax.devices()[0], "compute_capability", None)
+    if capability is not None and int(float(capability)) != 9:
+        return f"the Mosaic kernel is for compute capability 9 (Hopper), not {capability}"
+    return None
+
+
 def _supported(implementation: str, q: Array, is_arrow: bool, interpret: bool) -> str:
     """The name, if it can do this."""
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"{implementation=} is not one of {IMPLEMENTATIONS}.")
-    if interpret and implementation != "triton":
-        raise ValueError(f"{interpret=} is for the kernels of implementation='triton', not {implementation!r}.")
+    if interpret and implementation not in KERNELS:
+        raise ValueError(f"{interpret=} is for the kernels, implementation= one of {KERNELS}, not {implementation!r}.")
     if implementation == "cudnn" and is_arrow:
         raise NotImplementedError("implementation='cudnn' computes dense attention only; pass None for arrows.")
-    if implementation == "triton":
+    if implementation in KERNELS:
         if not is_arrow:
             raise NotImplementedError(
-                "implementation='triton' computes arrows; for dense attention pass None, or half windows of FULL."
+                f"{implementation=} computes arrows; for dense attention pass None, or half windows of FULL."
             )
-        if why := triton_lacks(q.dtype, q.shape[-1]):
+        lacks = triton_lacks if implementation == "triton" else mosaic_lacks
+        if why := lacks(q.dtype, q.shape[-1]):
             raise NotImplementedError(f"{why}; pass implementation='blockwise'.")
         if not interpret and gpu_kind() is None:
             raise NotImplementedError(
-                f"implementation='triton' runs on NVIDIA GPUs, the default device is "
+                f"{implementation=} runs on NVIDIA GPUs, the default device is "
                 f"{jax.devices()[0].device_kind!r}; pass implementation='blockwise', or interpret=True in a test."
             )
     return implementation
 
 
-def _without_gradient(function: Callable[..., Array]) -> Callable[..., Array]:
-    """`function`, whose differentiation says that there is none."""
-    function = jax.custom_jvp(function)
+@jax.custom_jvp
+def _constants(arrays: Any) -> Any:
+    """The arrays, whose differentiation says that there is none. Of inputs: around the call it would hide the kernel's
+    mutable output from JAX, which then cannot lower it."""
+    return arrays
 
-    @partial(function.defjvp)
-    def refuse(primals: Any, tangents: Any) -> Any:
-        raise NotImplementedError(
-            "Arrow attention has no gradient: it serves inference. Use half_window=None for what is differentiated."
-        )
 
-    return function
+@_constants.defjvp
+def _refuse(primals: Any, tangents: Any) -> Any:
+    raise NotImplementedError(
+        "Arrow attention has no gradient: it serves inference. Use half_window=None for what is differentiated."
+    )
 
 
 def _concrete(x: Any) -> np.ndarray | None:

@@ -19,10 +19,9 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int
 
 from .layout import CACHED, FULL, Layout
-from .mask import band
+from .mask import EVERYTHING, band
 from .tiles import Tiles
 from .triton_common import (
-    EVERYTHING,
     Running,
     Segment,
     attend_tile,

@@ -10,14 +10,7 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Bool, Float, Int
 
 from .layout import Layout
-
-EVERYTHING = 1 << 29
-"""A window wider than any sequence; twice that still is an int32."""
-
-UNSEEN = -(2.0**100)
-"""Score of a masked pair. Finite: a row whose first tile is masked as a whole has weights of 1 there, which the first
-true score scales by exp2(UNSEEN * scale - score) = 0. A power of two: its product with the scale is exact, so that a
-fused multiply-add cannot leave a rounding error of 1e22 for exp2 to blow up."""
+from .mask import UNSEEN
 
 FMA_EXP2 = "{ .reg .f32 t; fma.rn.ftz.f32 t, $1, $2, $3; ex2.approx.ftz.f32 $0, t; }"
 """XLA compiles Triton kernels without contraction and with denormals: 2**(a*b - c) takes six instructions, not two."""

@@ -16,10 +16,9 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int
 
 from .layout import Layout
-from .mask import Band, band, ring
+from .mask import EVERYTHING, Band, band, ring
 from .tiles import Tiles
 from .triton_common import (
-    EVERYTHING,
     Running,
     Segment,
     attend_tile,

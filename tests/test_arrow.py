@@ -240,12 +240,10 @@ def test_fused_exp2_is_exact_to_rounding():
 def test_a_row_whose_first_tile_is_masked_as_a_whole():
     """The weights it gives to masked keys must vanish with the first true score, whatever rounding a fused product
     does: UNSEEN times the scale is exact in float32."""
-    from pallas_kernels.triton_common import UNSEEN
-
     for dim in (64, 128):
         scale = np.float32(dim**-0.5 * np.log2(np.e))
-        product = np.float32(UNSEEN) * scale
-        assert np.float64(product) == np.float64(np.float32(UNSEEN)) * np.float64(scale)
+        product = np.float32(mask.UNSEEN) * scale
+        assert np.float64(product) == np.float64(np.float32(mask.UNSEEN)) * np.float64(scale)
         assert np.isfinite(product)
 
 
