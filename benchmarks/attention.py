@@ -126,19 +126,22 @@ def contenders(shape: Shape) -> tuple[dict[str, Callable[[], Any]], dict[str, st
             failed[name] = f"{type(error).__name__}: {str(error)[:200]}"
 
     plans = windows(shape.layout.num_visual, shape.heads)
-    attend = jax.jit(partial(arrow_attention, layout=shape.layout), donate_argnames="cache")
     carry = [jnp.zeros_like(q)]
 
-    def ours(half_window: jax.Array) -> jax.Array:
+    def ours(attend: Any, half_window: jax.Array) -> jax.Array:
         carry[0] = attend(q, k, v, half_window, cache=carry[0])
         return carry[0]
 
-    for name, row in plans.items():
-        call = partial(ours, jnp.asarray(row))
-        if name == "cached":
-            calls["arrow cached"] = call
-        else:
-            add(f"arrow {name}", call, np.array, row)
+    contestants = {"arrow": None} | ({"mosaic": "mosaic"} if jax.default_backend() == "gpu" else {})
+    for label, implementation in contestants.items():
+        options = {"layout": shape.layout, "implementation": implementation}
+        attend = jax.jit(partial(arrow_attention, **options), donate_argnames="cache")
+        for name, row in plans.items():
+            call = partial(ours, attend, jnp.asarray(row))
+            if name != "cached":
+                add(f"{label} {name}", call, np.array, row)
+            elif f"{label} full" in calls:
+                calls[f"{label} cached"] = call
     ladder = [shape.layout.num_visual // part for part in (64, 32, 16, 8)]
     nested = jax.jit(partial(nested_arrow_attention, layout=shape.layout))
     outs = np.asarray(nested(q, k, v, jnp.array(ladder, jnp.int32)))

@@ -84,9 +84,7 @@ def arrow_attention(
         if implementation == "mosaic":
             from . import mosaic  # needs a newer jax than the other backends
 
-            return mosaic.arrow_attention(
-                q, k, v, half_window, layout, cache, layer, head_order, interpret=interpret
-            )
+            return mosaic.arrow_attention(q, k, v, half_window, layout, cache, layer, head_order, interpret=interpret)
         if implementation == "blockwise":
             return blockwise.arrow_attention(q, k, v, half_window, layout, cache, layer)
         if layer is None:
@@ -151,7 +149,8 @@ def nested_arrow_attention(
         module = blockwise if implementation == "blockwise" else reference
         return module.nested_arrow_attention(q, k, v, half_windows, layout)
 
-    return attend(*_constants((q, k, v)), jnp.asarray(half_windows))
+    q, k, v = _constants((q, k, v))
+    return attend(q, k, v, jnp.asarray(half_windows))
 
 
 def _apart(q: Array, half_windows: np.ndarray | None, count: int, layout: Layout) -> bool:

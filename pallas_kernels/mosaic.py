@@ -1,11 +1,13 @@
 """Arrow attention as a Pallas kernel on the Mosaic GPU backend, for Hopper: TMA, wgmma and warp specialisation.
 
-A block takes 128 queries of one head: two warpgroups compute 64 of them each, a third one fetches keys and values into a
-ring in shared memory. Keys are walked as in the "triton" kernel: text, the band's left edge, its inside without masks,
-its right edge. A block that holds a text query walks every key.
+The grid is as large as the GPU, and a block takes one job after the other: a tile of queries of one head. Some
+warpgroups compute 64 of these queries each; one more fetches keys and values into a ring in shared memory, for the next
+job already while the last one ends. A job walks its keys as in the "triton" kernel: text, the band's left edge, its
+inside without masks, its right edge. Jobs that hold text queries walk every key; all heads' come first.
 
 Shared memory holds each tile as columns of 64 (128 bytes, one swizzle), so that a copy is a plain box of the
-[B, T, N, H] array: Mosaic's tiled copies would need lengths and starts that are multiples of 8, and SD3 has 4,429 tokens.
+[B, T, N, H] array: Mosaic's tiled copies would need lengths and starts that are multiples of 8, and SD3 has 4,429
+tokens.
 """
 
 import dataclasses
@@ -32,6 +34,17 @@ COLUMNS = 64
 KEYS, STAGES = 128, 2
 """Keys of one step, and steps that the ring holds. On an H200, 64 keys with 2 or 4 stages were slower at every size."""
 
+COMPUTE = {64: 3, 128: 2}
+"""Warpgroups that compute, by head_dim: as many as their registers allow. At 64, two took 1.22 to 1.29 times as long
+for full and mixed heads at 2048 px (H100), and 0.96 to 1.02 times for narrow ones. Interpret mode does not end with
+three in blocks of more than one job (jax 0.11.2): it gets two."""
+
+REGISTERS = {2: (240, 24), 3: (160, 32)}
+"""Of a thread that computes and of one that fetches, by the number of warpgroups that compute; 64 K in all."""
+
+BLOCKS = 132
+"""Multiprocessors of an H100 or H200; one block fills one. Right on any other count, if not as well spread."""
+
 ROW, MATRIX = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA
 
 
@@ -47,26 +60,64 @@ def arrow_attention(
     *,
     interpret: bool,
 ) -> Float[Array, "*L B T N H"]:
-    batch, length, heads, _ = q.shape
+    batch, _, heads, dim = q.shape
+    compute = 2 if interpret else COMPUTE[dim]
+    jobs = Jobs(layout, compute * ROWS, heads, batch)
     order = jnp.arange(heads, dtype=jnp.int32) if head_order is None else head_order
     out = jax.new_ref(jnp.full(q.shape, jnp.nan, q.dtype) if cache is None else cache)
     entry = jnp.zeros(1, jnp.int32) if layer is None else layer[None]
     plgpu.kernel(
-        partial(_allocate, layout=layout, stacked=layer is not None, interpret=interpret),
+        partial(_allocate, jobs=jobs, stacked=layer is not None, interpret=interpret),
         out_type=(),
-        grid=(heads, batch, pl.cdiv(length, 2 * ROWS)),
-        grid_names=("heads", "batch", "tiles"),
-        num_threads=3,
+        grid=(min(2 if interpret else BLOCKS, jobs.count),),
+        grid_names=("blocks",),
+        num_threads=compute + 1,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
-        interpret=plgpu.InterpretGPUParams() if interpret else False,
+        interpret=plgpu.InterpretGPUParams() if interpret else False,  # pyright: ignore[reportAttributeAccessIssue] not in 0.10.2
         kernel_name="arrow_attention_mosaic",
     )(entry, order, half_window, q, k, v, out)
     return out[...]
 
 
-def _allocate(entry, order, half_window, q, k, v, out, *, layout: Layout, stacked: bool, interpret: bool):
-    columns = q.shape[-1] // COLUMNS
+@dataclasses.dataclass(frozen=True)
+class Jobs:
+    """Tiles of `rows` queries of every head and batch entry, those with text queries first."""
+
+    layout: Layout
+    rows: int
+    heads: int
+    batch: int
+
+    @property
+    def tiles(self) -> int:
+        return pl.cdiv(self.layout.length, self.rows)
+
+    @property
+    def text_tiles(self) -> int:
+        text = self.layout.text
+        return pl.cdiv(text.stop, self.rows) - text.start // self.rows if self.layout.num_text else 0
+
+    @property
+    def count(self) -> int:
+        return self.tiles * self.heads * self.batch
+
+    def __call__(self, job: Any) -> tuple[Any, Any, Any]:
+        """Its place in the order of heads, its batch entry and its first query."""
+        of_text = self.text_tiles * self.heads * self.batch
+        is_text = job < of_text
+        rest = jnp.where(is_text, job, job - of_text)
+        tiles = jnp.where(is_text, jnp.int32(max(self.text_tiles, 1)), jnp.int32(max(self.tiles - self.text_tiles, 1)))
+        tile, pair = lax.rem(rest, tiles), lax.div(rest, tiles)
+        visual = self.tiles - self.text_tiles
+        skipped = jnp.where(is_text, jnp.int32(0), jnp.int32(self.text_tiles))
+        if not self.layout.text_first:
+            skipped = jnp.where(is_text, jnp.int32(visual), jnp.int32(0))
+        return lax.div(pair, jnp.int32(self.batch)), lax.rem(pair, jnp.int32(self.batch)), (tile + skipped) * self.rows
+
+
+def _allocate(entry, order, half_window, q, k, v, out, *, jobs: Jobs, stacked: bool, interpret: bool):
+    columns, compute = q.shape[-1] // COLUMNS, jobs.rows // ROWS
 
     def tiles(count: int, rows: int) -> Any:
         if interpret:
@@ -74,12 +125,13 @@ def _allocate(entry, order, half_window, q, k, v, out, *, layout: Layout, stacke
         cut = count, columns, rows // 8, 1, 8, COLUMNS
         return plgpu.SMEM(cut, q.dtype, transforms=(plgpu.SwizzleTransform(128),))
 
-    filled, free = plgpu.Barrier(num_arrivals=columns, num_barriers=STAGES), plgpu.Barrier(num_arrivals=2, num_barriers=STAGES)
-    kernel = partial(_attend, layout=layout, stacked=stacked, interpret=interpret)
+    filled = plgpu.Barrier(num_arrivals=columns, num_barriers=STAGES)
+    free = plgpu.Barrier(num_arrivals=compute, num_barriers=STAGES)
+    kernel = partial(_attend, jobs=jobs, stacked=stacked, interpret=interpret)
     pl.run_scoped(
         partial(kernel, entry, order, half_window, q, k, v, out),
-        (tiles(2, ROWS), tiles(STAGES, KEYS), tiles(STAGES, KEYS)),
-        (plgpu.Barrier(num_arrivals=columns, num_barriers=2), filled, filled),
+        (tiles(compute, ROWS), tiles(STAGES, KEYS), tiles(STAGES, KEYS)),
+        (plgpu.Barrier(num_arrivals=columns, num_barriers=compute), filled, filled),
         (free, free),
         collective_axes="warpgroup",
     )
@@ -94,16 +146,17 @@ def matrix(tile: Any, interpret: bool) -> Any:
     """The same, for wgmma."""
     if interpret:
         return tile
-    return dataclasses.replace(tile, transforms=(*tile.transforms, plgpu.TilingTransform((8, COLUMNS)).undo(None)))
+    untile = plgpu.TilingTransform((8, COLUMNS)).undo(None)  # pyright: ignore[reportArgumentType] it reads no type
+    return dataclasses.replace(tile, transforms=(*tile.transforms, untile))
 
 
 class Walk:
-    """The key tiles of one block: steps [0, clean) of whole text tiles, masks until `inner_start`, none until
-    `inner_stop`, masks until `stop`."""
+    """The key tiles of one job: `whole` steps of text without masks, masks until `inner_start`, none until `inner_stop`,
+    masks until `stop`."""
 
-    def __init__(self, layout: Layout, first: Any, window: Any):
+    def __init__(self, layout: Layout, rows: int, first: Any, window: Any):
         text, visual = layout.text, layout.visual
-        last = first + 2 * ROWS - 1
+        last = first + rows - 1
         some = (first < text.stop) & (last >= text.start)
         every = (first >= text.start) & (last < text.stop)
         window = jnp.where(some, jnp.int32(EVERYTHING), window)
@@ -113,9 +166,7 @@ class Walk:
         self.whole, ragged = divmod(layout.num_text, KEYS)
         self.text_steps = self.whole + (ragged > 0)
         self.skipped = seen.start
-        inner_start, inner_stop = (
-            jnp.where(mixed, seen.stop, edge) for edge in (seen.inner_start, seen.inner_stop)
-        )
+        inner_start, inner_stop = (jnp.where(mixed, seen.stop, edge) for edge in (seen.inner_start, seen.inner_stop))
         self.inner_start, self.inner_stop, self.stop = (
             self.text_steps + edge - seen.start for edge in (inner_start, inner_stop, seen.stop)
         )
@@ -127,64 +178,85 @@ class Walk:
         )
 
 
-def _attend(entry, order, half_window, q, k, v, out, tiles, filled, free, *, layout: Layout, stacked: bool, interpret):
-    b, warpgroup = lax.axis_index("batch"), lax.axis_index("warpgroup")
-    head = order[lax.axis_index("heads")]
-    window = half_window[head]
-    tile = lax.axis_index("tiles")
-    first = (tile if layout.text_first else pl.cdiv(layout.length, 2 * ROWS) - 1 - tile) * (2 * ROWS)
-    width = jnp.where(window == FULL, jnp.int32(EVERYTHING), window)
-    walk = Walk(layout, first, width)
+def _attend(
+    entry, order, half_window, q, k, v, out, tiles, filled, free, *, jobs: Jobs, stacked: bool, interpret: bool
+):
+    layout, compute, columns = jobs.layout, jobs.rows // ROWS, q.shape[-1] // COLUMNS
+    warpgroup, block = lax.axis_index("warpgroup"), lax.axis_index("blocks")
+    blocks = lax.axis_size("blocks")
+    mine = lax.div(jobs.count - 1 - block, jnp.int32(blocks)) + 1
     target = out.at[entry[0]] if stacked else out
 
-    def fetch(source, row, rows, to, barrier):
-        for column in range(q.shape[-1] // COLUMNS):
+    def fetch(source, b, row, rows, head, to, barrier):
+        for column in range(columns):
             box = source.at[b, pl.ds(row, rows), head, pl.ds(column * COLUMNS, COLUMNS)]
             plgpu.copy_gmem_to_smem(box, flat(to.at[column], interpret), barrier)
 
-    @pl.when((warpgroup < 2) & (window != CACHED))
-    def compute():
-        plgpu.set_max_registers(232, action="increase")
-        mine = tiles[0].at[warpgroup]
-        row = first + warpgroup * ROWS
-        fetch(q, row, ROWS, mine, filled[0].at[warpgroup])
-        plgpu.barrier_wait(filled[0].at[warpgroup])
-        values = _softmax(mine, tiles, filled, free, walk, row, width, layout, interpret)
-        for column, value in enumerate(values):
-            to = mine.at[column]
-            if interpret:
-                to[...] = value.astype(q.dtype)
-            else:
-                matrix(to, interpret)[...] = value.astype(q.dtype)
-        plgpu.commit_smem()
-        for column in range(len(values)):
-            box = target.at[b, pl.ds(row, ROWS), head, pl.ds(column * COLUMNS, COLUMNS)]
-            plgpu.copy_smem_to_gmem(flat(mine.at[column], interpret), box)
-        plgpu.wait_smem_to_gmem(0)
+    def each(body):
+        """Run `body` on this block's jobs. It gets the steps of the ring before the job, and returns those after."""
 
-    @pl.when((warpgroup == 2) & (window != CACHED))
-    def load():
-        plgpu.set_max_registers(40, action="decrease")
+        def run(i, passed):
+            place, b, first = jobs(block + i * blocks)
+            head = order[place]
+            window = half_window[head]
+            width = jnp.where(window == FULL, jnp.int32(EVERYTHING), window)
+            walk = Walk(layout, jobs.rows, first, width)
+            steps = jnp.where(window == CACHED, 0, walk.stop)
 
-        @pl.loop(jnp.int32(0), walk.stop)
-        def ahead(step):
-            slot = lax.rem(step, jnp.int32(STAGES))
-            for source, to, here, done in zip((k, v), tiles[1:], filled[1:], free, strict=True):
+            @pl.when(window != CACHED)
+            def job():
+                body(walk, passed, b, head, first, width)
 
-                @pl.when(step >= STAGES)
-                def until_read(done=done):
-                    plgpu.barrier_wait(done.at[slot])
+            return passed + steps
 
-                fetch(source, walk.first_key(step), KEYS, to.at[slot], here.at[slot])
+        return lax.fori_loop(jnp.int32(0), mine, run, jnp.int32(0))
 
-        @pl.loop(jnp.maximum(walk.stop - STAGES, 0), walk.stop)
+    @pl.when(warpgroup < compute)
+    def compute_all():
+        plgpu.set_max_registers(REGISTERS[compute][0], action="increase")
+        queries, arrived = tiles[0].at[warpgroup], filled[0].at[warpgroup]
+
+        def job(walk, passed, b, head, first, width):
+            row = first + warpgroup * ROWS
+            fetch(q, b, row, ROWS, head, queries, arrived)
+            plgpu.barrier_wait(arrived)
+            values = _softmax(queries, tiles, filled, free, walk, passed, row, width, layout, interpret)
+            for column, value in enumerate(values):
+                matrix(queries.at[column], interpret)[...] = value.astype(q.dtype)
+            plgpu.commit_smem()
+            for column in range(columns):
+                box = target.at[b, pl.ds(row, ROWS), head, pl.ds(column * COLUMNS, COLUMNS)]
+                plgpu.copy_smem_to_gmem(flat(queries.at[column], interpret), box)
+            plgpu.wait_smem_to_gmem(0)
+
+        each(job)
+
+    @pl.when(warpgroup == compute)
+    def fetch_all():
+        plgpu.set_max_registers(REGISTERS[compute][1], action="decrease")
+
+        def job(walk, passed, b, head, first, width):
+            @pl.loop(jnp.int32(0), walk.stop)
+            def ahead(step):
+                slot = lax.rem(passed + step, jnp.int32(STAGES))
+                for source, to, here, done in zip((k, v), tiles[1:], filled[1:], free, strict=True):
+
+                    @pl.when(passed + step >= STAGES)
+                    def until_read(done=done):
+                        plgpu.barrier_wait(done.at[slot])
+
+                    fetch(source, b, walk.first_key(step), KEYS, head, to.at[slot], here.at[slot])
+
+        passed = each(job)
+
+        @pl.loop(jnp.maximum(passed - STAGES, 0), passed)
         def drain(step):
             """A block must not end with a phase of a barrier that nobody has seen."""
             for done in free:
                 plgpu.barrier_wait(done.at[lax.rem(step, jnp.int32(STAGES))])
 
 
-def _softmax(queries, tiles, filled, free, walk: Walk, row, width, layout: Layout, interpret) -> list[Array]:
+def _softmax(queries, tiles, filled, free, walk: Walk, passed, row, width, layout: Layout, interpret) -> list[Array]:
     """What 64 queries get, in columns of 64."""
     columns = queries.shape[0]
     scale = math.log2(math.e) / math.sqrt(columns * COLUMNS)
@@ -197,13 +269,15 @@ def _softmax(queries, tiles, filled, free, walk: Walk, row, width, layout: Layou
 
     def step(at, running, masked):
         values, highest, total = running
-        slot = lax.rem(at, jnp.int32(STAGES))
+        slot = lax.rem(passed + at, jnp.int32(STAGES))
         k_tile, v_tile = (tile.at[slot] for tile in tiles[1:])
         plgpu.barrier_wait(filled[1].at[slot])
 
         def scores_of(acc):
             for column in range(columns):
-                plgpu.wgmma(acc, matrix(queries.at[column], interpret), matrix(k_tile.at[column], interpret).transpose((1, 0)))
+                plgpu.wgmma(
+                    acc, matrix(queries.at[column], interpret), matrix(k_tile.at[column], interpret).transpose((1, 0))
+                )
             return acc[...]
 
         scores = pl.run_scoped(scores_of, plgpu.ACC((ROWS, KEYS), jnp.float32))

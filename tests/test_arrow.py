@@ -79,16 +79,16 @@ def windows(num_visual, least=CACHED):
 
 
 @st.composite
-def calls(draw_):
-    layout = draw_(layouts())
+def calls(draw_, longest=1200, batches=3, dtypes=DTYPES):
+    layout = draw_(layouts(longest))
     heads = draw_(st.integers(1, 4))
     half_window = draw_(st.lists(windows(layout.num_visual), min_size=heads, max_size=heads))
     tiles = Tiles(
         rows=draw_(st.sampled_from([16, 32, 64])), keys=draw_(st.sampled_from([16, 32, 64])), warps=4, stages=2,
         text_keys=draw_(st.sampled_from([64, 200, 4096])),
     )  # fmt: skip
-    shape = draw_(st.integers(1, 3)), layout.length, heads, draw_(st.sampled_from([64, 128]))
-    return layout, np.array(half_window, np.int32), shape, draw_(st.sampled_from(DTYPES)), tiles
+    shape = draw_(st.integers(1, batches)), layout.length, heads, draw_(st.sampled_from([64, 128]))
+    return layout, np.array(half_window, np.int32), shape, draw_(st.sampled_from(dtypes)), tiles
 
 
 MORE_PARTS_THAN_TILES = (
@@ -101,12 +101,49 @@ MORE_PARTS_THAN_TILES = (
 @given(call=calls(), seed=st.integers(0, 2**31))
 @example(call=MORE_PARTS_THAN_TILES, seed=0)
 def test_arrows_equal_the_oracle(implementation, call, seed):
+    check_arrows(implementation, call, seed)
+
+
+NEEDS_MOSAIC = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="Mosaic GPU's interpret mode needs jax 0.11")
+CHEAP = {"longest": 500, "batches": 2, "dtypes": DTYPES[1:]}
+"""For Mosaic's interpret mode, which takes seconds a call; it is 16-bit."""
+
+
+@NEEDS_MOSAIC
+@settings(max_examples=6, deadline=None, derandomize=True)
+@given(call=calls(**CHEAP), seed=st.integers(0, 2**31))
+def test_mosaic_arrows_equal_the_oracle(call, seed):
+    check_arrows("mosaic", call, seed)
+
+
+@NEEDS_MOSAIC
+@pytest.mark.parametrize("text_first", [True, False])
+def test_mosaic_in_loops_and_under_vmap(text_first):
+    layout = Layout(70, 230, text_first)
+    q, k, v, cache = (draw((1, layout.length, 2, 64), seed, jnp.bfloat16) for seed in range(4))
+    attend = partial(arrow_attention, layout=layout, implementation="mosaic", interpret=True)
+    stack = jnp.stack([cache, cache * 2])
+    want = [jax.jit(attend)(q * scale, k, v, WINDOW, cache=entry) for scale, entry in zip((1, 2), stack, strict=True)]
+
+    def step(stack, layer):
+        return attend(q * (layer + 1).astype(q.dtype), k, v, WINDOW, cache=stack, layer=layer), None
+
+    looped = jax.jit(lambda s: jax.lax.scan(step, s, jnp.arange(2))[0])(stack)
+    np.testing.assert_array_equal(looped, jnp.stack(want))
+    mapped = jax.jit(jax.vmap(lambda q, c: attend(q, k, v, WINDOW, cache=c)))(jnp.stack([q, q * 2]), stack)
+    np.testing.assert_array_equal(mapped, jnp.stack(want))
+    with pytest.raises(NotImplementedError, match="no gradient"):
+        jax.grad(lambda q: attend(q, k, v, WINDOW, cache=cache).sum())(q)
+
+
+def check_arrows(implementation, call, seed):
     layout, half_window, shape, dtype, tiles = call
     q, k, v, cache = (draw(shape, seed + i, dtype) for i in range(4))
     computed, cached = half_window != CACHED, half_window == CACHED
     cache = jnp.where(cached[:, None], cache, jnp.nan)  # nothing of it may show, and nothing may be left unwritten
     order = jnp.asarray(np.random.default_rng(seed).permutation(shape[2]), jnp.int32)
-    call = partial(arrow_attention, layout=layout, implementation=implementation, interpret=implementation == "triton")
+    call = partial(arrow_attention, layout=layout, implementation=implementation)
+    call = partial(call, interpret=implementation in arrow.KERNELS)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(arrow, "tiles_for", lambda *_: tiles)
         out = jax.jit(call)(q, k, v, jnp.asarray(half_window), cache=cache, head_order=order)
@@ -433,6 +470,8 @@ def test_nested_refuses_bad_windows(half_windows, message):
         ({"implementation": "triton"}, jnp.bfloat16, 64, "NVIDIA GPUs.*'cpu'.*pass implementation='blockwise'"),
         ({"implementation": "triton"}, jnp.bfloat16, 32, "64 and 128, not 32; pass implementation='blockwise'"),
         ({"implementation": "triton", "half_window": None}, jnp.bfloat16, 64, "computes arrows; for dense"),
+        ({"implementation": "mosaic"}, jnp.bfloat16, 64, "NVIDIA GPUs.*'cpu'|needs jax 0.11 or newer"),
+        ({"implementation": "mosaic"}, jnp.float32, 64, "bfloat16 and float16, not float32|needs jax 0.11 or newer"),
     ],
 )
 def test_an_implementation_says_what_it_cannot_do(options, dtype, dim, message):

@@ -117,3 +117,29 @@ def test_a_missing_program_is_named_with_the_line_that_installs_it(monkeypatch, 
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
     with pytest.raises(RuntimeError, match="No ptxas in .*pip install --no-deps 'nvidia-cuda-nvcc"):
         aot.kernels(aot.target("h200"), jax.jit(lambda x: x))
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize(("layout", "head_dim"), [(SD3, 64), (FLUX, 128)])
+def test_mosaic_arrows_assemble_without_spills_and_copies(layout, head_dim, monkeypatch, capfd):
+    """Mosaic runs ptxas on its own, and prints what it says."""
+    for name in ("PTX", "PTXAS"):
+        monkeypatch.setenv(f"MOSAIC_GPU_DUMP_{name}", "1")
+    target = aot.target("h200")
+    one = jax.ShapeDtypeStruct((1, layout.length, HEADS, head_dim), jnp.bfloat16)
+    stack = jax.ShapeDtypeStruct((3, *one.shape), jnp.bfloat16)
+    scalars = jax.ShapeDtypeStruct((HEADS,), jnp.int32), jax.ShapeDtypeStruct((), jnp.int32)
+
+    @partial(jax.jit, donate_argnames="cache")
+    def attend(q, k, v, cache, half_window, layer):
+        options = {"cache": cache, "layer": layer, "implementation": "mosaic"}
+        return arrow_attention(q, k, v, half_window, layout=layout, **options)
+
+    compiled = aot.compile_for(target, attend, *target.abstract((one, one, one, stack, *scalars)))
+    printed = "".join(capfd.readouterr())
+    assert "Compiling entry function 'arrow_attention_mosaic" in printed
+    assert "0 bytes spill stores, 0 bytes spill loads" in printed
+    assert "wgmma.mma_async" in printed and "cp.async.bulk.tensor" in printed
+    for name in ("q", "k", "v", "cache"):
+        assert not weight_copies(compiled.hlo, name)
+    assert compiled.alias_bytes == compiled.output_bytes
