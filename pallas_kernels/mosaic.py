@@ -151,8 +151,8 @@ def matrix(tile: Any, interpret: bool) -> Any:
 
 
 class Walk:
-    """The key tiles of one job: `whole` steps of text without masks, masks until `inner_start`, none until `inner_stop`,
-    masks until `stop`."""
+    """The key tiles of one job: `whole` steps of text without masks, masks until `inner_start`, none until
+    `inner_stop`, masks until `stop`."""
 
     def __init__(self, layout: Layout, rows: int, first: Any, window: Any):
         text, visual = layout.text, layout.visual
