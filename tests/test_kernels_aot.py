@@ -138,7 +138,7 @@ def test_mosaic_arrows_assemble_without_spills_and_copies(layout, head_dim, monk
     compiled = aot.compile_for(target, attend, *target.abstract((one, one, one, stack, *scalars)))
     printed = "".join(capfd.readouterr())
     assert "Compiling entry function 'arrow_attention_mosaic" in printed
-    assert "0 bytes spill stores, 0 bytes spill loads" in printed
+    assert " 0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in printed
     assert "wgmma.mma_async" in printed and "cp.async.bulk.tensor" in printed
     for name in ("q", "k", "v", "cache"):
         assert not weight_copies(compiled.hlo, name)
