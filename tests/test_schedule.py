@@ -106,9 +106,11 @@ def test_sinusoid_equals_diffusers():
 
     t = np.concatenate([np.linspace(0, 1000, 57), [3500.0, 859.375]]).astype(np.float32)
     theirs = get_timestep_embedding(torch.tensor(t), 256, flip_sin_to_cos=True, downscale_freq_shift=0).numpy()
-    # 3e-5 measured: torch's float32 exp is an ulp off for a few frequencies.
-    np.testing.assert_allclose(sinusoid(t), theirs, atol=1e-4)
-    assert np.sqrt(np.mean((sinusoid(t) - theirs) ** 2)) < 4e-6
+    difference = np.abs(sinusoid(t) - theirs)
+    # torch's float32 exp is an ulp off for some frequencies, which ones depends on the CPU: 0.9 % of the values
+    # seen, by up to an ulp of the angle (2.4e-4 at 3500). Float64 frequencies or angles move 15 to 25 % of them.
+    assert difference.max() < 2.5e-4
+    assert np.mean(difference > 1e-6) < 0.03
 
 
 def test_embedded_scalar_rounds_as_torch_does():
