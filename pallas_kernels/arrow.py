@@ -1,5 +1,7 @@
 """`arrow_attention` and `nested_arrow_attention`: check their arguments and pick an implementation."""
 
+from importlib import import_module
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import jax
@@ -9,7 +11,7 @@ from jax.core import Tracer
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from . import blockwise, cost, reference, triton, triton_nested
+from . import cost
 from .layout import CACHED, Layout
 from .tiles import row_for, tiles_for
 
@@ -68,33 +70,28 @@ def arrow_attention(
         if implementation == "cudnn":
             out = jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
         elif implementation == "blockwise":
-            out = blockwise.dense_attention(q, k, v)
+            out = _backend("blockwise").dense_attention(q, k, v)
         else:
-            out = reference.attention(q, k, v, None, layout, None)
+            out = _backend("reference").attention(q, k, v, None, layout, None)
         return out if layer is None else jax.lax.dynamic_update_index_in_dim(cache, out, layer, 0)
 
     half_window = jnp.asarray(half_window)
     layer = None if layer is None or cache is None else jnp.clip(jnp.asarray(layer, jnp.int32), 0, cache.shape[0] - 1)
 
-    def attend(q, k, v, half_window, cache, layer, head_order):
-        if implementation == "triton":
-            tiles = tiles_for(gpu_kind(), q.shape[-1], q.dtype)
-            args = q, k, v, half_window, layout, cache, layer, head_order, tiles
-            return triton.arrow_attention(*args, interpret=interpret)
-        if implementation == "mosaic":
-            from . import mosaic  # needs a newer jax than the other backends
-
-            return mosaic.arrow_attention(q, k, v, half_window, layout, cache, layer, head_order, interpret=interpret)
-        if implementation == "blockwise":
-            return blockwise.arrow_attention(q, k, v, half_window, layout, cache, layer)
-        if layer is None:
-            return reference.attention(q, k, v, half_window, layout, cache)
-        entry = jax.lax.dynamic_index_in_dim(cache, layer, keepdims=False)
-        out = reference.attention(q, k, v, half_window, layout, entry)
-        return jax.lax.dynamic_update_index_in_dim(cache, out, layer, 0)
-
     q, k, v, cache = _constants((q, k, v, cache))
-    return attend(q, k, v, half_window, cache, layer, head_order)
+    backend, args = _backend(implementation), (q, k, v, half_window, layout, cache, layer)
+    if implementation == "triton":
+        tiles = tiles_for(gpu_kind(), q.shape[-1], q.dtype)
+        return backend.arrow_attention(*args, head_order, tiles, interpret=interpret)
+    if implementation == "mosaic":
+        return backend.arrow_attention(*args, head_order, interpret=interpret)
+    if implementation == "blockwise":
+        return backend.arrow_attention(*args)
+    if layer is None:
+        return backend.attention(q, k, v, half_window, layout, cache)
+    entry = jax.lax.dynamic_index_in_dim(cache, layer, keepdims=False)
+    out = backend.attention(q, k, v, half_window, layout, entry)
+    return jax.lax.dynamic_update_index_in_dim(cache, out, layer, 0)
 
 
 def nested_arrow_attention(
@@ -138,19 +135,20 @@ def nested_arrow_attention(
     if implementation == "mosaic":
         raise NotImplementedError("implementation='mosaic' has no nested kernel; pass None or 'triton'.")
 
-    def attend(q, k, v, half_windows):
-        if apart:
-            windows = [jnp.broadcast_to(window, q.shape[2]) for window in half_windows]
-            calls = [arrow_attention(q, k, v, window, layout=layout) for window in (*windows, None)]
-            return jnp.stack(calls)
-        if implementation == "triton":
-            tiles = tiles_for(gpu_kind(), q.shape[-1], q.dtype)
-            return triton_nested.nested_arrow_attention(q, k, v, half_windows, layout, tiles, interpret=interpret)
-        module = blockwise if implementation == "blockwise" else reference
-        return module.nested_arrow_attention(q, k, v, half_windows, layout)
-
     q, k, v = _constants((q, k, v))
-    return attend(q, k, v, jnp.asarray(half_windows))
+    half_windows = jnp.asarray(half_windows)
+    if apart:
+        windows = [jnp.broadcast_to(window, q.shape[2]) for window in half_windows]
+        return jnp.stack([arrow_attention(q, k, v, window, layout=layout) for window in (*windows, None)])
+    if implementation == "triton":
+        nested, tiles = _backend("triton_nested"), tiles_for(gpu_kind(), q.shape[-1], q.dtype)
+        return nested.nested_arrow_attention(q, k, v, half_windows, layout, tiles, interpret=interpret)
+    return _backend(implementation).nested_arrow_attention(q, k, v, half_windows, layout)
+
+
+def _backend(name: str) -> ModuleType:
+    """Imported when it is used: each works where another is missing, or needs another version of JAX."""
+    return import_module(f".{name}", __package__)
 
 
 def _apart(q: Array, half_windows: np.ndarray | None, count: int, layout: Layout) -> bool:
