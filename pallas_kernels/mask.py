@@ -1,7 +1,8 @@
 """The definition of arrow attention, and what it costs: every implementation equals this mask."""
 
+from collections.abc import Sequence
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -103,6 +104,27 @@ def ring(inner: Band, outer: Band) -> Ring:
         ),
         ((left, inner.start), (inner.stop, right)),
     )
+
+
+class Segment(NamedTuple):
+    """Key tiles that follow one another."""
+
+    first: Any
+    """Position of the first key."""
+    tiles: Any
+
+
+def steps(segments: Sequence[Segment]) -> Any:
+    return sum(segment.tiles for segment in segments)
+
+
+def tile_at(step: Any, segments: Sequence[Segment], keys: int) -> Any:
+    """Position of the first key of a step's tile, in a loop that runs over all segments: one loop is one pipeline."""
+    first, passed = segments[0].first + step * keys, segments[0].tiles
+    for segment in segments[1:]:
+        first = jnp.where(step < passed, first, segment.first + (step - passed) * keys)
+        passed = passed + segment.tiles
+    return first
 
 
 class TileCount(NamedTuple):

@@ -19,16 +19,13 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int
 
 from .layout import CACHED, FULL, Layout
-from .mask import EVERYTHING, band
+from .mask import EVERYTHING, Segment, band, steps, tile_at
 from .tiles import Tiles
 from .triton_common import (
     Running,
-    Segment,
     attend_tile,
     nothing,
     queries,
-    steps,
-    tile_at,
     within,
 )
 

@@ -1,6 +1,5 @@
 """What the Triton kernels share: a step of online softmax (arXiv 1805.02867) in base 2, and a walk over keys."""
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -91,24 +90,3 @@ def within(x: Int[Array, "R K"], most: Int[Array, "R 1"]) -> Bool[Array, "R K"]:
     One unsigned comparison: of two signed ones LLVM makes two selections (14.2 and 15.1 instructions per score).
     """
     return x.astype(jnp.uint32) <= most.astype(jnp.uint32)
-
-
-class Segment(NamedTuple):
-    """Key tiles that follow one another."""
-
-    first: Any
-    """Position of the first key."""
-    tiles: Any
-
-
-def steps(segments: Sequence[Segment]) -> Any:
-    return sum(segment.tiles for segment in segments)
-
-
-def tile_at(step: Any, segments: Sequence[Segment], keys: int) -> Any:
-    """Position of the first key of a step's tile, in a loop that runs over all segments: one loop is one pipeline."""
-    first, passed = segments[0].first + step * keys, segments[0].tiles
-    for segment in segments[1:]:
-        first = jnp.where(step < passed, first, segment.first + (step - passed) * keys)
-        passed = passed + segment.tiles
-    return first

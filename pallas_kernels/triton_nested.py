@@ -16,16 +16,13 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int
 
 from .layout import Layout
-from .mask import EVERYTHING, Band, band, ring
+from .mask import EVERYTHING, Band, Segment, band, ring, steps, tile_at
 from .tiles import Tiles
 from .triton_common import (
     Running,
-    Segment,
     attend_tile,
     nothing,
     queries,
-    steps,
-    tile_at,
 )
 
 WHOLE = pl.BlockSpec(memory_space=pl.ANY)

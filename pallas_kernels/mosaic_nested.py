@@ -1,0 +1,157 @@
+"""Arrow attention under every window of a list in one pass, as a Pallas kernel on the Mosaic GPU backend.
+
+A job takes one tile of queries of one head, text keys first and then ring after ring of visual keys outwards from the
+diagonal; after each ring, what it has so far is the output under that ring's window. A tile that holds text queries
+and visual ones walks the rings of the visual ones; its text queries have seen every key after the last.
+"""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Bool, Float, Int
+
+from . import mosaic_common as common
+from .layout import Layout
+from .mask import EVERYTHING, Band, Segment, band, ring, steps, tile_at
+from .mosaic_common import KEYS, REGISTERS, ROWS, Jobs
+
+
+def nested_arrow_attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T N H"],
+    v: Float[Array, "B T N H"],
+    half_windows: Int[Array, " W"],
+    layout: Layout,
+    *,
+    interpret: bool,
+) -> Float[Array, "W+1 B T N H"]:
+    batch, _, heads, dim = q.shape
+    jobs = Jobs(layout, common.warpgroups(dim, interpret) * ROWS, heads, batch)
+    windows = jnp.append(half_windows, jnp.int32(EVERYTHING))
+    body = partial(_attend, jobs=jobs, count=len(windows), interpret=interpret)
+    outputs = jax.ShapeDtypeStruct((len(windows), *q.shape), q.dtype)
+    name = "nested_arrow_attention_mosaic"
+    call = common.kernel(body, jobs, q.dtype, dim, name, interpret, tiles_of_rows=2, out_type=outputs)
+    out = call(windows, q, k, v)
+    text = layout.text
+    mixed = (
+        slice(text.stop // jobs.rows * jobs.rows, text.stop)
+        if layout.text_first
+        else slice(text.start, min(pl.cdiv(text.start, jobs.rows) * jobs.rows, text.stop))
+    )
+    of_all_keys = jnp.broadcast_to(out[-1, :, mixed], out[:-1, :, mixed].shape)
+    return out.at[:-1, :, mixed].set(of_all_keys)
+
+
+class Edges(NamedTuple):
+    """Steps of a ring that need a mask: text at its end, if `text_steps`, then visual keys on the ring's edges."""
+
+    segments: tuple[Segment, ...]
+    text_steps: Any
+    inner: Any
+    outer: Any
+
+
+class Rings:
+    """The keys of one job, ring after ring; text comes with the first."""
+
+    def __init__(self, layout: Layout, rows: int, first: Any, windows: Any):
+        last = first + rows - 1
+        self.layout, self.windows = layout, windows
+        self.is_text = (last < layout.visual.start) | (first >= layout.visual.stop)
+        start = layout.visual.start
+        self.band = partial(band, first - start, last - start, num_visual=layout.num_visual, keys=KEYS)
+
+    def __call__(self, index: Any) -> tuple[tuple[Segment, ...], Edges]:
+        """Steps without and with masks. Text queries see everything in the first ring and nothing in those after."""
+        inner, outer = self.windows[jnp.maximum(index - 1, 0)], self.windows[index]
+        inner, outer = (jnp.where(self.is_text, jnp.int32(EVERYTHING), window) for window in (inner, outer))
+        kept, before = self.band(half_window=outer), self.band(half_window=inner)
+        here = ring(Band(*(jnp.where(index == 0, kept.inner_start, edge) for edge in before)), kept)
+        whole, ragged = divmod(self.layout.num_text, KEYS)
+        text = self.layout.text.start
+        whole_steps, ragged_steps = (jnp.where(index == 0, jnp.int32(n), 0) for n in (whole, int(ragged > 0)))
+        clean, masked = (
+            (of_text, *(Segment(self.layout.visual.start + start * KEYS, stop - start) for start, stop in ranges))
+            for of_text, ranges in (
+                (Segment(text, whole_steps), here.clean),
+                (Segment(text + whole * KEYS, ragged_steps), here.masked),
+            )
+        )
+        return clean, Edges(masked, ragged_steps, jnp.where(index == 0, jnp.int32(-1), inner), outer)
+
+
+def _attend(windows, q, k, v, out, tiles, arrived, ring, *, jobs: Jobs, count: int, interpret: bool):
+    layout, compute, warpgroup = jobs.layout, jobs.rows // ROWS, lax.axis_index("warpgroup")
+
+    @pl.when(warpgroup < compute)
+    def compute_all():
+        plgpu.set_max_registers(REGISTERS[compute][0], action="increase")
+        queries, staging = (tile.at[warpgroup] for tile in tiles)
+        here = arrived.at[warpgroup]
+
+        def job(number, passed):
+            head, b, first = jobs(number)
+            row = first + warpgroup * ROWS
+            common.fetch(q, b, row, ROWS, head, queries, here, interpret)
+            plgpu.barrier_wait(here)
+            rings = Rings(layout, jobs.rows, first, windows)
+            attend = partial(common.attend_tile, queries=queries, ring=ring, interpret=interpret)
+
+            def attend_ring(index, carry):
+                running, passed = carry
+                clean, edges = rings(index)
+
+                def masked(step, running):
+                    return attend(running, step=passed + step, kept=partial(_kept, layout, row, edges, step))
+
+                running = lax.fori_loop(
+                    jnp.int32(0), steps(clean), lambda step, running: attend(running, step=passed + step), running
+                )
+                passed = passed + steps(clean)
+                running = lax.fori_loop(jnp.int32(0), steps(edges.segments), masked, running)
+                common.store(running.output, staging, out.at[index], b, row, head, interpret)
+                return running, passed + steps(edges.segments)
+
+            start = common.nothing(queries.shape[0]), passed
+            return lax.fori_loop(jnp.int32(0), jnp.int32(count), attend_ring, start)[1]
+
+        jobs.of_block(job)
+
+    @pl.when(warpgroup == compute)
+    def fetch_all():
+        plgpu.set_max_registers(REGISTERS[compute][1], action="decrease")
+
+        def job(number, passed):
+            head, b, first = jobs(number)
+            rings = Rings(layout, jobs.rows, first, windows)
+
+            def fetch_ring(index, passed):
+                clean, edges = rings(index)
+                segments = *clean, *edges.segments
+
+                @pl.loop(jnp.int32(0), steps(segments))
+                def ahead(step):
+                    ring.send(k, v, b, head, tile_at(step, segments, KEYS), passed + step, interpret)
+
+                return passed + steps(segments)
+
+            return lax.fori_loop(jnp.int32(0), jnp.int32(count), fetch_ring, passed)
+
+        ring.drain(jobs.of_block(job))
+
+
+def _kept(layout: Layout, row: Any, edges: Edges, step: Any) -> Bool[Array, "64 128"]:
+    first_key, inner, outer, stop = tile_at(step, edges.segments, KEYS), edges.inner, edges.outer, layout.visual.stop
+    if layout.num_text % KEYS:
+        of_text = step < edges.text_steps
+        inner, outer = jnp.where(of_text, jnp.int32(-1), inner), jnp.where(of_text, jnp.int32(2 * EVERYTHING), outer)
+        stop = jnp.where(of_text, jnp.int32(layout.text.stop), jnp.int32(stop))
+    keys = common.key_index()
+    distance = jnp.abs(keys - common.across(common.rows_from(row - first_key), KEYS))
+    return (distance > inner) & (distance <= outer) & (keys < stop - first_key)
