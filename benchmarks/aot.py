@@ -7,11 +7,14 @@ per multiprocessor, asynchronous instructions, copies and aliasing in the progra
 loops without and with masks. `pallas_kernels.cost` turns them into seconds; `predicted` is the time of FLUX (head_dim
 128) or SD3 (64) at 2048 px with every head full, and with V/64 tokens on each side. Writes JSON and a Markdown table.
 `pallas_kernels.aot` says what must be installed. About five minutes.
+
+`python3.12 -m benchmarks.attention --aot` sets the implementations side by side instead (`compare`): half a minute.
 """
 
 import argparse
 import json
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -27,24 +30,33 @@ from pallas_kernels.hlo import weight_copies
 from pallas_kernels.tiles import TABLE, Tiles
 
 HEADS = 24
+MEASURED = Path("benchmarks/results/attention_h100.json")
 LAYOUTS = {64: Layout(333, 16384, text_first=False), 128: Layout(512, 16384, text_first=True)}
 
 
-def examine(gpu: str, kind: str, head_dim: int, dtype: str, tiles: Tiles) -> dict[str, Any]:
-    """One kernel in a program of its own, with a cache that is given away."""
+def build(
+    gpu: str, kind: str, head_dim: int, dtype: str, implementation: str
+) -> tuple[aot.Target, aot.Compiled, aot.Kernel]:
+    """The kernel that attends, in a program of its own with a cache that is given away."""
     target, layout = aot.target(gpu), LAYOUTS[head_dim]
-    arrow.tiles_for = lambda *_: tiles
-    one = jax.ShapeDtypeStruct((1, layout.length, HEADS, head_dim), jnp.dtype(dtype))
-    inputs = ["q", "k", "v"] + ["cache"] * (kind == "arrow")
+    one = target.abstract(jax.ShapeDtypeStruct((1, layout.length, HEADS, head_dim), jnp.dtype(dtype)))
+    options = {"layout": layout, "implementation": implementation}
     if kind == "arrow":
-        function = jax.jit(partial(arrow_attention, layout=layout), donate_argnames="cache")
+        function = jax.jit(partial(arrow_attention, **options), donate_argnames="cache")
         half_window = jax.ShapeDtypeStruct((HEADS,), jnp.int32)
-        compiled, kernels = aot.kernels(target, function, *target.abstract((one,) * 3), half_window, cache=one)
+        compiled, kernels = aot.kernels(target, function, one, one, one, half_window, cache=one)
     else:
-        function = jax.jit(partial(nested_arrow_attention, layout=layout))
-        compiled, kernels = aot.kernels(target, function, *target.abstract((one,) * 3), jnp.arange(4, dtype=jnp.int32))
-    name = "arrow_attention" if kind == "arrow" else "nested_arrow_attention"
-    kernel = next(kernel for kernel in kernels if kernel.name == name)
+        function = jax.jit(partial(nested_arrow_attention, **options))
+        compiled, kernels = aot.kernels(target, function, one, one, one, jnp.arange(4, dtype=jnp.int32))
+    names = "arrow_attention", "nested_arrow_attention", "arrow_attention_mosaic_mosaic_gpu_kernel"
+    return target, compiled, next(kernel for kernel in kernels if kernel.name in names)
+
+
+def examine(gpu: str, kind: str, head_dim: int, dtype: str, tiles: Tiles) -> dict[str, Any]:
+    """One of the "triton" kernels."""
+    arrow.tiles_for = lambda *_: tiles
+    target, compiled, kernel = build(gpu, kind, head_dim, dtype, "triton")
+    inputs = ["q", "k", "v"] + ["cache"] * (kind == "arrow")
     scores = tiles.rows * tiles.keys // (32 * tiles.warps)
     loops = [loop.per_score(scores) for loop in kernel.softmax_loops]
     return {
@@ -78,6 +90,93 @@ def predict(row: dict[str, Any]) -> dict[str, float]:
         name: 1e3 * cost.arrow_seconds(gpu, head_dim, layout, np.full(HEADS, window), tiles=tiles, code=code)
         for name, window in windows.items()
     }
+
+
+def compare(gpu: str) -> list[dict[str, Any]]:
+    """Arrow attention in bfloat16, as shipped, by every implementation for a GPU; a row says why one is missing."""
+    rows = []
+    for implementation, head_dim in product(("triton", "mosaic", "jax_triton"), LAYOUTS):
+        row: dict[str, Any] = {"implementation": implementation, "head_dim": head_dim}
+        try:
+            row |= _summary(gpu, implementation, head_dim)
+        except (ImportError, NotImplementedError, RuntimeError, StopIteration, ValueError) as error:
+            row["missing"] = (str(error) or type(error).__name__).splitlines()[0]
+        rows.append(row | _measured(implementation, head_dim))
+    return rows
+
+
+def _summary(gpu: str, implementation: str, head_dim: int) -> dict[str, Any]:
+    target, _, kernel = build(gpu, "arrow", head_dim, "bfloat16", implementation)
+    if implementation == "mosaic":
+        from pallas_kernels import mosaic  # needs a newer jax than the rest
+
+        rows, keys, warps, alone = mosaic.ROWS, mosaic.KEYS, 4, cost.FETCHED
+        computing = kernel.warps - warps  # the last warpgroup fetches
+    else:
+        tiles = TABLE[gpu.upper(), head_dim, 2]
+        rows, keys, warps, alone = tiles.rows, tiles.keys, tiles.warps, cost.ALONE
+        computing = kernel.warps
+    clean, *_, masked = (loop.per_score(rows * keys // (32 * warps)) for loop in kernel.softmax_loops)
+    blocks = aot.blocks_per_sm(kernel, target)
+    return {
+        "registers": kernel.registers,
+        "most_registers": kernel.most_registers,
+        "spill_bytes": kernel.spill_bytes,
+        "shared_bytes": kernel.shared_bytes,
+        "blocks_per_sm": blocks,
+        "computing_warps_per_sm": blocks * computing,
+        "instructions_per_score": {"clean": clean, "masked": masked},
+        "ceiling_share": cost.ceiling_share(gpu, head_dim, blocks * computing, clean, alone),
+    }
+
+
+def _measured(implementation: str, head_dim: int) -> dict[str, float]:
+    """Share of the ceiling on an H100, whose multiprocessors are an H200's, with every head full at 2048 px."""
+    known = json.loads(MEASURED.read_text())["shapes"]
+    shape = next(entry for entry in known if entry["shape"].endswith("2K") and entry["head_dim"] == head_dim)
+    names = [f"{implementation} full"] + ["arrow full"] * (implementation == "triton")
+    times = [shape["milliseconds"][name] for name in names if name in shape["milliseconds"]]
+    operations = 4 * head_dim * shape["batch"] * shape["heads"] * LAYOUTS[head_dim].length ** 2
+    return {"measured_share_h100": operations / (1e-3 * times[0] * cost.GPUS["h200"].flops)} if times else {}
+
+
+def comparison(gpu: str, rows: list[dict[str, Any]], jax_version: str) -> str:
+    ceiling = cost.GPUS[gpu].flops / 1e12
+    names = "registers", "shared bytes", "blocks per SM", "clean", "masked", "predicted", "measured, H100"
+    lines = [
+        f"Arrow attention in bfloat16, compiled for {gpu.upper()} without a GPU, jax {jax_version}:",
+        "`python -m benchmarks.attention --aot`.",
+        "",
+        f"| implementation | head_dim | {' | '.join(names)} |",
+        f"|{'---|' * (len(names) + 2)}",
+    ]
+    for row in rows:
+        cells = [row["implementation"], row["head_dim"]]
+        share = row.get("measured_share_h100")
+        measured = "" if share is None else f"{share:.0%} ({share * ceiling:.0f})"
+        if "missing" in row:
+            cells += [row["missing"], "", "", "", "", "", measured]
+        else:
+            registers = [row["registers"]] + [row["most_registers"]] * (row["most_registers"] > row["registers"])
+            predicted = f"{row['ceiling_share']:.0%} ({row['ceiling_share'] * ceiling:.0f})"
+            cells += [" to ".join(map(str, registers)), row["shared_bytes"], row["blocks_per_sm"]]
+            cells += [f"{value:.2f}" for value in row["instructions_per_score"].values()] + [predicted, measured]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    lines += [
+        "",
+        "Registers: of a thread at launch, and of one that computes where warps that fetch give theirs away. Clean and",
+        "masked: instructions per score of the loops without and with masks, of a thread that computes.",
+        "",
+        f"Predicted: share of the tensor cores' {ceiling:.0f} TFLOP/s, and TFLOP/s, of the loop without masks, by",
+        "`pallas_kernels.cost`. A warp takes the tensor cores, the exponential unit and its issue slots one after the",
+        "other; with n warps per scheduler a score takes n^(-1/3) of that sum, because they overlap. For Triton times",
+        f"{cost.ALONE}, fitted on an H200: its warps also load. For Mosaic, whose loads are other warps', times",
+        f"{cost.FETCHED}: chosen knowing the two values measured here, and nothing else tests it.",
+        "",
+        f"Measured: every head full at 2048 px ({MEASURED.name}), by the kernels of that day, which may be older than",
+        "this machine code.",
+    ]
+    return "\n".join(lines) + "\n"
 
 
 def markdown(rows: list[dict[str, Any]], jax_version: str) -> str:
@@ -118,8 +217,12 @@ def main() -> None:
     for job in tqdm(jobs):
         row = examine(*job)
         rows.append(row | {"predicted_ms": predict(row)})
-    args.out.write_text(json.dumps({"machine": describe_machine(), "kernels": rows}, indent=1) + "\n")
-    args.out.with_suffix(".md").write_text(markdown(rows, jax.__version__))
+    save(args.out, rows, markdown(rows, jax.__version__))
+
+
+def save(out: Path, rows: list[dict[str, Any]], table: str) -> None:
+    out.write_text(json.dumps({"machine": describe_machine(), "kernels": rows}, indent=1) + "\n")
+    out.with_suffix(".md").write_text(table)
 
 
 if __name__ == "__main__":

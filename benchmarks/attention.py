@@ -1,6 +1,7 @@
 """Arrow attention against dense attention and other libraries, side by side in one run; on a GPU if JAX has one.
 
     python -m benchmarks.attention [--rounds 5] [--only 1K] [--out benchmarks/results/attention_cpu.json]
+    JAX_PLATFORMS=cpu python3.12 -m benchmarks.attention --aot [--out benchmarks/results/attention_aot.json]
 
 Every result is first compared with float64 over some of the rows; nothing wrong is timed. Rows: dense; all heads at
 V/16, V/32 and V/64 tokens on each side; a third of the heads each full, 1/8 and 1/32; all cached; and a nested call
@@ -277,9 +278,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", default="", help="part of the names of the shapes to run; the file keeps the others")
-    kind = "gpu" if jax.default_backend() == "gpu" else "cpu"
-    parser.add_argument("--out", type=Path, default=Path(f"benchmarks/results/attention_{kind}.json"))
+    parser.add_argument("--aot", action="store_true", help="compile each implementation for an H200 instead")
+    parser.add_argument("--out", type=Path)
     args = parser.parse_args()
+    if args.aot:
+        from benchmarks import aot  # which imports this module
+
+        rows = aot.compare("h200")
+        table = aot.comparison("h200", rows, jax.__version__)
+        aot.save(args.out or Path("benchmarks/results/attention_aot.json"), rows, table)
+        print(table)
+        return
+    kind = "gpu" if jax.default_backend() == "gpu" else "cpu"
+    args.out = args.out or Path(f"benchmarks/results/attention_{kind}.json")
     chosen = [shape for shape in shapes() if args.only in shape.name]
     known = json.loads(args.out.read_text())["shapes"] if args.only and args.out.exists() else []
     results = {entry["shape"]: entry for entry in known}

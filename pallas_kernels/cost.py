@@ -41,6 +41,11 @@ EXPONENTIALS, ISSUED = 16, 128
 ALONE, OVERLAP = 1.23, 1 / 3
 """With one warp per scheduler a score takes 1.23 times the sum of its pipes; with n warps, n ** -OVERLAP of that."""
 
+FETCHED = 1.0
+"""Instead of `ALONE`, where other warps fetch the tiles ("mosaic"): the plain sum of the pipes. `OVERLAP` is Triton's.
+Chosen knowing the two timings that test it: full attention at 2048 px on an H100 (6.5 and 7.8 instructions per score)
+reached 1.00 and 1.02 times the `ceiling_share` at a head_dim of 64 and 128 (benchmarks/results/attention_h100.json)."""
+
 EXPOSED_CLOCKS = 550
 """Of each tile, where its loads run one tile ahead only and no second block fills the wait."""
 
@@ -76,13 +81,23 @@ NESTED = {
 """Of the shipped 16-bit tiles, by GPU and head_dim; tests/test_kernels_aot.py compiles them anew."""
 
 
+def score_clocks(gpu: str, head_dim: int, warps: int, issued: float, alone: float = ALONE) -> float:
+    """That a score takes of a multiprocessor which computes in so many warps, at so many instructions per score."""
+    pipes = 4 * head_dim / GPUS[gpu].tensor + 1 / EXPONENTIALS + issued / ISSUED
+    return alone * (warps / 4) ** -OVERLAP * pipes  # a warp has one of four schedulers
+
+
+def ceiling_share(gpu: str, head_dim: int, warps: int, issued: float, alone: float = ALONE) -> float:
+    """Of `GPU.flops`: what the products of a loop reach, without launch, first loads and tail."""
+    return 4 * head_dim / GPUS[gpu].tensor / score_clocks(gpu, head_dim, warps, issued, alone)
+
+
 def tiles_seconds(gpu: str, head_dim: int, tiles: Tiles, code: Code, visited: int, masked: int) -> float:
     """Of a launch that visits so many tiles in all, some of them masked."""
     machine, scores = GPUS[gpu], tiles.rows * tiles.keys
-    warps = tiles.warps * code.blocks / 4  # of each of the four schedulers
-    shared = 4 * head_dim / machine.tensor + 1 / EXPONENTIALS
-    clean, edge = ((shared + issued / ISSUED) * scores for issued in (code.clean, code.masked))
-    clocks = ALONE * warps**-OVERLAP * ((visited - masked) * clean + masked * edge)
+    warps = tiles.warps * code.blocks
+    clean, edge = (scores * score_clocks(gpu, head_dim, warps, issued) for issued in (code.clean, code.masked))
+    clocks = (visited - masked) * clean + masked * edge
     if tiles.stages == 2 and code.blocks == 1:
         clocks += EXPOSED_CLOCKS * visited
     return clocks / (machine.multiprocessors * machine.clock) + LAUNCH

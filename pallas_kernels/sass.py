@@ -27,6 +27,8 @@ class Kernel(NamedTuple):
     warps: int
     registers: int
     """Of a thread."""
+    most_registers: int
+    """Of a thread that took those of others (`setmaxnreg`): a warp-specialised kernel's computing ones."""
     spill_bytes: int
     """Of a thread, that its registers could not hold."""
     shared_bytes: int
@@ -36,6 +38,8 @@ class Kernel(NamedTuple):
     """Synchronous ones."""
     cp_async: int
     """Loads that bypass the registers in PTX."""
+    tma: int
+    """Copies of whole tiles in PTX (Hopper's tensor memory accelerator), either way."""
     softmax_loops: list[Loop]
     """Loops that take exponentials of scores, in order."""
     ptx: str
@@ -59,16 +63,19 @@ def disassemble(ptx: str, threads: dict[str, int], shared: dict[str, int], ptxas
     kernels = []
     for name, facts in re.findall(r"Compiling entry function '(\S+)'(.*?)(?=Compiling entry|\Z)", report, re.S):
         code = _found(rf"\.text\.{re.escape(name)}:\n(.*?)(?=\n\.text\.|\Z)", sass, re.S)
+        registers = int(_found(r"Used (\d+) registers", facts))
         kernels.append(
             Kernel(
                 name=name,
                 warps=-(-threads[name] // 32),
-                registers=int(_found(r"Used (\d+) registers", facts)),
+                registers=registers,
+                most_registers=max([registers, *map(int, re.findall(r"setmaxnreg\.inc\D+?32 (\d+)", ptx))]),
                 spill_bytes=int(_found(r"(\d+) bytes spill stores", facts)),
                 shared_bytes=shared[name],
                 wgmma=ptx.count("wgmma.mma_async"),
                 mma=len(re.findall(r"mma\.sync\.aligned", ptx)),
                 cp_async=len(re.findall(r"cp\.async\.c[ag]", ptx)),
+                tma=ptx.count("cp.async.bulk.tensor"),
                 softmax_loops=[loop for loop in innermost_loops(code) if loop.opcodes["MUFU.EX2"] >= 8],
                 ptx=ptx,
             )
@@ -77,7 +84,8 @@ def disassemble(ptx: str, threads: dict[str, int], shared: dict[str, int], ptxas
 
 
 def innermost_loops(sass: str) -> list[Loop]:
-    """Of nvdisasm's listing of one function: from a label to the branch back to it."""
+    """Of nvdisasm's listing of one function: from a label to the branch back to it. Where a loop waits for a barrier,
+    ptxas puts the retries behind the function's end: they are loops of their own here, and count in no other."""
     code, labels = [], {}
     for line in sass.splitlines():
         if label := re.match(r"(\.L_\w+):", line):
