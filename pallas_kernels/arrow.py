@@ -1,6 +1,7 @@
 """`arrow_attention` and `nested_arrow_attention`: check their arguments and pick an implementation."""
 
 from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -15,8 +16,12 @@ from . import cost
 from .layout import CACHED, Layout
 from .tiles import row_for, tiles_for
 
-IMPLEMENTATIONS = ("reference", "blockwise", "triton", "mosaic", "cudnn")
-KERNELS = ("triton", "mosaic")
+IMPLEMENTATIONS = ("reference", "blockwise", "triton", "mosaic", "jax_triton", "cudnn")
+KERNELS = ("triton", "mosaic", "jax_triton")
+
+JAX_TRITON = {"jax-triton": "0.3.1", "triton": "3.6.0"}
+"""What "jax_triton" was tested with, on jax 0.11.2. jax-triton 0.4 renames arguments, and the PTX of later Tritons is
+too new for that jax's ptxas."""
 
 
 def arrow_attention(
@@ -47,8 +52,9 @@ def arrow_attention(
             them. The result does not depend on it. None: as they come.
         implementation: None picks the best for the device: for arrows "triton" on NVIDIA GPUs and "blockwise"
             elsewhere, for dense attention "cudnn" (16-bit, NVIDIA) and "blockwise". "mosaic" is the kernel for Hopper,
-            by name (16-bit, jax 0.11 or newer). "reference" is for tests.
-        interpret: run the "triton" or the "mosaic" kernel on any device, slowly, for tests.
+            by name (16-bit, jax 0.11 or newer). "jax_triton", by name and with the extra `jax-triton`, is a kernel in
+            Triton itself: it does not need Pallas's Triton, which JAX will drop. "reference" is for tests.
+        interpret: run a kernel ("triton", "mosaic", "jax_triton") on any device, slowly, for tests.
 
     Returns:
         The output [B, T, N, H]; with a stack, the stack with this layer's entry replaced by the output.
@@ -80,7 +86,7 @@ def arrow_attention(
 
     q, k, v, cache = _constants((q, k, v, cache))
     backend, args = _backend(implementation), (q, k, v, half_window, layout, cache, layer)
-    if implementation == "triton":
+    if implementation in ("triton", "jax_triton"):
         tiles = tiles_for(gpu_kind(), q.shape[-1], q.dtype)
         return backend.arrow_attention(*args, head_order, tiles, interpret=interpret)
     if implementation == "mosaic":
@@ -132,6 +138,8 @@ def nested_arrow_attention(
         implementation is None and choice.implementation == "triton" and _apart(q, values, half_windows.size, layout)
     )
     implementation = _supported(implementation or choice.implementation, q, True, interpret)
+    if implementation == "jax_triton":
+        raise NotImplementedError(f"{implementation=} has no nested kernel; pass None or 'triton'.")
 
     q, k, v = _constants((q, k, v))
     half_windows = jnp.asarray(half_windows)
@@ -234,6 +242,22 @@ def mosaic_lacks(dtype: DTypeLike, head_dim: int) -> str | None:
     return None
 
 
+def jax_triton_lacks(dtype: DTypeLike, head_dim: int) -> str | None:
+    """Why the "jax_triton" kernel cannot serve this, if so."""
+    found = {name: _version(name) for name in JAX_TRITON}
+    if any(found[name].split(".")[:2] != tested.split(".")[:2] for name, tested in JAX_TRITON.items()):
+        wanted = " ".join(f"{name}=={tested}" for name, tested in JAX_TRITON.items())
+        return f"the jax-triton kernel needs `pip install {wanted}` (and a jax for CUDA), found {found}"
+    return triton_lacks(dtype, head_dim)
+
+
+def _version(distribution: str) -> str:
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return "none"
+
+
 def _supported(implementation: str, q: Array, is_arrow: bool, interpret: bool) -> str:
     """The name, if it can do this."""
     if implementation not in IMPLEMENTATIONS:
@@ -249,8 +273,8 @@ def _supported(implementation: str, q: Array, is_arrow: bool, interpret: bool) -
             raise NotImplementedError(
                 f"{implementation=} computes arrows; for dense attention pass None, or half windows of FULL."
             )
-        lacks = triton_lacks if implementation == "triton" else mosaic_lacks
-        if why := lacks(q.dtype, q.shape[-1]):
+        lacks = {"triton": triton_lacks, "mosaic": mosaic_lacks, "jax_triton": jax_triton_lacks}
+        if why := lacks[implementation](q.dtype, q.shape[-1]):
             raise NotImplementedError(f"{why}; pass implementation='blockwise'.")
         if not interpret and gpu_kind() is None:
             raise NotImplementedError(
