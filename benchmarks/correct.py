@@ -11,7 +11,7 @@ written. Nested calls: each of five outputs.
 
 import argparse
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -87,12 +87,12 @@ class Truth:
         return float(np.abs(out - want).max()), 2 * float(np.abs(of_xla - want).max()) + rounding
 
 
-def results(truth: Truth) -> Iterator[dict[str, Any]]:
-    """A row for each implementation; one that refuses the case says why."""
+def results(truth: Truth, names: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """A row for each implementation and operation; one that refuses the case says why."""
     layout, windows = truth.case.layout, truth.windows
     row = {"case": truth.case.name, "dtype": truth.dtype}
     ladder = np.unique([0, layout.num_visual // 64, layout.num_visual // 16, layout.num_visual // 4])
-    for name in [name for name in IMPLEMENTATIONS if name != "reference"]:
+    for name in names:
         options = {"layout": layout, "implementation": name}
         for op in ("arrow", "nested", "dense"):
             row |= {"implementation": name, "op": op}
@@ -127,6 +127,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="part of the names of the cases to run")
     parser.add_argument("--dtype", choices=DTYPES, help="only this one")
+    tested = [name for name in IMPLEMENTATIONS if name != "reference"]
+    parser.add_argument("--implementation", choices=tested, nargs="+", default=tested, help="only these")
     kind = "gpu" if jax.default_backend() == "gpu" else "cpu"
     parser.add_argument("--out", type=Path, default=Path(f"benchmarks/results/correct_{kind}.json"))
     args = parser.parse_args()
@@ -135,7 +137,7 @@ def main() -> int:
     ]
     rows: list[dict[str, Any]] = []
     for seed, (case, dtype) in enumerate(tqdm(todo)):
-        rows += results(Truth(case, dtype, seed))
+        rows += results(Truth(case, dtype, seed), args.implementation)
         content = {"machine": describe_machine(), "device": jax.devices()[0].device_kind, "rows": rows}
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(content, indent=1) + "\n")

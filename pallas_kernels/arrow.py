@@ -50,10 +50,10 @@ def arrow_attention(
             cache, a cached head's output is NaN.
         head_order: a permutation of the heads, those with most work first: the order in which the kernels start
             them. The result does not depend on it. None: as they come.
-        implementation: None picks the best for the device: for arrows "triton" on NVIDIA GPUs and "blockwise"
-            elsewhere, for dense attention "cudnn" (16-bit, NVIDIA) and "blockwise". "mosaic" is the kernel for Hopper,
-            by name (16-bit, jax 0.11 or newer). "jax_triton", by name and with the extra `jax-triton`, is a kernel in
-            Triton itself: it does not need Pallas's Triton, which JAX will drop. "reference" is for tests.
+        implementation: None picks the best for the device: for arrows "mosaic" on Hopper (16-bit, jax 0.11 or newer),
+            "triton" on other NVIDIA GPUs and "blockwise" elsewhere; for dense attention "cudnn" (16-bit, NVIDIA) and
+            "blockwise". "jax_triton", with the extra `jax-triton`, is a kernel in Triton itself: it does not need
+            Pallas's Triton, which JAX will drop. "reference" is for tests.
         interpret: run a kernel ("triton", "mosaic", "jax_triton") on any device, slowly, for tests.
 
     Returns:
@@ -115,8 +115,8 @@ def nested_arrow_attention(
     Args:
         q, k, v, layout, implementation, interpret: as in `arrow_attention`.
         half_windows: visual tokens kept on each side of the diagonal, increasing, not negative. It is data. On a GPU
-            one pass gives all outputs, or dense attention and a pass for each window do, whichever `cost` expects to
-            be faster (a pass each in float32, and for one window or two at FLUX's 2048 px).
+            one pass gives all outputs, or, with the "triton" kernels, dense attention and a pass for each window,
+            where `cost` expects that to be faster (in float32, and for one window or two at FLUX's 2048 px).
 
     Returns:
         One output per window, then the dense one.

@@ -198,21 +198,23 @@ def store(values: list[Array], tile: Any, target: Any, b: Any, row: Any, head: A
 class Running(NamedTuple):
     """Softmax of the keys so far."""
 
-    values: list[Float[Array, "64 64"]]
+    values: Float[Array, "64 H"]
     highest: Float[Array, "64"]
     totals: Float[Array, "64 8"]
     """Sums within a thread: across threads only at the end, which saves four shuffles a step."""
 
     @property
     def output(self) -> list[Array]:
-        return [value / across(self.totals.sum(axis=1), COLUMNS) for value in self.values]
+        columns = self.values.shape[1] // COLUMNS
+        values = self.values / across(self.totals.sum(axis=1), self.values.shape[1])
+        return [values[:, i * COLUMNS : (i + 1) * COLUMNS] for i in range(columns)]
 
 
 def nothing(columns: int) -> Running:
     def constant(shape: tuple[int, ...], value: float, layout: Any) -> Array:
         return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
 
-    zeros = [constant((ROWS, COLUMNS), 0.0, MATRIX) for _ in range(columns)]
+    zeros = constant((ROWS, columns * COLUMNS), 0.0, MATRIX)
     return Running(zeros, constant((ROWS,), UNSEEN, ROW), constant((ROWS, 8), 0.0, MATRIX))
 
 
@@ -259,17 +261,18 @@ def attend_tile(
     eights = [weights[:, i : i + 8] for i in range(0, KEYS, 8)]
     totals = running.totals * across(decay, 8) + sum(eights[1:], eights[0])
     weights = weights.astype(queries.dtype)
-    values = [value * across(decay, COLUMNS) for value in running.values]
+    values = running.values * across(decay, columns * COLUMNS)
     plgpu.barrier_wait(ring.filled[1].at[slot])
     if interpret:  # has no wgmma with an operand in registers
         exact = weights.astype(jnp.float32)
-        values = [value + jnp.dot(exact, v_tile[i].astype(jnp.float32)) for i, value in enumerate(values)]
+        values += jnp.concatenate([jnp.dot(exact, v_tile[i].astype(jnp.float32)) for i in range(columns)], axis=1)
     else:
 
-        def add(accumulators):
-            for column, acc in enumerate(accumulators):
-                plgpu.wgmma(acc, weights, matrix(v_tile.at[column], interpret))
+        def add(acc):
+            for column in range(columns):
+                part = acc.at[:, pl.ds(column * COLUMNS, COLUMNS)]
+                plgpu.wgmma(part, weights, matrix(v_tile.at[column], interpret))
 
-        values = pl.run_state(add)([plgpu.ACC.init(value) for value in values])
+        values: Any = pl.run_state(add)(plgpu.ACC.init(values))
     plgpu.barrier_arrive(ring.free[1].at[slot])
     return Running(values, highest, totals)

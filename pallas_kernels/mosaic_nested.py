@@ -152,6 +152,13 @@ def _kept(layout: Layout, row: Any, edges: Edges, step: Any) -> Bool[Array, "64 
         of_text = step < edges.text_steps
         inner, outer = jnp.where(of_text, jnp.int32(-1), inner), jnp.where(of_text, jnp.int32(2 * EVERYTHING), outer)
         stop = jnp.where(of_text, jnp.int32(layout.text.stop), jnp.int32(stop))
-    keys = common.key_index()
-    distance = jnp.abs(keys - common.across(common.rows_from(row - first_key), KEYS))
-    return (distance > inner) & (distance <= outer) & (keys < stop - first_key)
+    rows, keys = common.rows_from(row - first_key), common.key_index()
+    least, most = rows - outer, jnp.minimum(rows + outer, stop - 1 - first_key)
+    return _within(keys, least, most - least + 1) & ~_within(keys, rows - inner, 2 * inner + 1)
+
+
+def _within(keys: Int[Array, "64 128"], first: Int[Array, "64"], count: Any) -> Bool[Array, "64 128"]:
+    """Which keys are of the `count` from `first` on; none if that is not positive. One comparison, unsigned."""
+    count = jnp.maximum(count, 0).astype(jnp.uint32)
+    count = common.across(count, KEYS) if count.ndim else count
+    return (keys - common.across(first, KEYS)).astype(jnp.uint32) < count
