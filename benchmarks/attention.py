@@ -55,6 +55,7 @@ def shapes() -> list[Shape]:
             Shape("FLUX 2K", 1, 24, 128, Layout(512, 16384, True), "bfloat16"),
             Shape("SD3 1K", 2, 24, 64, Layout(333, 4096, False), "bfloat16"),
             Shape("SD3 2K", 1, 24, 64, Layout(333, 16384, False), "bfloat16"),
+            Shape("FLUX 4K", 1, 24, 128, Layout(512, 65536, True), "bfloat16"),
         ]
     return [
         Shape(f"{name}, text {'first' if text_first else 'last'}, {dtype}", 1, heads, 64,
@@ -133,7 +134,10 @@ def contenders(shape: Shape) -> tuple[dict[str, Callable[[], Any]], dict[str, st
         carry[0] = attend(q, k, v, half_window, cache=carry[0])
         return carry[0]
 
-    contestants = {"arrow": None} | ({"mosaic": "mosaic"} if jax.default_backend() == "gpu" else {})
+    contestants: dict[str, str | None] = {"arrow": None}  # what this device gets by default
+    if jax.default_backend() == "gpu":
+        default = arrow.arrow_implementation(shape.dtype, shape.head_dim).implementation
+        contestants |= {name: name for name in arrow.KERNELS if name != default}
     for label, implementation in contestants.items():
         options = {"layout": shape.layout, "implementation": implementation}
         attend = jax.jit(partial(arrow_attention, **options), donate_argnames="cache")
@@ -266,6 +270,7 @@ def run(shape: Shape, rounds: int) -> dict[str, Any]:
         "shape": shape.name,
         "layout": str(shape.layout),
         **sizes,
+        "arrow": arrow.arrow_implementation(shape.dtype, shape.head_dim)._asdict(),
         "milliseconds": {name: 1e3 * value for name, value in seconds.items()},
         "rows": rows,
         "largest_error": errors,

@@ -7,9 +7,8 @@ from itertools import product
 import jax
 import jax.numpy as jnp
 import pytest
-from lowering import jax_triton_ptx
 
-from pallas_kernels import Layout, aot, arrow_attention, cost, nested_arrow_attention, sass
+from pallas_kernels import Layout, aot, arrow_attention, cost, nested_arrow_attention
 from pallas_kernels.hlo import weight_copies
 from pallas_kernels.tiles import tiles_for
 
@@ -180,29 +179,15 @@ def test_where_mosaic_dumps_is_put_back(before, monkeypatch):
     [(SD3, 64, jnp.bfloat16, None), (FLUX, 128, jnp.float16, 3), (FLUX, 128, jnp.float32, None)],
 )
 def test_jax_triton_arrows_spill_nothing_and_copy_nothing(gpu, layout, head_dim, dtype, layers):
-    """XLA hands the PTX to the driver, which is not here: ptxas assembles it apart."""
-    target = aot.target(gpu)
-    one = jax.ShapeDtypeStruct((2, layout.length, HEADS, head_dim), dtype)
-    cache = one if layers is None else jax.ShapeDtypeStruct((layers, *one.shape), dtype)
-    scalars = jax.ShapeDtypeStruct((HEADS,), jnp.int32), jax.ShapeDtypeStruct((), jnp.int32)
-
-    @partial(jax.jit, donate_argnames="cache")
-    def attend(q, k, v, cache, half_window, layer):
-        options = {} if layers is None else {"layer": layer}
-        options |= {"layout": layout, "cache": cache, "implementation": "jax_triton"}
-        return arrow_attention(q, k, v, half_window, **options)
-
-    args = target.abstract((one, one, one, cache, *scalars))
-    compiled = aot.compile_for(target, attend, *args)
+    target, compiled, kernels = compiled_arrow(gpu, layout, head_dim, dtype, layers, "jax_triton")
+    (kernel,) = (kernel for kernel in kernels if kernel.name == "_arrow_attention")
+    assert kernel.warps == tiles_for(f"NVIDIA {gpu.upper()}", head_dim, dtype).warps
     for name in ("q", "k", "v", "cache"):
         assert not weight_copies(compiled.hlo, name)
     assert compiled.alias_bytes == compiled.output_bytes  # the cache's buffer
-    with jax.set_mesh(target.mesh):
-        (ptx,) = jax_triton_ptx(attend.lower(*args))
-    name, warps = "_arrow_attention", tiles_for(f"NVIDIA {gpu.upper()}", head_dim, dtype).warps
-    (kernel,) = sass.disassemble(ptx, {name: 32 * warps}, {name: 0}, aot._tool("ptxas"), aot._tool("nvdisasm"))
     assert kernel.spill_bytes == 0
     assert kernel.cp_async > 0, "loads do not run ahead"
+    assert aot.blocks_per_sm(kernel, target) >= 1
     expected = (False, False) if dtype == jnp.float32 else (gpu == "h200", gpu == "a100")  # IEEE, not TF32
     assert (kernel.wgmma > 0, kernel.mma > 0) == expected
-    assert "ex2.approx.ftz.f32" in ptx
+    assert "ex2.approx.ftz.f32" in kernel.ptx
