@@ -192,7 +192,7 @@ def dense_implementation(dtype: DTypeLike, head_dim: int) -> Choice:
         return Choice("blockwise", f"cuDNN's fused attention is 16-bit, not {jnp.dtype(dtype).name}")
     if head_dim > 128 or head_dim % 8:
         return Choice("blockwise", f"cuDNN's fused attention needs a head_dim of at most 128, by 8s, not {head_dim}")
-    return Choice("cudnn", "the fastest dense attention on NVIDIA GPUs for 16-bit inputs")
+    return Choice("cudnn", "cuDNN's fused attention, for 16-bit inputs on NVIDIA GPUs; it has gradients")
 
 
 def arrow_implementation(dtype: DTypeLike, head_dim: int) -> Choice:
