@@ -33,7 +33,7 @@ from .sass import Kernel, disassemble
 
 
 class Target(NamedTuple):
-    """A GPU that programs are compiled for: one device in a mesh."""
+    """A GPU that programs are compiled for: a mesh of one device, or of several on one host."""
 
     name: str
     mesh: Mesh
@@ -66,8 +66,8 @@ def targets() -> list[str]:
     return sorted(file.name.removesuffix(".txtpb") for file in _descriptions().iterdir())
 
 
-def target(name: str) -> Target:
-    """The GPU `name`, one of `targets()`.
+def target(name: str, devices: int = 1) -> Target:
+    """The GPU `name`, one of `targets()`; of several, `Target.abstract` gives each a whole copy.
 
     Raises:
         ValueError: there is no description of that GPU.
@@ -77,7 +77,7 @@ def target(name: str) -> Target:
         raise ValueError(f"GPU {name!r} is not described, only {targets()}: add pallas_kernels/targets/{name}.txtpb.")
     description = _descriptions().joinpath(f"{name}.txtpb").read_text()
     try:
-        topology = topologies.get_topology_desc(platform="cuda", target_config=description, topology="1x1x1")
+        topology = topologies.get_topology_desc(platform="cuda", target_config=description, topology=f"1x1x{devices}")
     except NotImplementedError as error:
         plugin = f"jax-cuda13-plugin=={jax.__version__} jax-cuda13-pjrt=={jax.__version__}"
         raise RuntimeError(

@@ -1,12 +1,15 @@
 """The kernels compiled for GPUs that are not here: what they spill, copy and issue."""
 
 import os
+import re
 from functools import partial
 from itertools import product
 
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import Layout, aot, arrow_attention, cost, nested_arrow_attention
 from pallas_kernels.hlo import weight_copies
@@ -159,6 +162,28 @@ def test_mosaic_nested_arrows_spill_nothing_and_copy_nothing(layout, head_dim):
     for name in ("q", "k", "v"):
         assert not weight_copies(compiled.hlo, name)
     assert compiled.temp_bytes <= 1.01 * one.size * 2  # text rows of one tile are put right in place
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("over", ["heads", "batch"])
+@pytest.mark.parametrize("implementation", ["triton", "mosaic", "jax_triton"])
+def test_two_gpus_share_heads_or_batch_without_collectives(implementation, over):
+    """Mosaic's interpret mode holds one device at a time: tests/test_arrow_transforms.py runs the others on two."""
+    mesh = aot.target("h200", devices=2).mesh
+    tokens, heads = (P(None, None, "device"), P("device")) if over == "heads" else (P("device"), P())
+    one = jax.ShapeDtypeStruct((2, SD3.length, HEADS, 64), jnp.bfloat16, sharding=NamedSharding(mesh, tokens))
+    window = jax.ShapeDtypeStruct((HEADS,), jnp.int32, sharding=NamedSharding(mesh, heads))
+
+    def attend(q, k, v, window, cache):
+        return arrow_attention(q, k, v, window, layout=SD3, cache=cache, implementation=implementation)
+
+    specs = tokens, tokens, tokens, heads, tokens
+    sharded = jax.shard_map(attend, mesh=mesh, in_specs=specs, out_specs=tokens, check_vma=False)
+    with jax.set_mesh(mesh):
+        compiled = jax.jit(sharded, donate_argnums=4).lower(one, one, one, window, one).compile()
+    assert not re.search(r" (all-|collective-|reduce-scatter)[\w-]*\(", compiled.as_text())
+    memory = compiled.memory_analysis()
+    assert memory.alias_size_in_bytes == memory.output_size_in_bytes == one.size  # of one GPU: half, of 2 bytes each
 
 
 @pytest.mark.aot
