@@ -5,14 +5,19 @@
 
 Every result is first compared with float64 over some of the rows; nothing wrong is timed. Rows: dense; all heads at
 V/16, V/32 and V/64 tokens on each side; a third of the heads each full, 1/8 and 1/32; all cached; and a nested call
-that gives full attention and four windows at once. Contenders are timed
-in turn, medians are taken. `efficiency` is the speedup over a dense contender times the exact density: 1 where cost
-follows the kept pairs.
+that gives full attention and four windows at once. Contenders are timed in turn, medians are taken. `efficiency` is the
+speedup over a dense contender times the exact density, `tile_efficiency` times the share of tiles that the kernel
+visits: 1 where cost follows the kept pairs, or the tiles.
+
+On a GPU each burst of calls follows a rest, at the clock that a cool card has (`clock_mhz`). Without rests an H100
+lowers it to stay within its power limit, from 1,980 to 1,455 MHz under full attention at 2048 px, and the next pays.
 """
 
 import argparse
 import json
 import os
+import shutil
+import subprocess
 import time
 from collections.abc import Callable
 from functools import partial
@@ -32,8 +37,11 @@ from tqdm import tqdm
 
 from benchmarks.machine import describe_machine
 from pallas_kernels import CACHED, FULL, Layout, arrow, arrow_attention, nested_arrow_attention
-from pallas_kernels.mask import count_tiles, density
+from pallas_kernels.mask import EVERYTHING, count_tiles, density
 from pallas_kernels.tiles import tiles_for
+
+BURST, REST = 0.012, 0.05
+"""Seconds, on a GPU."""
 
 LARGEST_SCORES = 4e9
 """Bytes of scores: dense attention of jax.nn holds them two or three times."""
@@ -183,6 +191,8 @@ def add_torch(add: Any, failed: dict[str, str], qkv: list[np.ndarray], shape: Sh
     except ImportError as error:
         failed["torch"] = str(error)
         return
+    if not os.environ.get("TRITON_CACHE_DIR"):  # jax-triton empties it on import, and torch.compile then fails
+        os.environ.pop("TRITON_CACHE_DIR", None)
     on_gpu = jax.default_backend() == "gpu"
     device = "cuda" if on_gpu else "cpu"
     q, k, v = (
@@ -192,6 +202,7 @@ def add_torch(add: Any, failed: dict[str, str], qkv: list[np.ndarray], shape: Sh
     layout, length = shape.layout, shape.layout.length
     text = torch.zeros(length, dtype=torch.bool, device=device)
     text[layout.text] = True
+    torch._dynamo.reset()  # else it stops compiling at the eighth set of shapes and masks
     compiled = torch.compile(flex_attention, dynamic=False)
     make_mask = torch.compile(create_block_mask) if on_gpu else create_block_mask  # else it makes all of the mask first
 
@@ -227,8 +238,12 @@ def wait(out: Any) -> None:
 def measure(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
     """Seconds of a call, contenders in turn; short calls are repeated within a round, and waited for once, so that a
     GPU works while Python prepares the next."""
+    on_gpu = jax.default_backend() == "gpu"
 
     def seconds(call: Callable[[], Any], repeats: int) -> float:
+        if on_gpu:
+            time.sleep(REST)
+            wait(call())
         started = time.perf_counter()
         for _ in range(repeats):
             out = call()
@@ -238,7 +253,7 @@ def measure(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[
     repeats = {}
     for name, call in calls.items():
         wait(call())
-        repeats[name] = max(1, min(100, round(0.05 / seconds(call, 1))))
+        repeats[name] = max(1, min(100, round((BURST if on_gpu else 0.05) / seconds(call, 1))))
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
@@ -246,24 +261,51 @@ def measure(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[
     return times
 
 
+def clock() -> int | None:
+    """Of the GPU's multiprocessors, in MHz."""
+    if not (program := shutil.which("nvidia-smi")):
+        return None
+    query = [program, "--query-gpu=clocks.sm", "--format=csv,noheader,nounits", "--id=0"]
+    return int(subprocess.run(query, capture_output=True, text=True, check=True).stdout)
+
+
+def visited(row: np.ndarray, shape: Shape) -> float:
+    """Share of its tiles that what `arrow_attention` picks visits."""
+    if arrow.arrow_implementation(shape.dtype, shape.head_dim).implementation != "mosaic":
+        tiles = tiles_for(arrow.gpu_kind(), shape.head_dim, shape.dtype)
+        return float(count_tiles(row, shape.layout, tiles.rows, tiles.keys).density.mean())
+    from pallas_kernels import mosaic  # needs a newer jax than the rest
+
+    jobs = mosaic.Jobs(shape.layout, mosaic.COMPUTE[shape.head_dim] * mosaic.ROWS, shape.heads, shape.batch)
+
+    def steps(job: jax.Array) -> tuple[jax.Array, jax.Array]:
+        place, _, first = jobs(job)
+        window = jnp.asarray(row)[place]
+        all_of_them = mosaic.Walk(shape.layout, jobs.rows, first, jnp.int32(EVERYTHING)).stop
+        walk = mosaic.Walk(shape.layout, jobs.rows, first, jnp.where(window == FULL, EVERYTHING, window))
+        return jnp.where(window == CACHED, 0, walk.stop), all_of_them
+
+    some, every = jax.jit(jax.vmap(steps))(jnp.arange(jobs.count))
+    return float(some.sum() / every.sum())
+
+
 def run(shape: Shape, rounds: int) -> dict[str, Any]:
     calls, failed, errors = contenders(shape)
     times = measure(calls, rounds)
     seconds = {name: median(values) for name, values in times.items()}
-    tiles = tiles_for(arrow.gpu_kind(), shape.head_dim, shape.dtype) if shape.head_dim in (64, 128) else None
     rows = {}
     for name, row in windows(shape.layout.num_visual, shape.heads).items():
-        exact = float(density(row, shape.layout).mean())
-        rows[name] = {"density": exact}
-        if tiles:
-            rows[name]["tile_density"] = float(count_tiles(row, shape.layout, tiles.rows, tiles.keys).density.mean())
+        shares = {"density": float(density(row, shape.layout).mean()), "tile_density": visited(row, shape)}
         rivals = [rival for rival in ("dense", "torch SDPA", f"FlexAttention {name}") if rival in seconds]
         speedups = {
             rival: median(a / b for a, b in zip(times[rival], times[f"arrow {name}"], strict=True)) for rival in rivals
         }
-        rows[name] |= {
+        ours = {rival: speedup for rival, speedup in speedups.items() if not rival.startswith("Flex")}
+        rows[name] = {
+            **shares,
             "speedup_over": speedups,
-            "efficiency": {rival: s * exact for rival, s in speedups.items() if not rival.startswith("Flex")},
+            "efficiency": {rival: speedup * shares["density"] for rival, speedup in ours.items()},
+            "tile_efficiency": {rival: speedup * shares["tile_density"] for rival, speedup in ours.items()},
         }
     sizes = {"batch": shape.batch, "heads": shape.heads, "head_dim": shape.head_dim, "dtype": shape.dtype}
     return {
@@ -271,6 +313,7 @@ def run(shape: Shape, rounds: int) -> dict[str, Any]:
         "layout": str(shape.layout),
         **sizes,
         "arrow": arrow.arrow_implementation(shape.dtype, shape.head_dim)._asdict(),
+        "clock_mhz": clock(),
         "milliseconds": {name: 1e3 * value for name, value in seconds.items()},
         "rows": rows,
         "largest_error": errors,
@@ -302,7 +345,7 @@ def main() -> None:
     for shape in tqdm(chosen):
         last = results[shape.name] = run(shape, args.rounds)
         tqdm.write(f"{shape.name}: " + ", ".join(f"{name} {ms:.4g} ms" for name, ms in last["milliseconds"].items()))
-        tqdm.write("  " + ", ".join(f"{name} {row['efficiency']}" for name, row in last["rows"].items()))
+        tqdm.write("  " + ", ".join(f"{name} {row['tile_efficiency']}" for name, row in last["rows"].items()))
         tqdm.write(f"  {last['not_run'] or ''}")
         device = jax.devices()[0].device_kind
         args.out.parent.mkdir(parents=True, exist_ok=True)

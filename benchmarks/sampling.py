@@ -18,7 +18,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,23 @@ from benchmarks.loops import Loop, interleaved, kept, ratio
 from benchmarks.machine import describe_machine
 
 
-def cut_sd35(side: int, num_text: int, heads: int, head_dim: int) -> Callable[[int], Loop]:
+class Case(NamedTuple):
+    """A transformer at one size; called with a number of steps, its sampling loop."""
+
+    class_name: str
+    config: dict[str, Any]
+    side: int
+    num_text: int
+    guided: bool
+    dtype: Any
+
+    def __call__(self, steps: int) -> Loop:
+        class_name, config, *_ = self
+        sizes = {"side": self.side, "num_text": self.num_text, "guided": self.guided, "dtype": self.dtype}
+        return Loop(class_name, config, steps=steps, **sizes)
+
+
+def cut_sd35(side: int, num_text: int, heads: int, head_dim: int) -> Case:
     """SD3.5-medium in four blocks, two of them dual (it has 13 of 24)."""
     config = {
         "num_layers": 4,
@@ -40,11 +56,10 @@ def cut_sd35(side: int, num_text: int, heads: int, head_dim: int) -> Callable[[i
         "dual_attention_layers": (0, 1),
         "qk_norm": "rms_norm",
     }
-    sizes = {"side": side, "num_text": num_text, "guided": False, "dtype": jnp.float32}
-    return lambda steps: Loop("SD3Transformer2DModel", config, steps=steps, **sizes)
+    return Case("SD3Transformer2DModel", config, side, num_text, False, jnp.float32)
 
 
-def sd35(layers: int, heads: int, dual: int, pixels: int) -> Callable[[int], Loop]:
+def sd35(layers: int, heads: int, dual: int, pixels: int) -> Case:
     config = {
         "num_layers": layers,
         "attention_head_dim": 64,
@@ -56,13 +71,11 @@ def sd35(layers: int, heads: int, dual: int, pixels: int) -> Callable[[int], Loo
         "dual_attention_layers": tuple(range(dual)),
         "qk_norm": "rms_norm",
     }
-    sizes = {"side": pixels // 16, "num_text": 333, "guided": True, "dtype": jnp.bfloat16}
-    return lambda steps: Loop("SD3Transformer2DModel", config, steps=steps, **sizes)
+    return Case("SD3Transformer2DModel", config, pixels // 16, 333, True, jnp.bfloat16)
 
 
-def flux_dev(pixels: int) -> Callable[[int], Loop]:
-    sizes = {"side": pixels // 16, "num_text": 512, "guided": False, "dtype": jnp.bfloat16}
-    return lambda steps: Loop("FluxTransformer2DModel", {"guidance_embeds": True}, steps=steps, **sizes)
+def flux_dev(pixels: int) -> Case:
+    return Case("FluxTransformer2DModel", {"guidance_embeds": True}, pixels // 16, 512, False, jnp.bfloat16)
 
 
 CPU = {

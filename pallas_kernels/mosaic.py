@@ -1,11 +1,14 @@
 """Arrow attention as a Pallas kernel on the Mosaic GPU backend, for Hopper: TMA, wgmma and warp specialisation.
 
 The grid is as large as the GPU, and a block takes one job after the other: a tile of queries of one head. Some
-warpgroups compute 64 of these queries each; one more fetches keys and values into a ring in shared memory, for the next
-job already while the last one ends. A job walks its keys as in the "triton" kernel: text, the band's left edge, its
-inside without masks, its right edge. Jobs that hold text queries walk every key; all heads' come first.
+warpgroups compute 64 of these queries each; one more fetches keys and values into a ring in shared memory, and those of
+the next job, with its queries, while the last one ends. A job walks its keys as in the "triton" kernel: text, the
+band's left edge, its inside without masks, its right edge. Jobs that hold text queries walk every key; all heads' come
+first.
 """
 
+import dataclasses
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -19,7 +22,8 @@ from jaxtyping import Array, Float, Int
 from . import mosaic_common as common
 from .layout import CACHED, FULL, Layout
 from .mask import EVERYTHING, band
-from .mosaic_common import KEYS, REGISTERS, ROWS, Jobs, Running, across
+from .mosaic_common import COMPUTE, KEYS, ROWS, Running, across
+from .mosaic_jobs import Jobs
 
 
 def arrow_attention(
@@ -35,12 +39,12 @@ def arrow_attention(
     interpret: bool,
 ) -> Float[Array, "*L B T N H"]:
     batch, _, heads, dim = q.shape
-    jobs = Jobs(layout, common.warpgroups(dim, interpret) * ROWS, heads, batch)
+    jobs = Jobs(layout, COMPUTE[dim] * ROWS, heads, batch)
     order = jnp.arange(heads, dtype=jnp.int32) if head_order is None else head_order
     out = jax.new_ref(jnp.full(q.shape, jnp.nan, q.dtype) if cache is None else cache)
     entry = jnp.zeros(1, jnp.int32) if layer is None else layer[None]
     body = partial(_attend, jobs=jobs, stacked=layer is not None, interpret=interpret)
-    call = common.kernel(body, jobs, q.dtype, dim, "arrow_attention_mosaic", interpret, tiles_of_rows=1, out_type=())
+    call = common.kernel(body, jobs, q.dtype, dim, "arrow_attention_mosaic", interpret, out_type=())
     call(entry, order, half_window, q, k, v, out)
     return out[...]
 
@@ -73,13 +77,10 @@ class Walk:
         )
 
 
-def _attend(
-    entry, order, half_window, q, k, v, out, tiles, arrived, ring, *, jobs: Jobs, stacked: bool, interpret: bool
-):
-    compute, warpgroup = jobs.rows // ROWS, lax.axis_index("warpgroup")
+def _attend(entry, order, half_window, q, k, v, out, shared, *, jobs: Jobs, stacked: bool, interpret: bool):
     target = out.at[entry[0]] if stacked else out
 
-    def each(body):
+    def unless_cached(body: Callable[..., None]) -> Callable[[Any, Any], Any]:
         def job(number, passed):
             place, b, first = jobs(number)
             head = order[place]
@@ -93,33 +94,43 @@ def _attend(
 
             return passed + jnp.where(window == CACHED, 0, walk.stop)
 
-        return jobs.of_block(job)
+        return job
 
-    @pl.when(warpgroup < compute)
-    def compute_all():
-        plgpu.set_max_registers(REGISTERS[compute][0], action="increase")
-        queries, here = tiles[0].at[warpgroup], arrived.at[warpgroup]
+    @unless_cached
+    def compute(walk, passed, b, head, first, width):
+        warpgroup = lax.axis_index("warpgroup")
+        row, queries = first + warpgroup * ROWS, shared.queries.tiles.at[warpgroup]
+        plgpu.barrier_wait(shared.queries.filled.at[warpgroup])
+        attend = partial(common.attend_tile, queries=queries, ring=shared.ring, interpret=interpret)
+        running = _softmax(attend, walk, passed, row, width, jobs.layout, common.nothing(queries.shape[0]))
+        plgpu.barrier_arrive(shared.queries.free.at[warpgroup])
+        common.store(running.output, shared.staging.at[warpgroup], target, b, row, head, interpret)
 
-        def job(walk, passed, b, head, first, width):
-            row = first + warpgroup * ROWS
-            common.fetch(q, b, row, ROWS, head, queries, here, interpret)
-            plgpu.barrier_wait(here)
-            attend = partial(common.attend_tile, queries=queries, ring=ring, interpret=interpret)
-            running = _softmax(attend, walk, passed, row, width, jobs.layout, common.nothing(queries.shape[0]))
-            common.store(running.output, queries, target, b, row, head, interpret)
+    @unless_cached
+    def fetch(walk, passed, b, head, first, width):
+        @pl.loop(jnp.int32(0), walk.stop)
+        def ahead(step):
+            shared.ring.send(k, v, b, head, walk.first_key(step), passed + step, interpret)
 
-        each(job)
+            @pl.when(step == 0)  # not before: the last job still needs its queries, but not all of the ring
+            def queries():
+                shared.queries.send(q, b, head, first, interpret)
 
-    @pl.when(warpgroup == compute)
-    def fetch_all():
-        plgpu.set_max_registers(REGISTERS[compute][1], action="decrease")
+    jobs = dataclasses.replace(jobs, heads=_computed(order, half_window))
+    return jobs, compute, fetch
 
-        def job(walk, passed, b, head, first, width):
-            @pl.loop(jnp.int32(0), walk.stop)
-            def ahead(step):
-                ring.send(k, v, b, head, walk.first_key(step), passed + step, interpret)
 
-        ring.drain(each(job))
+def _computed(order: Any, half_window: Any) -> Any:
+    """How many heads there are up to the last, in order, that is not cached."""
+
+    def is_cached(place):
+        return (place >= 0) & (half_window[order[jnp.maximum(place, 0)]] == CACHED)
+
+    last = jnp.int32(order.shape[0] - 1)
+    state = lax.while_loop(
+        lambda state: state[1], lambda state: (state[0] - 1, is_cached(state[0] - 1)), (last, is_cached(last))
+    )
+    return state[0] + 1
 
 
 def _softmax(attend: Any, walk: Walk, passed: Any, row: Any, width: Any, layout: Layout, running: Running) -> Running:

@@ -1,4 +1,4 @@
-"""What the Mosaic GPU kernels share: their shared memory, the jobs of a persistent grid, and a step of online softmax.
+"""What the Mosaic GPU kernels share: the warpgroups of a block, their shared memory, and a step of online softmax.
 
 Shared memory holds each tile as columns of 64 (128 bytes, one swizzle), so that a copy is a plain box of the
 [B, T, N, H] array: Mosaic's tiled copies would need lengths and starts that are multiples of 8, and SD3 has 4,429
@@ -7,9 +7,11 @@ tokens.
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
@@ -17,8 +19,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from .layout import Layout
 from .mask import UNSEEN
+from .mosaic_jobs import SLOTS, Jobs, Queue
 
 ROWS = 64
 """Queries of one warpgroup: what one wgmma takes."""
@@ -30,9 +32,9 @@ KEYS, STAGES = 128, 2
 """Keys of one step, and steps that the ring holds. At a head_dim of 64, four steps gained nothing (H100)."""
 
 COMPUTE = {64: 3, 128: 2}
-"""Warpgroups that compute, by head_dim: as many as their registers allow. At 64, two took 1.22 to 1.29 times as long
-for full and mixed heads at 2048 px (H100), and 0.96 to 1.02 times for narrow ones. Interpret mode does not end with
-three in blocks of more than one job (jax 0.11.2): it gets two."""
+"""Warpgroups that compute, by head_dim: as many as their registers allow. At 64, two took 1.18 to 1.24 times as long
+for full and mixed heads at 2048 px (H100), and 0.96 to 1.08 times for narrow ones. At 128, barriers by which the two
+take turns at the tensor cores (FlashAttention-3's ping-pong) took 1.01 to 1.03 times as long as none."""
 
 REGISTERS = {2: (240, 24), 3: (160, 32)}
 """Of a thread that computes and of one that fetches, by the number of warpgroups that compute; 64 K in all."""
@@ -41,46 +43,6 @@ BLOCKS = 132
 """Multiprocessors of an H100 or H200; one block fills one. Right on any other count, if not as well spread."""
 
 ROW, MATRIX = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA
-
-
-@dataclasses.dataclass(frozen=True)
-class Jobs:
-    """Tiles of `rows` queries of every head and batch entry, those with text queries first."""
-
-    layout: Layout
-    rows: int
-    heads: int
-    batch: int
-
-    @property
-    def tiles(self) -> int:
-        return pl.cdiv(self.layout.length, self.rows)
-
-    @property
-    def text_tiles(self) -> int:
-        text = self.layout.text
-        return pl.cdiv(text.stop, self.rows) - text.start // self.rows if self.layout.num_text else 0
-
-    @property
-    def count(self) -> int:
-        return self.tiles * self.heads * self.batch
-
-    def __call__(self, job: Any) -> tuple[Any, Any, Any]:
-        """Its place in the order of heads, its batch entry and its first query."""
-        of_text = self.text_tiles * self.heads * self.batch
-        is_text = job < of_text
-        rest = jnp.where(is_text, job, job - of_text)
-        tiles = jnp.where(is_text, jnp.int32(max(self.text_tiles, 1)), jnp.int32(max(self.tiles - self.text_tiles, 1)))
-        tile, pair = lax.rem(rest, tiles), lax.div(rest, tiles)
-        text_at, visual_at = (0, self.text_tiles) if self.layout.text_first else (self.tiles - self.text_tiles, 0)
-        first = (tile + jnp.where(is_text, jnp.int32(text_at), jnp.int32(visual_at))) * self.rows
-        return lax.div(pair, jnp.int32(self.batch)), lax.rem(pair, jnp.int32(self.batch)), first
-
-    def of_block(self, body: Callable[[Any, Any], Any]) -> Any:
-        """Run `body` on each job of this block. It gets the steps of the ring before it, and returns those after."""
-        block, blocks = lax.axis_index("blocks"), lax.axis_size("blocks")
-        mine = lax.div(self.count - 1 - block, jnp.int32(blocks)) + 1
-        return lax.fori_loop(jnp.int32(0), mine, lambda i, passed: body(block + i * blocks, passed), jnp.int32(0))
 
 
 class Ring(NamedTuple):
@@ -94,38 +56,55 @@ class Ring(NamedTuple):
         """Fetch one tile of each, once its slot is free."""
         slot = lax.rem(step, jnp.int32(STAGES))
         for source, to, filled, free in zip((k, v), *self, strict=True):
-
-            @pl.when(step >= STAGES)
-            def until_read(free=free):
-                plgpu.barrier_wait(free.at[slot])
-
+            plgpu.barrier_wait(free.at[slot])
             fetch(source, b, first_key, KEYS, head, to.at[slot], filled.at[slot], interpret)
 
-    def drain(self, passed: Any) -> None:
-        """A block must not end with a phase of a barrier that nobody has seen."""
 
-        @pl.loop(jnp.maximum(passed - STAGES, 0), passed)
-        def wait(step):
-            for free in self.free:
-                plgpu.barrier_wait(free.at[lax.rem(step, jnp.int32(STAGES))])
+class Queries(NamedTuple):
+    """A tile of 64 queries in shared memory for each warpgroup that computes."""
+
+    tiles: Any
+    filled: Any
+    free: Any
+
+    def send(self, q: Any, b: Any, head: Any, first: Any, interpret: bool) -> None:
+        """Fetch each, once the last job is done with it."""
+        for i in range(self.tiles.shape[0]):
+            plgpu.barrier_wait(self.free.at[i])
+            fetch(q, b, first + i * ROWS, ROWS, head, self.tiles.at[i], self.filled.at[i], interpret)
+
+
+class Shared(NamedTuple):
+    """What the warpgroups of a block share. The one that fetches works ahead, as far as the others have read; at the
+    start they say that all is free."""
+
+    queries: Queries
+    ring: Ring
+    queue: Queue
+    staging: Any
+    """A tile of 64 rows of output for each warpgroup that computes."""
+
+    @property
+    def read_by_all(self) -> Iterator[Any]:
+        """The barriers by which all warpgroups that compute say that they have read something."""
+        for free in self.ring.free:
+            yield from (free.at[slot] for slot in range(STAGES))
+        yield from (self.queue.free.at[slot] for slot in range(SLOTS))
 
 
 def kernel(
-    body: Callable,
+    body: Callable[..., tuple[Jobs, Callable[[Any, Any], Any], Callable[[Any, Any], Any]]],
     jobs: Jobs,
     dtype: DTypeLike,
     dim: int,
     name: str,
     interpret: bool,
-    *,
-    tiles_of_rows: int,
     out_type: Any,
-) -> Any:
-    """A call of `body(*refs, tiles, arrived, ring)` by each warpgroup of each block; `jobs.rows // ROWS` compute.
-
-    `tiles` are so many tiles of 64 rows for each of them in shared memory, `arrived` a barrier for each.
-    """
-    columns, compute = dim // COLUMNS, jobs.rows // ROWS
+) -> Callable[..., Any]:
+    """A call of `body(*refs, shared)` by every warpgroup of every block: it says which jobs there are, what a
+    warpgroup does for one that computes, and for one that fetches. Both get its number and the steps of the ring
+    before it, and return those after."""
+    columns, computing = dim // COLUMNS, jobs.rows // ROWS
 
     def tiles(count: int, rows: int) -> Any:
         if interpret:
@@ -133,36 +112,54 @@ def kernel(
         cut = count, columns, rows // 8, 1, 8, COLUMNS
         return plgpu.SMEM(cut, dtype, transforms=(plgpu.SwizzleTransform(128),))
 
-    filled = plgpu.Barrier(num_arrivals=columns, num_barriers=STAGES)
-    free = plgpu.Barrier(num_arrivals=compute, num_barriers=STAGES)
+    def barriers(arrivals: int, count: int) -> Any:
+        return plgpu.Barrier(num_arrivals=arrivals, num_barriers=count)
+
+    def specialize(counter, *refs, shared):
+        jobs, compute, fetch = body(*refs, shared)
+        warpgroup = lax.axis_index("warpgroup")
+
+        @pl.when(warpgroup < computing)
+        def compute_all():
+            plgpu.set_max_registers(REGISTERS[computing][0], action="increase")
+            for barrier in (shared.queries.free.at[warpgroup], *shared.read_by_all):
+                plgpu.barrier_arrive(barrier)
+            jobs.each(compute, shared.queue.read)
+            plgpu.wait_smem_to_gmem(0)
+
+        @pl.when(warpgroup == computing)
+        def fetch_all():
+            plgpu.set_max_registers(REGISTERS[computing][1], action="decrease")
+            jobs.each(fetch, partial(shared.queue.post, counter=counter, interpret=interpret))
+            # A block must not end with a phase of a barrier that nobody has seen.
+            for barrier in (*(shared.queries.free.at[i] for i in range(computing)), *shared.read_by_all):
+                plgpu.barrier_wait(barrier)
 
     def allocate(*refs):
+        filled, free = barriers(columns, STAGES), barriers(computing, STAGES)
         pl.run_scoped(
-            lambda rows, arrived, *ring: body(*refs, rows, arrived, Ring(*ring)),
-            tuple(tiles(compute, ROWS) for _ in range(tiles_of_rows)),
-            plgpu.Barrier(num_arrivals=columns, num_barriers=compute),
-            (tiles(STAGES, KEYS), tiles(STAGES, KEYS)),
-            (filled, filled),
-            (free, free),
+            lambda queries, ring, queue, staging: specialize(
+                *refs, shared=Shared(Queries(*queries), Ring(*ring), Queue(*queue), staging)
+            ),
+            (tiles(computing, ROWS), barriers(columns, computing), barriers(1, computing)),
+            ((tiles(STAGES, KEYS), tiles(STAGES, KEYS)), (filled, filled), (free, free)),
+            (plgpu.SMEM((SLOTS,), jnp.int32), barriers(1, SLOTS), barriers(computing, SLOTS)),
+            tiles(computing, ROWS),
             collective_axes="warpgroup",
         )
 
-    return plgpu.kernel(
+    call = plgpu.kernel(
         allocate,
         out_type=out_type,
         grid=(min(2 if interpret else BLOCKS, jobs.count),),
         grid_names=("blocks",),
-        num_threads=compute + 1,
+        num_threads=computing + 1,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
         interpret=plgpu.InterpretGPUParams() if interpret else False,  # pyright: ignore[reportAttributeAccessIssue] not in 0.10.2
         kernel_name=name,
     )
-
-
-def warpgroups(dim: int, interpret: bool) -> int:
-    """That compute."""
-    return 2 if interpret else COMPUTE[dim]
+    return lambda *args: call(jax.new_ref(jnp.zeros(1, jnp.int32)), *args)
 
 
 def flat(tile: Any, interpret: bool) -> Any:
@@ -185,14 +182,14 @@ def fetch(source: Any, b: Any, row: Any, rows: int, head: Any, to: Any, barrier:
 
 
 def store(values: list[Array], tile: Any, target: Any, b: Any, row: Any, head: Any, interpret: bool) -> None:
-    """Through shared memory, which is free again on return."""
+    """Through shared memory. It does not wait for the copy, but for the one before, which reads the same tile."""
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
     for column, value in enumerate(values):
         matrix(tile.at[column], interpret)[...] = value.astype(target.dtype)
     plgpu.commit_smem()
     for column in range(len(values)):
         box = target.at[b, pl.ds(row, ROWS), head, pl.ds(column * COLUMNS, COLUMNS)]
         plgpu.copy_smem_to_gmem(flat(tile.at[column], interpret), box)
-    plgpu.wait_smem_to_gmem(0)
 
 
 class Running(NamedTuple):

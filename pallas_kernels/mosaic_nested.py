@@ -18,7 +18,8 @@ from jaxtyping import Array, Bool, Float, Int
 from . import mosaic_common as common
 from .layout import Layout
 from .mask import EVERYTHING, Band, Segment, band, ring, steps, tile_at
-from .mosaic_common import KEYS, REGISTERS, ROWS, Jobs
+from .mosaic_common import COMPUTE, KEYS, ROWS
+from .mosaic_jobs import Jobs
 
 
 def nested_arrow_attention(
@@ -31,12 +32,12 @@ def nested_arrow_attention(
     interpret: bool,
 ) -> Float[Array, "W+1 B T N H"]:
     batch, _, heads, dim = q.shape
-    jobs = Jobs(layout, common.warpgroups(dim, interpret) * ROWS, heads, batch)
+    jobs = Jobs(layout, COMPUTE[dim] * ROWS, heads, batch)
     windows = jnp.append(half_windows, jnp.int32(EVERYTHING))
     body = partial(_attend, jobs=jobs, count=len(windows), interpret=interpret)
     outputs = jax.ShapeDtypeStruct((len(windows), *q.shape), q.dtype)
     name = "nested_arrow_attention_mosaic"
-    call = common.kernel(body, jobs, q.dtype, dim, name, interpret, tiles_of_rows=2, out_type=outputs)
+    call = common.kernel(body, jobs, q.dtype, dim, name, interpret, out_type=outputs)
     out = call(windows, q, k, v)
     text = layout.text
     mixed = (
@@ -86,64 +87,58 @@ class Rings:
         return clean, Edges(masked, ragged_steps, jnp.where(index == 0, jnp.int32(-1), inner), outer)
 
 
-def _attend(windows, q, k, v, out, tiles, arrived, ring, *, jobs: Jobs, count: int, interpret: bool):
-    layout, compute, warpgroup = jobs.layout, jobs.rows // ROWS, lax.axis_index("warpgroup")
+def _attend(windows, q, k, v, out, shared, *, jobs: Jobs, count: int, interpret: bool):
+    layout = jobs.layout
 
-    @pl.when(warpgroup < compute)
-    def compute_all():
-        plgpu.set_max_registers(REGISTERS[compute][0], action="increase")
-        queries, staging = (tile.at[warpgroup] for tile in tiles)
-        here = arrived.at[warpgroup]
+    def compute(number, passed):
+        warpgroup = lax.axis_index("warpgroup")
+        head, b, first = jobs(number)
+        row, queries = first + warpgroup * ROWS, shared.queries.tiles.at[warpgroup]
+        plgpu.barrier_wait(shared.queries.filled.at[warpgroup])
+        rings = Rings(layout, jobs.rows, first, windows)
+        attend = partial(common.attend_tile, queries=queries, ring=shared.ring, interpret=interpret)
 
-        def job(number, passed):
-            head, b, first = jobs(number)
-            row = first + warpgroup * ROWS
-            common.fetch(q, b, row, ROWS, head, queries, here, interpret)
-            plgpu.barrier_wait(here)
-            rings = Rings(layout, jobs.rows, first, windows)
-            attend = partial(common.attend_tile, queries=queries, ring=ring, interpret=interpret)
+        def attend_ring(index, carry):
+            running, passed = carry
+            clean, edges = rings(index)
 
-            def attend_ring(index, carry):
-                running, passed = carry
-                clean, edges = rings(index)
+            def masked(step, running):
+                return attend(running, step=passed + step, kept=partial(_kept, layout, row, edges, step))
 
-                def masked(step, running):
-                    return attend(running, step=passed + step, kept=partial(_kept, layout, row, edges, step))
+            running = lax.fori_loop(
+                jnp.int32(0), steps(clean), lambda step, running: attend(running, step=passed + step), running
+            )
+            passed = passed + steps(clean)
+            running = lax.fori_loop(jnp.int32(0), steps(edges.segments), masked, running)
+            common.store(running.output, shared.staging.at[warpgroup], out.at[index], b, row, head, interpret)
+            return running, passed + steps(edges.segments)
 
-                running = lax.fori_loop(
-                    jnp.int32(0), steps(clean), lambda step, running: attend(running, step=passed + step), running
-                )
-                passed = passed + steps(clean)
-                running = lax.fori_loop(jnp.int32(0), steps(edges.segments), masked, running)
-                common.store(running.output, staging, out.at[index], b, row, head, interpret)
-                return running, passed + steps(edges.segments)
+        start = common.nothing(queries.shape[0]), passed
+        passed = lax.fori_loop(jnp.int32(0), jnp.int32(count), attend_ring, start)[1]
+        plgpu.barrier_arrive(shared.queries.free.at[warpgroup])
+        return passed
 
-            start = common.nothing(queries.shape[0]), passed
-            return lax.fori_loop(jnp.int32(0), jnp.int32(count), attend_ring, start)[1]
+    def fetch(number, passed):
+        head, b, first = jobs(number)
+        rings = Rings(layout, jobs.rows, first, windows)
 
-        jobs.of_block(job)
+        def fetch_ring(index, passed):
+            clean, edges = rings(index)
+            segments = *clean, *edges.segments
 
-    @pl.when(warpgroup == compute)
-    def fetch_all():
-        plgpu.set_max_registers(REGISTERS[compute][1], action="decrease")
+            @pl.loop(jnp.int32(0), steps(segments))
+            def ahead(step):
+                shared.ring.send(k, v, b, head, tile_at(step, segments, KEYS), passed + step, interpret)
 
-        def job(number, passed):
-            head, b, first = jobs(number)
-            rings = Rings(layout, jobs.rows, first, windows)
+                @pl.when((index == 0) & (step == 0))
+                def queries():
+                    shared.queries.send(q, b, head, first, interpret)
 
-            def fetch_ring(index, passed):
-                clean, edges = rings(index)
-                segments = *clean, *edges.segments
+            return passed + steps(segments)
 
-                @pl.loop(jnp.int32(0), steps(segments))
-                def ahead(step):
-                    ring.send(k, v, b, head, tile_at(step, segments, KEYS), passed + step, interpret)
+        return lax.fori_loop(jnp.int32(0), jnp.int32(count), fetch_ring, passed)
 
-                return passed + steps(segments)
-
-            return lax.fori_loop(jnp.int32(0), jnp.int32(count), fetch_ring, passed)
-
-        ring.drain(jobs.of_block(job))
+    return jobs, compute, fetch
 
 
 def _kept(layout: Layout, row: Any, edges: Edges, step: Any) -> Bool[Array, "64 128"]:

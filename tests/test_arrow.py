@@ -83,7 +83,7 @@ BACKENDS = {
     "reference": ("reference",),
     "blockwise": ("blockwise",),
     "triton": ("triton", "triton_nested", "triton_common"),
-    "mosaic": ("mosaic", "mosaic_nested", "mosaic_common"),
+    "mosaic": ("mosaic", "mosaic_nested", "mosaic_common", "mosaic_jobs"),
     "jax_triton": ("jax_triton",),
 }
 

@@ -140,6 +140,8 @@ def test_mosaic_arrows_spill_nothing_copy_nothing_and_issue_little(layout, head_
     assert kernel.name.startswith("arrow_attention_mosaic")
     assert kernel.spill_bytes == 0
     assert kernel.wgmma > 0 and kernel.tma > 0
+    assert re.findall(r"\batom\S+", kernel.ptx) == ["atom.relaxed.gpu.global.add.u32"]  # a block draws its next job
+    assert not re.search(r"membar|fence\.(acq_rel|sc)", kernel.ptx)  # without a fence
     assert aot.blocks_per_sm(kernel, target) == 1  # it asks for no more blocks than multiprocessors
     for name in ("q", "k", "v", "cache"):
         assert not weight_copies(compiled.hlo, name)
