@@ -18,12 +18,12 @@ need_python = $(if $($(1)),,$(error Python $(2) with venv is missing. Install it
 PTXAS = $(firstword $(wildcard $(or $(CUDA_HOME),/usr/local/cuda)/bin/ptxas $(AOT)/lib/python3.12/site-packages/nvidia/cu13/bin/ptxas))
 need_ptxas = $(if $(PTXAS),,$(error ptxas is missing. Install CUDA 13 in /usr/local/cuda, or `$(AOT)/bin/pip install --no-deps nvidia-cuda-nvcc==13.0.* nvidia-nvvm==13.0.*`))
 
-# Compiled programs are kept: half of a test run is XLA, and .ci/run runs most programs twice.
+# Compiled programs are kept: a third of a test run is XLA.
 CACHE := JAX_COMPILATION_CACHE_DIR=$(CURDIR)/build/xla JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.3
 
 PYTEST := -m pytest -q -n auto --maxprocesses 4 --dist loadfile
 
-.PHONY: demo test lint aot lock clean
+.PHONY: demo test lint aot versions next lock clean
 
 # Text to images by the model in the box, dense and by two plans, side by side: about seven minutes on two cores.
 SHAPE := --height 256 --width 256 --steps 20 --guidance-scale 4 --max-sequence-length 32
@@ -54,11 +54,16 @@ lint: $(VENV)/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-# Compile for GPUs that are not here, and run the suite, less what needs torch, on the other two versions of JAX.
-aot: $(AOT)/ready $(NEXT)/ready build/tiny
+# Compile for GPUs that are not here.
+aot: $(AOT)/ready
 	$(call need_ptxas)
 	JAX_PLATFORMS=cpu JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 $(AOT)/bin/python $(PYTEST) -m "aot and not torch"
+
+# The suite, less what needs torch, on the other two versions of JAX. (.ci/run has the older of them run a wheel.)
+versions: $(AOT)/ready build/tiny next
 	JAX_PLATFORMS=cpu JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 DFA2_TINY=build/tiny $(CACHE) $(AOT)/bin/python $(PYTEST) -m "not aot and not torch"
+
+next: $(NEXT)/ready build/tiny
 	JAX_PLATFORMS=cpu DFA2_TINY=build/tiny $(CACHE) $(NEXT)/bin/python $(PYTEST) -m "not aot and not torch"
 
 build/tiny: $(VENV)/ready tests/tiny.py
