@@ -309,6 +309,8 @@ def run(shape: Shape, rounds: int) -> dict[str, Any]:
         }
     sizes = {"batch": shape.batch, "heads": shape.heads, "head_dim": shape.head_dim, "dtype": shape.dtype}
     return {
+        "machine": describe_machine(),
+        "device": jax.devices()[0].device_kind,
         "shape": shape.name,
         "layout": str(shape.layout),
         **sizes,
@@ -347,10 +349,8 @@ def main() -> None:
         tqdm.write(f"{shape.name}: " + ", ".join(f"{name} {ms:.4g} ms" for name, ms in last["milliseconds"].items()))
         tqdm.write("  " + ", ".join(f"{name} {row['tile_efficiency']}" for name, row in last["rows"].items()))
         tqdm.write(f"  {last['not_run'] or ''}")
-        device = jax.devices()[0].device_kind
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        content = {"machine": describe_machine(), "device": device, "shapes": list(results.values())}
-        args.out.write_text(json.dumps(content, indent=1) + "\n")
+        args.out.write_text(json.dumps({"shapes": list(results.values())}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
