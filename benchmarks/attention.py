@@ -9,8 +9,8 @@ that gives full attention and four windows at once. Contenders are timed in turn
 speedup over a dense contender times the exact density, `tile_efficiency` times the share of tiles that the kernel
 visits: 1 where cost follows the kept pairs, or the tiles.
 
-On a GPU each burst of calls follows a rest, at the clock that a cool card has (`clock_mhz`). Without rests an H100
-lowers it to stay within its power limit, from 1,980 to 1,455 MHz under full attention at 2048 px, and the next pays.
+On a GPU each burst of calls follows a rest, at the clock that a cool card has (`clock_mhz`, after the last). Without
+rests an H100 lowers it to stay within its power limit, from 1,980 to 1,455 MHz under full attention at 2048 px.
 """
 
 import argparse
@@ -274,9 +274,10 @@ def visited(row: np.ndarray, shape: Shape) -> float:
     if arrow.arrow_implementation(shape.dtype, shape.head_dim).implementation != "mosaic":
         tiles = tiles_for(arrow.gpu_kind(), shape.head_dim, shape.dtype)
         return float(count_tiles(row, shape.layout, tiles.rows, tiles.keys).density.mean())
-    from pallas_kernels import mosaic  # needs a newer jax than the rest
+    from pallas_kernels import mosaic, mosaic_common  # need a newer jax than the rest
 
-    jobs = mosaic.Jobs(shape.layout, mosaic.COMPUTE[shape.head_dim] * mosaic.ROWS, shape.heads, shape.batch)
+    rows = mosaic_common.warpgroups(shape.head_dim, False) * mosaic_common.ROWS
+    jobs = mosaic.Jobs(shape.layout, rows, shape.heads, shape.batch)
 
     def steps(job: jax.Array) -> tuple[jax.Array, jax.Array]:
         place, _, first = jobs(job)
@@ -314,7 +315,7 @@ def run(shape: Shape, rounds: int) -> dict[str, Any]:
         "shape": shape.name,
         "layout": str(shape.layout),
         **sizes,
-        "arrow": arrow.arrow_implementation(shape.dtype, shape.head_dim)._asdict(),
+        "arrow": arrow.arrow_implementation(shape.dtype, shape.head_dim).implementation,
         "clock_mhz": clock(),
         "milliseconds": {name: 1e3 * value for name, value in seconds.items()},
         "rows": rows,

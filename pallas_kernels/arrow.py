@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from . import cost
 from .layout import CACHED, Layout
+from .mask import EVERYTHING
 from .tiles import row_for, tiles_for
 
 IMPLEMENTATIONS = ("reference", "blockwise", "triton", "mosaic", "jax_triton", "cudnn")
@@ -81,7 +82,7 @@ def arrow_attention(
             out = _backend("reference").attention(q, k, v, None, layout, None)
         return out if layer is None else jax.lax.dynamic_update_index_in_dim(cache, out, layer, 0)
 
-    half_window = jnp.asarray(half_window)
+    half_window = jnp.minimum(half_window, EVERYTHING)  # beyond, sums with positions overflow
     layer = None if layer is None or cache is None else jnp.clip(jnp.asarray(layer, jnp.int32), 0, cache.shape[0] - 1)
 
     q, k, v, cache = _constants((q, k, v, cache))
@@ -142,7 +143,7 @@ def nested_arrow_attention(
         raise NotImplementedError(f"{implementation=} has no nested kernel; pass None or 'triton'.")
 
     q, k, v = _constants((q, k, v))
-    half_windows = jnp.asarray(half_windows)
+    half_windows = jnp.minimum(half_windows, EVERYTHING)
     if apart:
         windows = [jnp.broadcast_to(window, q.shape[2]) for window in half_windows]
         return jnp.stack([arrow_attention(q, k, v, window, layout=layout) for window in (*windows, None)])

@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Int
 from . import mosaic_common as common
 from .layout import CACHED, FULL, Layout
 from .mask import EVERYTHING, band
-from .mosaic_common import COMPUTE, KEYS, ROWS, Running, across
+from .mosaic_common import KEYS, ROWS, Running, across
 from .mosaic_jobs import Jobs
 
 
@@ -39,7 +39,7 @@ def arrow_attention(
     interpret: bool,
 ) -> Float[Array, "*L B T N H"]:
     batch, _, heads, dim = q.shape
-    jobs = Jobs(layout, COMPUTE[dim] * ROWS, heads, batch)
+    jobs = Jobs(layout, common.warpgroups(dim, interpret) * ROWS, heads, batch)
     order = jnp.arange(heads, dtype=jnp.int32) if head_order is None else head_order
     out = jax.new_ref(jnp.full(q.shape, jnp.nan, q.dtype) if cache is None else cache)
     entry = jnp.zeros(1, jnp.int32) if layer is None else layer[None]

@@ -36,6 +36,10 @@ COMPUTE = {64: 3, 128: 2}
 for full and mixed heads at 2048 px (H100), and 0.96 to 1.08 times for narrow ones. At 128, barriers by which the two
 take turns at the tensor cores (FlashAttention-3's ping-pong) took 1.01 to 1.03 times as long as none."""
 
+INTERPRETED = 2
+"""Instead, in interpret mode: there each warpgroup waits in a thread of XLA's pool, which has one for each core, or in
+the caller's. Three computing and one that fetches starve on two cores (jax 0.11.2)."""
+
 REGISTERS = {2: (240, 24), 3: (160, 32)}
 """Of a thread that computes and of one that fetches, by the number of warpgroups that compute; 64 K in all."""
 
@@ -160,6 +164,11 @@ def kernel(
         kernel_name=name,
     )
     return lambda *args: call(jax.new_ref(jnp.zeros(1, jnp.int32)), *args)
+
+
+def warpgroups(dim: int, interpret: bool) -> int:
+    """That compute."""
+    return INTERPRETED if interpret else COMPUTE[dim]
 
 
 def flat(tile: Any, interpret: bool) -> Any:

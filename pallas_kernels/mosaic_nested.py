@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 from . import mosaic_common as common
 from .layout import Layout
 from .mask import EVERYTHING, Band, Segment, band, ring, steps, tile_at
-from .mosaic_common import COMPUTE, KEYS, ROWS
+from .mosaic_common import KEYS, ROWS, across
 from .mosaic_jobs import Jobs
 
 
@@ -32,7 +32,7 @@ def nested_arrow_attention(
     interpret: bool,
 ) -> Float[Array, "W+1 B T N H"]:
     batch, _, heads, dim = q.shape
-    jobs = Jobs(layout, COMPUTE[dim] * ROWS, heads, batch)
+    jobs = Jobs(layout, common.warpgroups(dim, interpret) * ROWS, heads, batch)
     windows = jnp.append(half_windows, jnp.int32(EVERYTHING))
     body = partial(_attend, jobs=jobs, count=len(windows), interpret=interpret)
     outputs = jax.ShapeDtypeStruct((len(windows), *q.shape), q.dtype)
@@ -54,7 +54,10 @@ class Edges(NamedTuple):
 
     segments: tuple[Segment, ...]
     text_steps: Any
+    left_steps: Any
+    """Of those that follow: they keep the ring's keys on the left of the diagonal, the rest those on its right."""
     inner: Any
+    """-1: none. Then there is one side, from edge to edge."""
     outer: Any
 
 
@@ -65,15 +68,19 @@ class Rings:
         last = first + rows - 1
         self.layout, self.windows = layout, windows
         self.is_text = (last < layout.visual.start) | (first >= layout.visual.stop)
-        start = layout.visual.start
-        self.band = partial(band, first - start, last - start, num_visual=layout.num_visual, keys=KEYS)
+        self.first = first - layout.visual.start
+        self.band = partial(band, self.first, last - layout.visual.start, num_visual=layout.num_visual, keys=KEYS)
 
     def __call__(self, index: Any) -> tuple[tuple[Segment, ...], Edges]:
         """Steps without and with masks. Text queries see everything in the first ring and nothing in those after."""
         inner, outer = self.windows[jnp.maximum(index - 1, 0)], self.windows[index]
         inner, outer = (jnp.where(self.is_text, jnp.int32(EVERYTHING), window) for window in (inner, outer))
         kept, before = self.band(half_window=outer), self.band(half_window=inner)
-        here = ring(Band(*(jnp.where(index == 0, kept.inner_start, edge) for edge in before)), kept)
+        before = Band(*(jnp.where(index == 0, kept.inner_start, edge) for edge in before))
+        here = ring(before, kept)
+        # Tiles that both inner edges cut count for both sides: an interval is one comparison, a ring would be two.
+        right = jnp.clip((self.first + inner + 1) // KEYS, before.start, before.stop)
+        masked = *here.masked[:2], (right, before.stop), here.masked[3]
         whole, ragged = divmod(self.layout.num_text, KEYS)
         text = self.layout.text.start
         whole_steps, ragged_steps = (jnp.where(index == 0, jnp.int32(n), 0) for n in (whole, int(ragged > 0)))
@@ -81,10 +88,11 @@ class Rings:
             (of_text, *(Segment(self.layout.visual.start + start * KEYS, stop - start) for start, stop in ranges))
             for of_text, ranges in (
                 (Segment(text, whole_steps), here.clean),
-                (Segment(text + whole * KEYS, ragged_steps), here.masked),
+                (Segment(text + whole * KEYS, ragged_steps), masked),
             )
         )
-        return clean, Edges(masked, ragged_steps, jnp.where(index == 0, jnp.int32(-1), inner), outer)
+        inner = jnp.where(index == 0, jnp.int32(-1), inner)
+        return clean, Edges(masked, ragged_steps, steps(masked[1:3]), inner, outer)
 
 
 def _attend(windows, q, k, v, out, shared, *, jobs: Jobs, count: int, interpret: bool):
@@ -143,17 +151,14 @@ def _attend(windows, q, k, v, out, shared, *, jobs: Jobs, count: int, interpret:
 
 def _kept(layout: Layout, row: Any, edges: Edges, step: Any) -> Bool[Array, "64 128"]:
     first_key, inner, outer, stop = tile_at(step, edges.segments, KEYS), edges.inner, edges.outer, layout.visual.stop
+    is_left = step < edges.text_steps + edges.left_steps
+    low = jnp.where(is_left | (inner < 0), -outer, inner + 1)
+    high = jnp.where(is_left & (inner >= 0), -inner - 1, outer)
     if layout.num_text % KEYS:
         of_text = step < edges.text_steps
-        inner, outer = jnp.where(of_text, jnp.int32(-1), inner), jnp.where(of_text, jnp.int32(2 * EVERYTHING), outer)
+        low, high = jnp.where(of_text, jnp.int32(-EVERYTHING), low), jnp.where(of_text, jnp.int32(EVERYTHING), high)
         stop = jnp.where(of_text, jnp.int32(layout.text.stop), jnp.int32(stop))
-    rows, keys = common.rows_from(row - first_key), common.key_index()
-    least, most = rows - outer, jnp.minimum(rows + outer, stop - 1 - first_key)
-    return _within(keys, least, most - least + 1) & ~_within(keys, rows - inner, 2 * inner + 1)
-
-
-def _within(keys: Int[Array, "64 128"], first: Int[Array, "64"], count: Any) -> Bool[Array, "64 128"]:
-    """Which keys are of the `count` from `first` on; none if that is not positive. One comparison, unsigned."""
-    count = jnp.maximum(count, 0).astype(jnp.uint32)
-    count = common.across(count, KEYS) if count.ndim else count
-    return (keys - common.across(first, KEYS)).astype(jnp.uint32) < count
+    rows = common.rows_from(row - first_key)
+    least, most = rows + low, jnp.minimum(rows + high, stop - 1 - first_key)
+    count = jnp.maximum(most - least + 1, 0).astype(jnp.uint32)
+    return (common.key_index() - across(least, KEYS)).astype(jnp.uint32) < across(count, KEYS)

@@ -52,10 +52,14 @@ def test_arrows_equal_the_oracle(implementation, data, seed):
 
 MORE_PARTS_THAN_TILES = Layout(1, 64, text_first=False), [FULL], Tiles(16, 64, 4, 2, 64)
 BAND = Layout(40, 230, text_first=True), [70, 33, CACHED], Tiles(32, 32, 4, 2)
+LARGEST = 2**31 - 1
+BEYOND = Layout(40, 230, text_first=False), [LARGEST, CACHED, 7], Tiles(32, 32, 4, 2)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize(("layout", "half_window", "tiles"), [MORE_PARTS_THAN_TILES, BAND], ids=["parts", "band"])
+@pytest.mark.parametrize(
+    ("layout", "half_window", "tiles"), [MORE_PARTS_THAN_TILES, BAND, BEYOND], ids=["parts", "band", "beyond"]
+)
 def test_examples_equal_the_oracle(implementation, layout, half_window, tiles):
     shape = 1, layout.length, len(half_window), 64
     check_arrows(implementation, (layout, np.array(half_window, np.int32), shape, dtype_for(implementation), tiles), 0)
@@ -121,10 +125,21 @@ except (ImportError, NotImplementedError) as error:
 def test_nested_outputs_equal_their_own_calls(implementation, data):
     layout, _, (batch, length, _, dim), dtype, tiles = data.draw(calls(**DRAWN[implementation]))
     ladder = data.draw(st.lists(windows(layout.num_visual, 0), min_size=1, max_size=4, unique=True).map(sorted))
-    q, k, v = (draw((batch, length, 1, dim), seed, dtype) for seed in range(3))
+    check_nested(implementation, layout, ladder, (batch, length, 1, dim), dtype, tiles)
+
+
+@pytest.mark.parametrize("implementation", NESTED)
+@pytest.mark.parametrize("ladder", [[0, 1, 5, LARGEST], [63, 64, 127, 128, 200]], ids=["narrow", "edges of tiles"])
+def test_rings_that_share_tiles(implementation, ladder):
+    layout = Layout(40, 430, text_first=False)
+    check_nested(implementation, layout, ladder, (1, layout.length, 1, 64), dtype_for(implementation), None)
+
+
+def check_nested(implementation, layout, ladder, shape, dtype, tiles):
+    q, k, v = (draw(shape, seed, dtype) for seed in range(3))
     options = {"layout": layout, "implementation": implementation, "interpret": implementation in arrow.KERNELS}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(arrow, "tiles_for", lambda *_: tiles)
+        patch.setattr(arrow, "tiles_for", lambda *_: tiles or Tiles(32, 32, 4, 2))
         outs = jax.jit(partial(nested_arrow_attention, **options))(q, k, v, jnp.array(ladder, jnp.int32))
     assert outs.shape == (len(ladder) + 1, *q.shape)
     assert outs.dtype == dtype
