@@ -88,8 +88,28 @@ class Shared(NamedTuple):
     staging: Any
     """A tile of 64 rows of output for each warpgroup that computes."""
 
+    def specialize(self, jobs: Jobs, compute: Callable, fetch: Callable, counter: Any, interpret: bool) -> None:
+        """Run all jobs of this block, each warpgroup its part of them."""
+        computing, warpgroup = self.queries.tiles.shape[0], lax.axis_index("warpgroup")
+
+        @pl.when(warpgroup < computing)
+        def compute_all():
+            plgpu.set_max_registers(REGISTERS[computing][0], action="increase")
+            for barrier in (self.queries.free.at[warpgroup], *self._read_by_all):
+                plgpu.barrier_arrive(barrier)
+            jobs.each(compute, self.queue.read)
+            plgpu.wait_smem_to_gmem(0)
+
+        @pl.when(warpgroup == computing)
+        def fetch_all():
+            plgpu.set_max_registers(REGISTERS[computing][1], action="decrease")
+            jobs.each(fetch, partial(self.queue.post, counter=counter, interpret=interpret))
+            # A block must not end with a phase of a barrier that nobody has seen.
+            for barrier in (*(self.queries.free.at[i] for i in range(computing)), *self._read_by_all):
+                plgpu.barrier_wait(barrier)
+
     @property
-    def read_by_all(self) -> Iterator[Any]:
+    def _read_by_all(self) -> Iterator[Any]:
         """The barriers by which all warpgroups that compute say that they have read something."""
         for free in self.ring.free:
             yield from (free.at[slot] for slot in range(STAGES))
@@ -119,30 +139,13 @@ def kernel(
     def barriers(arrivals: int, count: int) -> Any:
         return plgpu.Barrier(num_arrivals=arrivals, num_barriers=count)
 
-    def specialize(counter, *refs, shared):
-        jobs, compute, fetch = body(*refs, shared)
-        warpgroup = lax.axis_index("warpgroup")
-
-        @pl.when(warpgroup < computing)
-        def compute_all():
-            plgpu.set_max_registers(REGISTERS[computing][0], action="increase")
-            for barrier in (shared.queries.free.at[warpgroup], *shared.read_by_all):
-                plgpu.barrier_arrive(barrier)
-            jobs.each(compute, shared.queue.read)
-            plgpu.wait_smem_to_gmem(0)
-
-        @pl.when(warpgroup == computing)
-        def fetch_all():
-            plgpu.set_max_registers(REGISTERS[computing][1], action="decrease")
-            jobs.each(fetch, partial(shared.queue.post, counter=counter, interpret=interpret))
-            # A block must not end with a phase of a barrier that nobody has seen.
-            for barrier in (*(shared.queries.free.at[i] for i in range(computing)), *shared.read_by_all):
-                plgpu.barrier_wait(barrier)
+    def run(counter, *refs, shared):
+        shared.specialize(*body(*refs, shared), counter, interpret)
 
     def allocate(*refs):
         filled, free = barriers(columns, STAGES), barriers(computing, STAGES)
         pl.run_scoped(
-            lambda queries, ring, queue, staging: specialize(
+            lambda queries, ring, queue, staging: run(
                 *refs, shared=Shared(Queries(*queries), Ring(*ring), Queue(*queue), staging)
             ),
             (tiles(computing, ROWS), barriers(columns, computing), barriers(1, computing)),
