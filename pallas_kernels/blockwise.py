@@ -45,11 +45,17 @@ Carry = tuple[Array, Array, Array]  # of the keys so far: maximum, sum of weight
 Carries = tuple[Carry, ...]
 
 
+@jax.custom_vjp
 def dense_attention(
     q: Float[Array, "B T N H"], k: Float[Array, "B S N H"], v: Float[Array, "B S N H"]
 ) -> Float[Array, "B T N H"]:
     """Softmax attention over every key; scores, sums and outputs accumulate in float32."""
     return jax.lax.platform_dependent(q, k, v, cpu=tiled_attention, default=chunked_attention)
+
+
+dense_attention.defvjp(  # tiles compute with the bits of floats, which have no gradient
+    lambda q, k, v: jax.vjp(chunked_attention, q, k, v), lambda pull_back, cotangent: pull_back(cotangent)
+)
 
 
 def chunked_attention(

@@ -1,5 +1,7 @@
 """Attention implementations against a float64 oracle, and what bad input is told."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -74,6 +76,20 @@ def test_dense_attention_of_some_rows():
     q, k, v = draw((1, 40, 2, 16)), draw((1, 50, 2, 16), 1), draw((1, 50, 2, 16), 2)
     out = arrow_attention(q, k, v, layout=Layout(10, 40, False))
     np.testing.assert_allclose(out, oracle(q, k, v), atol=2e-6)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_dense_attention_has_gradients(dtype):
+    layout = Layout(10, 40, True)
+    q, k, v = (draw((2, 50, 2, 16), seed, dtype) for seed in range(3))
+
+    def gradients(implementation):
+        attend = partial(arrow_attention, layout=layout, implementation=implementation)
+        return jax.grad(lambda *x: jnp.square(attend(*x).astype(jnp.float32)).sum(), argnums=(0, 1, 2))(q, k, v)
+
+    for got, want in zip(gradients("blockwise"), gradients("reference"), strict=True):
+        got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
+        assert np.linalg.norm(got - want) < (1e-5 if dtype == jnp.float32 else 2e-2) * np.linalg.norm(want)
 
 
 def test_products_are_ieee_float32_and_chunked_on_a_gpu():
