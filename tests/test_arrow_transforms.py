@@ -8,7 +8,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from attention_cases import IMPLEMENTATIONS, NEEDS_JAX_TRITON, assert_close, draw, dtype_for
+from attention_cases import (
+    IMPLEMENTATIONS,
+    NEEDS_JAX_TRITON,
+    NEEDS_MOSAIC,
+    assert_close,
+    attention,
+    draw,
+    dtype_for,
+    kept_pairs,
+)
 
 from pallas_kernels import CACHED, FULL, Layout, arrow, arrow_attention, nested_arrow_attention
 from pallas_kernels.tiles import Tiles
@@ -135,6 +144,24 @@ Q = draw((1, 10, 2, 8))
 ARROW = {"layout": Layout(2, 8, True), "q": Q, "k": Q, "v": Q, "half_window": jnp.zeros(2, jnp.int32)}
 
 
+@NEEDS_MOSAIC
+def test_dense_attention_by_mosaic_has_gradients():
+    layout = Layout(5, 70, True)
+    q, k, v = (draw((1, 75, 2, 64), seed, jnp.bfloat16) for seed in range(3))
+    mosaic = partial(arrow_attention, layout=layout, implementation="mosaic", interpret=True)
+    assert_close(mosaic(q, k, v), attention(q, k, v, kept_pairs([FULL, FULL], layout), np.float64), 0.02)
+
+    def gradients(attend):
+        return jax.grad(lambda *x: jnp.square(attend(*x).astype(jnp.float32)).sum(), argnums=(0, 1, 2))(q, k, v)
+
+    expected = gradients(partial(arrow_attention, layout=layout, implementation="blockwise"))
+    for got, want in zip(gradients(mosaic), expected, strict=True):
+        assert np.abs(np.asarray(want, np.float32)).max() > 0.1
+        np.testing.assert_array_equal(got, want)
+    with pytest.raises(NotImplementedError, match=r"every query: q.shape\[1\]=70 but k.shape\[1\]=75"):
+        mosaic(q[:, :70], k, v)
+
+
 @pytest.mark.usefixtures("no_shape_checks")
 @pytest.mark.parametrize(
     ("change", "message"),
@@ -212,6 +239,27 @@ def test_jax_triton_has_no_nested_kernel():
         )
 
 
+def programs_for(gpu):
+    device = jax.sharding.AbstractDevice(device_kind=gpu, num_cores=None, platform="gpu")
+    return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device))
+
+
+@pytest.mark.parametrize(
+    ("gpu", "dim", "dtype", "implementation"),
+    [
+        ("NVIDIA H200", 64, jnp.bfloat16, "mosaic"),
+        ("NVIDIA H100 80GB HBM3", 128, jnp.bfloat16, "cudnn"),
+        ("NVIDIA A100-SXM4-40GB", 64, jnp.bfloat16, "cudnn"),
+        ("NVIDIA H200", 64, jnp.float32, "blockwise"),
+    ],
+)
+def test_dense_attention_on_an_nvidia_gpu(gpu, dim, dtype, implementation):
+    with programs_for(gpu):
+        choice = arrow.dense_implementation(dtype, dim)
+    older = jax.__version_info__ < (0, 11)
+    assert choice.implementation == ("cudnn" if implementation == "mosaic" and older else implementation)
+
+
 @pytest.mark.parametrize(
     ("gpu", "dim", "dtype", "implementation"),
     [
@@ -223,8 +271,7 @@ def test_jax_triton_has_no_nested_kernel():
     ],
 )
 def test_the_default_on_an_nvidia_gpu(gpu, dim, dtype, implementation):
-    device = jax.sharding.AbstractDevice(device_kind=gpu, num_cores=None, platform="gpu")
-    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device)):
+    with programs_for(gpu):
         choice = arrow.arrow_implementation(dtype, dim)
     if implementation == "mosaic" and jax.__version_info__ < (0, 11):
         assert choice.implementation == "triton" and "jax 0.11" in choice.why
