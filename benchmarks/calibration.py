@@ -25,6 +25,7 @@ from benchmarks.machine import describe_machine
 from benchmarks.sampling import CPU, GPU, cut_sd35
 from dfa2_jax import Method, calibration
 from dfa2_jax.models.attention import arrow_attention
+from dfa2_jax.models.layers import XLA_OPTIONS
 from dfa2_jax.sampling import denoise
 from dfa2_jax.search import choose
 from pallas_kernels.layout import FULL
@@ -65,7 +66,8 @@ def stepper(loop: Loop, kind: type, tiles: tuple[int, int]) -> Any:
         with patch.object(calibration, "Calibrating", kind):
             return calibration.calibrate_step.__wrapped__(*args, **kwargs)
 
-    step = jax.jit(calibrate_step, static_argnums=0, static_argnames=names, donate_argnums=3)
+    options = {"donate_argnums": 3, "compiler_options": XLA_OPTIONS}
+    step = jax.jit(calibrate_step, static_argnums=0, static_argnames=names, **options)
     budget = calibration.Budget.of(0.4, 1.5, loop.config.num_attention_heads)
     return partial(step, loop.graph, loop.params, inputs=loop.inputs, i=1, budget=budget), {
         "candidates": CANDIDATES,

@@ -10,7 +10,6 @@ programs. `pallas_kernels.aot` says what must be installed.
 import argparse
 import json
 import time
-from collections.abc import Iterator
 from importlib.metadata import version
 from itertools import product
 from pathlib import Path
@@ -25,9 +24,6 @@ from pallas_kernels.hlo import weight_copies
 from tests.real_shapes import PUBLISHED, denoise_arguments
 
 GPU, BYTES_PER_SECOND = "h200", 4.8e12
-PRODUCTS = {"Triton": None, "cuBLAS": {"xla_gpu_enable_triton_gemm": False}}
-"""Who computes matrix products. Without a GPU to time them on, XLA takes Triton for all of them."""
-
 NOTES = """\
 Compiled for one {gpu} without a GPU, jax {jax}, cuDNN {cudnn}: `python -m benchmarks.compile`.
 
@@ -36,7 +32,6 @@ Compiled for one {gpu} without a GPU, jax {jax}, cuDNN {cudnn}: `python -m bench
   slices that are taken out of a stack of layers before a matrix product reads them. `of weights` is their share of the
   model. They are read and written once: `costs` is that time at {rate} TB/s, had it nothing to hide behind.
 - Copied before the first step: {once} bytes at most. The largest buffer of such a copy: {largest:.0f} MB.
-- Products: on a GPU, XLA times both for each product and takes the faster. Here one is taken for all.
 - Compile: wall seconds of two cores that had other work beside, and in brackets the CPU seconds it took.
 """
 
@@ -47,7 +42,6 @@ class Row(NamedTuple):
     model: str
     pixels: int
     layers: str
-    products: str
     lower_seconds: float
     compile_seconds: float
     cpu_seconds: float
@@ -67,7 +61,6 @@ class Row(NamedTuple):
             self.model,
             self.pixels,
             self.layers,
-            self.products,
             f"{self.lower_seconds:.1f}",
             f"{self.compile_seconds:.0f} ({self.cpu_seconds:.0f})",
             f"{self.hlo_bytes / 1e6:.1f}",
@@ -81,32 +74,24 @@ class Row(NamedTuple):
 
 
 HEADER = (
-    "| model | px | layers | products | lower s | compile s | HLO MB | peak GB | temp GB | copied per step GB "
-    "| of weights | costs ms |\n" + "|---" * 12 + "|"
+    "| model | px | layers | lower s | compile s | HLO MB | peak GB | temp GB | copied per step GB "
+    "| of weights | costs ms |\n" + "|---" * 11 + "|"
 )
 
 
-def cases(models: list[str], pixels: list[int]) -> Iterator[tuple[str, int, str, str]]:
-    """What is compiled. Unrolled programs take minutes each: with XLA's own choice of products only."""
-    for layers, kinds in (("scanned", tuple(PRODUCTS)), ("unrolled", ("Triton",))):
-        for size, products, model in product(pixels, kinds, models):
-            yield model, size, layers, products
-
-
-def measure(target: aot.Target, model: str, pixels: int, layers: str, products: str) -> Row:
+def measure(target: aot.Target, layers: str, pixels: int, model: str) -> Row:
     jax.clear_caches()  # a lowering starts from nothing, as a user's first does
     graph, *arrays = denoise_arguments(model, pixels)
     params, *_ = arrays = target.abstract(arrays)
-    unroll, options = layers == "unrolled" or 1, PRODUCTS[products]
+    unroll = layers == "unrolled" or 1
     started = time.process_time()
-    compiled = aot.compile_for(target, denoise, graph, *arrays, unroll=unroll, implementation="cudnn", options=options)
+    compiled = aot.compile_for(target, denoise, graph, *arrays, unroll=unroll, implementation="cudnn")
     cpu_seconds = time.process_time() - started
     copies = weight_copies(compiled.hlo)
     return Row(
         model=model,
         pixels=pixels,
         layers=layers,
-        products=products,
         lower_seconds=compiled.lower_seconds,
         compile_seconds=compiled.compile_seconds,
         cpu_seconds=cpu_seconds,
@@ -137,7 +122,7 @@ def write(out: Path, rows: list[Row]) -> None:
         once=max(row.copied_once for row in rows),
         largest=max(row.largest_copy for row in rows) / 1e6,
     )
-    ordered = sorted(rows, key=lambda row: (list(PUBLISHED).index(row.model), row.pixels, row.layers, row.products))
+    ordered = sorted(rows, key=lambda row: (list(PUBLISHED).index(row.model), row.pixels, row.layers))
     out.with_suffix(".md").write_text("\n".join([notes, HEADER, *(row.markdown() for row in ordered)]) + "\n")
 
 
@@ -149,7 +134,7 @@ def main() -> None:
     args = parser.parse_args()
     target, rows = aot.target(GPU), []
     print(HEADER)
-    for case in cases(args.models, args.pixels):
+    for case in product(("scanned", "unrolled"), args.pixels, args.models):
         rows.append(measure(target, *case))
         print(rows[-1].markdown(), flush=True)
         write(args.out, rows)

@@ -24,6 +24,7 @@ from pallas_kernels.layout import CACHED, FULL, Layout
 from pallas_kernels.mask import count_tiles
 
 from .models.attention import Heads, Memory, PlanRow, Project, arrow_attention, nested_arrow_attention
+from .models.layers import XLA_OPTIONS
 from .pipeline import Pipeline
 from .plan import CACHED_METHOD, FULL_METHOD, Method, Plan
 from .progress import Progress, digest_of
@@ -159,6 +160,7 @@ def relative_errors(parts: Moments) -> Float[Array, "N M"]:
     jax.jit,
     static_argnames=("graph", "candidates", "tiles", "chunk", "implementation", "rounding"),
     donate_argnames=("latents", "caches"),
+    compiler_options=XLA_OPTIONS,
 )
 def calibrate_step(
     graph: nnx.GraphDef,

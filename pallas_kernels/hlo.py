@@ -47,7 +47,7 @@ class Instruction(NamedTuple):
         return match[1] if match else ""
 
 
-def weight_copies(hlo: str, argument: str = "params") -> list[WeightCopy]:
+def weight_copies(hlo: str, argument: str = "params", *, unknown: int | None = None) -> list[WeightCopy]:
     """Every buffer that a program fills with weights alone: slices out of a stack, concatenated, transposed, converted.
 
     Each costs a read and a write of its bytes. A slice that a matrix product takes from the stack where it lies has no
@@ -56,11 +56,12 @@ def weight_copies(hlo: str, argument: str = "params") -> list[WeightCopy]:
     Args:
         hlo: text of one compiled module.
         argument: name of the jitted function's argument that holds the weights.
+        unknown: iterations of an inner loop whose number is not known.
 
     Raises:
-        ValueError: no such argument, or a copy in an inner loop whose number of iterations is not known.
+        ValueError: no such argument, or a copy in an inner loop whose number of iterations is not known nor given.
     """
-    module = _Module(hlo)
+    module = _Module(hlo, unknown)
     found = {
         int(i.operands[0]): Source.WEIGHT if i.attribute(r'op_name="(\w+)') == argument else Source.OTHER
         for i in module.computations[module.entry]
@@ -76,7 +77,8 @@ def weight_copies(hlo: str, argument: str = "params") -> list[WeightCopy]:
 class _Module:
     """Runs a module on `Source`s in place of numbers."""
 
-    def __init__(self, hlo: str):
+    def __init__(self, hlo: str, unknown: int | None):
+        self.unknown = unknown
         self.computations: dict[str, list[Instruction]] = {}
         for line in re.sub(r"/\*.*?\*/", "", hlo).splitlines():
             if header := re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line):
@@ -137,6 +139,7 @@ class _Module:
             carry = after
         inside: list[WeightCopy] = []
         count = instruction.attribute(r'known_trip_count":\{"n":"(\d+)"') if in_loop else "1"
+        count = count or str(self.unknown or "")
         self.run(body, [carry], inside, times=times * int(count or 0), in_loop=True)
         if inside and not count:
             raise ValueError(f"{instruction.name} copies {inside[0].shape} of weights an unknown number of times.")

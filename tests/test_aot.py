@@ -97,6 +97,8 @@ def test_copies_are_counted_per_iteration_of_the_outermost_loop():
 def test_a_copy_in_a_loop_of_unknown_length_is_an_error():
     with pytest.raises(ValueError, match=r"inner copies bf16\[1,8,4\] of weights an unknown number of times"):
         weight_copies(NESTED_LOOPS.replace(", TRIP_COUNT", ""))
+    told = weight_copies(NESTED_LOOPS.replace(", TRIP_COUNT", ""), unknown=6)
+    assert told == weight_copies(NESTED_LOOPS.replace("TRIP_COUNT", KNOWN))
 
 
 def test_weights_are_an_argument_of_the_program():

@@ -36,12 +36,12 @@ ALLOWED = {
     "dfa2_jax.search": [],
     "dfa2_jax.calibration": [
         *(f"dfa2_jax.{name}" for name in ("models.attention", "pipeline", "plan", "progress", "sampling", "setting")),
-        *("dfa2_jax.search", "pallas_kernels.layout", "pallas_kernels.mask"),
+        *("dfa2_jax.search", "dfa2_jax.models.layers", "pallas_kernels.layout", "pallas_kernels.mask"),
     ],
     "dfa2_jax.checkpoint": ["dfa2_jax.faults", "dfa2_jax.schedule", "dfa2_jax.tokenizers"],
     "dfa2_jax.tokenizers": [],
     "dfa2_jax.schedule": [],
-    "dfa2_jax.sampling": ["dfa2_jax.models"],
+    "dfa2_jax.sampling": ["dfa2_jax.models", "pallas_kernels.layout"],
     "dfa2_jax.families": ["dfa2_jax.models", "dfa2_jax.schedule"],
     "dfa2_jax.request": ["dfa2_jax.families"],
     "dfa2_jax.pipeline": [

@@ -12,6 +12,7 @@ from dfa2_jax import Method
 from dfa2_jax.calibration import PLANNING_TILES, Budget, calibrate_step
 from dfa2_jax.sampling import denoise, denoise_planned
 from pallas_kernels import aot
+from pallas_kernels.hlo import weight_copies
 
 INSTRUCTION = re.compile(r"\s*(?:ROOT )?%?([\w.-]+) = (\S+?)(?:\{[^ ]*\})? ([\w-]+)\((.*)")
 IN_PLACE = {"parameter", "get-tuple-element", "bitcast", "custom-call", "dynamic-update-slice"}
@@ -63,14 +64,21 @@ def test_the_reading_of_hlo_sees_what_it_must():
     assert made == {"copy": 1} and reads["body"] == 2  # the copy, and the slice
 
 
+def copied_share(compiled, params):
+    """Of the weights, in one step."""
+    copied = sum(copy.num_bytes * copy.times for copy in weight_copies(compiled.hlo, unknown=1) if copy.in_loop)
+    return copied / sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
+
+
 @pytest.mark.aot
 @pytest.mark.parametrize("name", ["FLUX.1-dev", "SD3.5-medium"])
-def test_caches_stay_where_they_are(name):
+def test_caches_and_weights_stay_where_they_are(name):
     target = aot.target("h200")
     graph, *rest = planned_arguments(name, 1024)
     caches = rest[2]
     planned = aot.compile_for(target, denoise_planned, graph, *target.abstract(tuple(rest)))
     graph, *rest = denoise_arguments(name, 1024)
+    params = rest[0]
     dense = aot.compile_for(target, denoise, graph, *target.abstract(tuple(rest)))
 
     leaves = jax.tree.leaves(caches)
@@ -83,6 +91,8 @@ def test_caches_stay_where_they_are(name):
     )
     assert planned.alias_bytes >= sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
     assert planned.temp_bytes <= 1.05 * dense.temp_bytes
+    assert copied_share(dense, params) < 0.001, "biases alone: products read their weights in the stack"
+    assert copied_share(planned, params) < 0.2, "q, k and v too, in the steps that branch, and in no others"
 
 
 @pytest.mark.aot

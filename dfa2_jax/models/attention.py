@@ -13,6 +13,7 @@ from pallas_kernels import CACHED, Layout
 from pallas_kernels import arrow_attention as arrow_attention
 from pallas_kernels import arrow_implementation as arrow_implementation
 from pallas_kernels import dense_implementation as dense_implementation
+from pallas_kernels import gpu_kind as gpu_kind
 from pallas_kernels import nested_arrow_attention as nested_arrow_attention
 
 Heads = Float[Array, "B T N H"]
@@ -68,9 +69,14 @@ class PlanRow(NamedTuple):
 
 @dataclass(frozen=True)
 class Planned:
-    """Each head in full, inside an arrow or reused (DiTFastAttnV2, section 3). Remembers every layer's output."""
+    """Each head in full, inside an arrow or reused (DiTFastAttnV2, section 3). Remembers every layer's output.
+
+    `skip`: a layer whose heads are all cached makes no queries, keys and values. It takes a branch around the
+    projections of every layer.
+    """
 
     implementation: str | None = None
+    skip: bool = True
 
     def __call__(
         self, project: Project, layout: Layout, memory: Float[Array, "L B T N H"], row: PlanRow
@@ -86,9 +92,9 @@ class Planned:
                 implementation=self.implementation,
             )
 
-        if row.half_window is None:
+        if row.half_window is None or not self.skip:
             memory = compute(project, memory)
-        else:  # a layer whose heads are all cached needs no queries, keys and values
+        else:
             idle = jnp.all(row.half_window == CACHED)
             best = arrow_implementation(memory.dtype, memory.shape[-1]).implementation
             if (self.implementation or best) == "triton":

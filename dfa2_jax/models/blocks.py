@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 from pallas_kernels.layout import Layout
 
 from .attention import NOTHING, Attend, Heads, Memory
-from .layers import MLP, AdaLN, AdaLNOut, RMSNorm, layer_norm, linear, merge_heads, split_heads
+from .layers import MLP, AdaLN, AdaLNOut, Linear, RMSNorm, layer_norm, linear, merge_heads, split_heads
 
 Rope = tuple[Float[Array, "S half"], Float[Array, "S half"]]
 
@@ -34,7 +34,7 @@ class Attention(nnx.Module):
         dtype: DTypeLike,
         rngs: nnx.Rngs,
     ):
-        def project() -> nnx.Linear:
+        def project() -> Linear:
             return linear(width, width, dtype=dtype, rngs=rngs)
 
         def norm() -> RMSNorm | None:
