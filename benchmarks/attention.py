@@ -163,7 +163,8 @@ def contenders(shape: Shape) -> tuple[dict[str, Callable[[], Any]], dict[str, st
     calls["nested"] = partial(nested, q, k, v, jnp.array(ladder, jnp.int32))
     as_float = partial(np.asarray, dtype=np.float64)
     full = plans["full"]
-    dense = jax.jit(partial(arrow_attention, layout=shape.layout))
+    baseline = "cudnn" if jax.default_backend() == "gpu" else None
+    dense = jax.jit(partial(arrow_attention, layout=shape.layout, implementation=baseline))
     add("dense", partial(dense, q, k, v), as_float, full)
     scores = 4 * shape.batch * shape.heads * shape.layout.length**2
     if scores <= LARGEST_SCORES:

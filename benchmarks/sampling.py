@@ -25,6 +25,7 @@ import jax.numpy as jnp
 
 from benchmarks.loops import Loop, interleaved, kept, ratio
 from benchmarks.machine import describe_machine
+from pallas_kernels import dense_implementation
 
 
 class Case(NamedTuple):
@@ -113,6 +114,8 @@ def measure(loop: Loop, targets: tuple[float, ...], rounds: int, steps: int) -> 
         "dense": lambda: loop.dense(1, stop),
         "without attention": lambda: loop.rest(1, stop),
     }
+    if dense_implementation(loop.dtype, loop.config.attention_head_dim).implementation == "mosaic":
+        runs["dense by cuDNN"] = lambda: loop.dense(1, stop, implementation="cudnn")
     plans = {}
     for kind, cached in (("mixed", True), ("arrows", False)):
         for target in targets:
@@ -147,6 +150,8 @@ def measure(loop: Loop, targets: tuple[float, ...], rounds: int, steps: int) -> 
         pairs, speedup = kept(plan, range(1, stop)), ratio(times, "dense", name)
         ceiling = 1 / (1 - share * (1 - pairs))
         row["plans"][name] = {"kept": pairs, "speedup": speedup, "ceiling": ceiling, "of_ceiling": speedup / ceiling}
+        if "dense by cuDNN" in runs:
+            row["plans"][name]["speedup_over_cudnn"] = ratio(times, "dense by cuDNN", name)
     if stats := jax.devices()[0].memory_stats():
         row["peak_gb"] = stats["peak_bytes_in_use"] / 1e9
     return row
