@@ -166,7 +166,7 @@ def random_like(shapes: Any) -> Any:
     return jax.tree.unflatten(tree, [draw(key, x.shape, x.dtype) for key, x in zip(keys, leaves, strict=True)])
 
 
-REST = 1.0
+REST = 0.5
 """Seconds before each call on a GPU. Without it a step's time is that of the power left by the steps before: on an H100
 FLUX.1-dev's at 1024 px took 125 ms rested and 132 in its own company, but 145 in that of programs that need more."""
 
