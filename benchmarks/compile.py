@@ -3,7 +3,7 @@
     JAX_PLATFORMS=cpu python3.12 -m benchmarks.compile [--models FLUX.1-dev ...] [--pixels 1024 2048]
 
 Compiles `dfa2_jax.sampling.denoise` (a traced number of steps, bfloat16, one image; SD3 with guidance) with its layers
-scanned and unrolled, and writes JSON and a Markdown table. About 20 minutes of CPU time, most of it for the unrolled
+scanned and unrolled, and writes JSON and a Markdown table. About 10 minutes of CPU time, most of it for the unrolled
 programs. `pallas_kernels.aot` says what must be installed.
 """
 

@@ -1,6 +1,6 @@
 """Compressed sampling over dense, end to end, next to the ceiling that Amdahl's law gives.
 
-    python -m benchmarks.sampling [CASE ...] [--rounds 5] [--steps 2] [--out FILE]
+    python -m benchmarks.sampling [CASE ...] [--rounds 5] [--steps 2] [--unrolled] [--out FILE]
 
 A case is a model of random weights at one size: on a CPU, cut-down SD3.5-medium whose attention takes the share of the
 arithmetic that it takes in SD3.5-medium at 1024 or 2048 px (0.38 and 0.70); on a GPU, SD3.5 and FLUX.1-dev at true
@@ -108,7 +108,7 @@ def arithmetic_share(loop: Loop) -> float:
     return products / (products + linear)
 
 
-def measure(loop: Loop, targets: tuple[float, ...], rounds: int, steps: int) -> dict[str, Any]:
+def measure(loop: Loop, targets: tuple[float, ...], rounds: int, steps: int, unrolled: bool) -> dict[str, Any]:
     stop, caches = 1 + steps, loop.caches()
     runs: dict[str, Callable[[], Any]] = {
         "dense": lambda: loop.dense(1, stop),
@@ -116,6 +116,8 @@ def measure(loop: Loop, targets: tuple[float, ...], rounds: int, steps: int) -> 
     }
     if dense_implementation(loop.dtype, loop.config.attention_head_dim).implementation == "mosaic":
         runs["dense by cuDNN"] = lambda: loop.dense(1, stop, implementation="cudnn")
+    if unrolled:
+        runs["dense unrolled"] = lambda: loop.dense(1, stop, unroll=True)
     plans = {}
     for kind, cached in (("mixed", True), ("arrows", False)):
         for target in targets:
@@ -164,6 +166,9 @@ def main() -> None:
     parser.add_argument("cases", nargs="*", metavar="CASE", help=f"of {', '.join(cases)}; default: all")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=2, help="timed at a time, after the first")
+    parser.add_argument(
+        "--unrolled", action="store_true", help="dense steps with unrolled layers too: compiles minutes"
+    )
     parser.add_argument("--out", type=Path, default=Path(f"benchmarks/results/sampling_{platform}.json"))
     args = parser.parse_args()
     if unknown := [case for case in args.cases if case not in cases]:
@@ -171,7 +176,7 @@ def main() -> None:
     result: dict[str, Any] = {"machine": describe_machine(), "device": jax.devices()[0].device_kind, "rows": {}}
     for name in args.cases or cases:
         loop = cases[name](args.steps + 1)
-        row = result["rows"][name] = measure(loop, TARGETS[platform], args.rounds, args.steps)
+        row = result["rows"][name] = measure(loop, TARGETS[platform], args.rounds, args.steps, args.unrolled)
         print(f"{name}: {row['ms_per_step']['dense']:.1f} ms a step, attention {row['attention_share']}", flush=True)
         for plan, found in row["plans"].items():
             print("  " + plan.ljust(13) + ", ".join(f"{key} {value:.3f}" for key, value in found.items()), flush=True)
