@@ -31,6 +31,7 @@ Compiled for one {gpu} without a GPU, jax {jax}, cuDNN {cudnn}: `python -m bench
 - Copied per step: bytes of buffers that a denoising step fills with nothing but weights (`pallas_kernels.hlo`), chiefly
   slices that are taken out of a stack of layers before a matrix product reads them. `of weights` is their share of the
   model. They are read and written once: `costs` is that time at {rate} TB/s, had it nothing to hide behind.
+- Attention is cuDNN's, for SD3's head_dim of 64 too, where one Hopper GPU runs Mosaic.
 - Copied before the first step: {once} bytes at most. The largest buffer of such a copy: {largest:.0f} MB.
 - Compile: wall seconds of two cores that had other work beside, and in brackets the CPU seconds it took.
 """

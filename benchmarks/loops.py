@@ -168,7 +168,7 @@ def random_like(shapes: Any) -> Any:
 
 REST = 0.5
 """Seconds before each call on a GPU. Without it a step's time is that of the power left by the steps before: on an H100
-FLUX.1-dev's at 1024 px took 125 ms rested and 132 in its own company, but 145 in that of programs that need more."""
+FLUX.1-dev's at 1024 px took 125 ms rested and 132 in a row, but 142 in the company of programs that need more power."""
 
 
 def interleaved(runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:

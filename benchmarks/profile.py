@@ -2,8 +2,8 @@
 
     python -m benchmarks.profile [CASE ...] [--rounds 5] [--out benchmarks/results/profile_gpu.json]
 
-Cases are those of benchmarks/sampling.py. The step is timed as it is shipped, with attention by cuDNN, and without
-these options, in turn; then each is traced once more, for the milliseconds of its kernels.
+Cases are those of benchmarks/sampling.py. The step is timed with attention by cuDNN, as it is shipped otherwise, and
+without these options, in turn; then each is traced once more, for the milliseconds of its kernels.
 """
 
 import argparse
@@ -17,7 +17,6 @@ from typing import Any
 
 import jax
 
-from benchmarks.attention import clock
 from benchmarks.loops import Loop, interleaved, ratio
 from benchmarks.machine import describe_machine
 from benchmarks.sampling import GPU
@@ -85,7 +84,6 @@ def measure(loop: Loop, rounds: int, steps: int) -> dict[str, Any]:
         row["kernels"][name] = {
             "ms": kinds,
             "gaps_ms": span / steps - sum(kinds.values()),
-            "clock_mhz": clock(),
             "longest": [[kernel[:80], ms / steps] for kernel, ms in list(found.items())[:20]],
         }
     return row
@@ -108,7 +106,7 @@ def main() -> None:
         print(f"{name}: {row['ms_per_step']}, {row['without_over_shipped']:.2f}", flush=True)
         for program, found in row["kernels"].items():
             kinds = ", ".join(f"{kind} {ms:.1f}" for kind, ms in found["ms"].items())
-            print(f"  {program}: {kinds}, gaps {found['gaps_ms']:.1f} at {found['clock_mhz']} MHz", flush=True)
+            print(f"  {program}: {kinds}, gaps {found['gaps_ms']:.1f}", flush=True)
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(result, indent=1) + "\n")
 

@@ -61,9 +61,9 @@ def euler_step(
 
 
 WORTH_BRANCHES = 1 / 8
-"""The share of layers that must be idle, all their heads cached, for a step to branch around projections. On an H100 at
-1024 px the branches take 3 to 4 % of a step (weights of products in a branch are taken out of their stack first), and
-an idle layer saves a quarter of its share."""
+"""A step branches around projections if more than this share of its layers is idle, all their heads cached. On an
+H100 at 1024 px the branches take 3 to 4 % of a step (weights of products in a branch are taken out of their stack
+first), and an idle layer saves a quarter of its share."""
 
 
 class PlanRows(NamedTuple):
@@ -89,8 +89,8 @@ def denoise(
     """Steps `start` to `stop` of the sampling loop on patchified latents, in float32.
 
     The whole loop and a single step are calls of this same program, so that progress and callbacks change no number.
-    Inside a jit of your own, where JAX allows no compiler options, call `denoise.__wrapped__` and give that jit
-    `models.layers.XLA_OPTIONS`.
+    Inside another jit, scan or map, where JAX allows no compiler options, call `denoise.__wrapped__` (so too
+    `denoise_planned`), and give the outermost jit `models.layers.XLA_OPTIONS`.
 
     Args:
         unroll: blocks compiled per iteration of a scan over layers.
@@ -150,7 +150,8 @@ def denoise_planned(
             carry = jax.lax.fori_loop(0, times, lambda _, carry, value=value: step(value, i, row, carry), carry)
         return carry
 
-    carry = jax.lax.cond(start == 0, first, lambda carry: carry, (latents, caches))
+    is_first = (jnp.asarray(start) == 0) & (stop > 0)
+    carry = jax.lax.cond(is_first, first, lambda carry: carry, (latents, caches))
     return jax.lax.fori_loop(jnp.maximum(start, 1), stop, later, carry)
 
 

@@ -54,9 +54,9 @@ def arrow_attention(
             them. The result does not depend on it. None: as they come.
         implementation: None picks the best for the device: for arrows "mosaic" on Hopper (16-bit, jax 0.11 or newer),
             "triton" on other NVIDIA GPUs and "blockwise" elsewhere; for dense attention "cudnn" (16-bit, NVIDIA),
-            "mosaic" where it is faster (Hopper, head_dim 64; gradients are cuDNN's) and "blockwise". "jax_triton",
-            with the extra `jax-triton`, is a kernel in Triton itself: it does not need Pallas's Triton, which JAX
-            will drop. "reference" is for tests.
+            "mosaic" where it is faster (one Hopper GPU, head_dim 64; gradients are cuDNN's) and "blockwise".
+            "jax_triton", with the extra `jax-triton`, is a kernel in Triton itself: it does not need Pallas's Triton,
+            which JAX will drop. "reference" is for tests.
         interpret: run a kernel ("triton", "mosaic", "jax_triton") on any device, slowly, for tests.
 
     Returns:
@@ -211,8 +211,10 @@ def dense_implementation(dtype: DTypeLike, head_dim: int) -> Choice:
     """What dense attention runs on."""
     if lacks := cudnn_lacks(dtype, head_dim):
         return Choice("blockwise", lacks)
-    if head_dim == 64 and row_for(gpu_kind()) == "H200" and mosaic_lacks(dtype, head_dim) is None:
-        return Choice("mosaic", "for Hopper: 1.16 to 1.21 times as fast as cuDNN, which computes gradients")
+    is_hopper = row_for(gpu_kind()) == "H200"
+    if head_dim == 64 and is_hopper and jax.device_count() == 1 and mosaic_lacks(dtype, head_dim) is None:
+        # on several GPUs a jit of sharded arrays would gather them for a kernel that XLA cannot split
+        return Choice("mosaic", "for one Hopper GPU: 1.16 to 1.21 times as fast as cuDNN, which computes gradients")
     return Choice("cudnn", "cuDNN's fused attention, for 16-bit inputs on NVIDIA GPUs; it has gradients")
 
 

@@ -45,7 +45,7 @@ Carry = tuple[Array, Array, Array]  # of the keys so far: maximum, sum of weight
 Carries = tuple[Carry, ...]
 
 
-@jax.custom_vjp
+@jax.custom_jvp
 def dense_attention(
     q: Float[Array, "B T N H"], k: Float[Array, "B S N H"], v: Float[Array, "B S N H"]
 ) -> Float[Array, "B T N H"]:
@@ -53,9 +53,10 @@ def dense_attention(
     return jax.lax.platform_dependent(q, k, v, cpu=tiled_attention, default=chunked_attention)
 
 
-dense_attention.defvjp(  # tiles compute with the bits of floats, which have no gradient
-    lambda q, k, v: jax.vjp(chunked_attention, q, k, v), lambda pull_back, cotangent: pull_back(cotangent)
-)
+@dense_attention.defjvp
+def _differentiate(primals: tuple[Array, Array, Array], tangents: tuple[Array, Array, Array]) -> tuple[Array, Array]:
+    """Tiles compute with the bits of floats, which have no gradient."""
+    return jax.jvp(chunked_attention, primals, tangents)
 
 
 def chunked_attention(

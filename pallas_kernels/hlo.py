@@ -77,7 +77,7 @@ def weight_copies(hlo: str, argument: str = "params", *, unknown: int | None = N
 class _Module:
     """Runs a module on `Source`s in place of numbers."""
 
-    def __init__(self, hlo: str, unknown: int | None):
+    def __init__(self, hlo: str, unknown: int | None = None):
         self.unknown = unknown
         self.computations: dict[str, list[Instruction]] = {}
         for line in re.sub(r"/\*.*?\*/", "", hlo).splitlines():

@@ -148,9 +148,31 @@ def test_steps_that_skip_projections_give_what_others_give(case, ours, request):
     plan = random_plan(setting, 1).with_method(3, None, None, "cached")
     idle = (plan.half_windows() == CACHED).all(-1).mean(-1) > sampling.WORTH_BRANCHES
     assert 1 < idle.sum() < len(idle) - 1
-    want = pipeline(**arguments, plan=plan).images
+    want, ran = pipeline(**arguments, plan=plan).images, []
+
+    class Counted(sampling.Planned):
+        def __call__(self, *args):
+            jax.debug.callback(lambda: ran.append(self.skip))
+            return super().__call__(*args)
+
+    request.getfixturevalue("monkeypatch").setattr(sampling, "Planned", Counted)
     request.getfixturevalue("gpu_loops")
     np.testing.assert_allclose(pipeline(**arguments, plan=plan).images, want, atol=1e-5)
+    jax.effects_barrier()
+    assert (ran.count(True), ran.count(False)) == (
+        idle.sum() * len(setting.layers),
+        (~idle).sum() * len(setting.layers),
+    )
+
+
+def test_no_step_is_no_step(ours):
+    pipeline = ours("tiny_flux_dev")
+    call = pipeline.prepare(prompt=PROMPTS[0], **COMMON | {"height": 64, "width": 64})
+    for plan in (None, Plan.full(pipeline.setting_of(call))):
+        for start in (0, 2):
+            run, tokens, caches = pipeline.denoiser(call, plan)
+            before = np.array(tokens)
+            np.testing.assert_array_equal(run(tokens, caches, start, start)[0], before)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -2,6 +2,7 @@
 
 import re
 from collections import Counter
+from functools import partial
 
 import jax
 import numpy as np
@@ -11,7 +12,7 @@ from real_shapes import denoise_arguments, planned_arguments
 from dfa2_jax import Method
 from dfa2_jax.calibration import PLANNING_TILES, Budget, calibrate_step
 from dfa2_jax.sampling import denoise, denoise_planned
-from pallas_kernels import aot
+from pallas_kernels import Layout, aot, arrow_attention
 from pallas_kernels.hlo import weight_copies
 
 INSTRUCTION = re.compile(r"\s*(?:ROOT )?%?([\w.-]+) = (\S+?)(?:\{[^ ]*\})? ([\w-]+)\((.*)")
@@ -93,6 +94,30 @@ def test_caches_and_weights_stay_where_they_are(name):
     assert planned.temp_bytes <= 1.05 * dense.temp_bytes
     assert copied_share(dense, params) < 0.001, "biases alone: products read their weights in the stack"
     assert copied_share(planned, params) < 0.2, "q, k and v too, in the steps that branch, and in no others"
+
+
+@pytest.mark.aot
+def test_weights_of_long_inputs_are_copied_for_the_faster_products():
+    target = aot.target("h200")
+    graph, *rest = denoise_arguments("FLUX.1-dev", 2048)
+    compiled = aot.compile_for(target, denoise, graph, *target.abstract(tuple(rest)))
+    assert 0.3 < copied_share(compiled, rest[0]) < 0.5
+
+
+@pytest.mark.aot
+def test_dense_attention_on_hopper():
+    """Mosaic for whole sequences of a head_dim of 64; cuDNN for some rows, and where it is differentiated."""
+    target, layout = aot.target("h200"), Layout(64, 576, True)
+    attend = jax.jit(partial(arrow_attention, layout=layout))
+    gradient = jax.jit(jax.grad(lambda *x: attend(*x).astype(np.float32).sum()))
+    q, rows = (jax.ShapeDtypeStruct((1, length, 2, 64), jax.numpy.bfloat16) for length in (640, 576))
+    whole, some, pulled = (
+        aot.compile_for(target, function, *target.abstract(arguments)).hlo
+        for function, arguments in ((attend, (q, q, q)), (attend, (rows, q, q)), (gradient, (q, q, q)))
+    )
+    assert "mosaic" in whole and "fmha" not in whole
+    assert "fmhaSoftmax" in some and "mosaic" not in some
+    assert "fmhaSoftmaxBackward" in pulled and "mosaic" not in pulled
 
 
 @pytest.mark.aot

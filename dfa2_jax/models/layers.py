@@ -5,7 +5,7 @@ Norms, softmax and position tables are computed in float32 and cast back once; f
 """
 
 from collections.abc import Callable
-from math import prod
+from math import pi, prod
 from typing import Any, NamedTuple
 
 import jax
@@ -22,22 +22,23 @@ def matmul_precision(dtype: DTypeLike) -> jax.lax.Precision | None:
 
 
 XLA_OPTIONS = {"xla_gpu_enable_triton_gemm": False, "xla_gpu_dot_merger_threshold_mb": 0}
-"""For the outermost `jax.jit` of programs that run stacked blocks: their products then read a layer's weights where
-they lie in the stack. As it is, XLA copies every weight at every step: into a buffer of its own, which Triton's
-products need, and next to others that multiply the same input, which are merged. On an H100 these copies took 18 of
-FLUX.1-dev's 152 ms at 1024 px, and 4 of SD3.5-medium's 56. Nothing changes on a CPU."""
+"""For the outermost `jax.jit` of sampling and calibration: their products then read a layer's weights where they lie in
+the stack of layers. By itself XLA copies every weight at every step: into a buffer of its own, which Triton's products
+need, and next to others that multiply the same input, which are merged. On an H100 these copies take 17 of FLUX.1-dev's
+154 ms at 1024 px, and 4 of SD3.5-medium's 58 (benchmarks/results/profile_h100.json). Nothing changes on a CPU."""
 
 
 MANY_ROWS = 12_000
 
 
 class Linear(nnx.Linear):
-    """`x @ kernel + bias`, apart: of a product that adds its bias itself, XLA copies the kernel out of its stack first
-    (`XLA_OPTIONS`), where the next elementwise operation adds it for nothing.
+    """`x @ kernel`, and then `+ bias` as an operation of its own: XLA would make the bias part of the product, and of
+    such a product it copies the kernel out of the stack of layers first (`XLA_OPTIONS`). The next elementwise operation
+    adds the bias for nothing.
 
-    But of a product that reads from the stack XLA takes the algorithm that cuBLAS guesses, not the fastest it timed:
-    6 % more time on an H100. At 4,608 rows (FLUX.1-dev, 1024 px) and 8,858 (SD3.5, guided) that is less than the copy
-    takes, at 16,896 (2048 px) it is more.
+    But of a product that reads from the stack XLA takes the algorithm that cuBLAS guesses, not the fastest it timed: 6
+    to 12 % more time on an H100. At 4,608 rows (FLUX.1-dev, 1024 px) and 8,192 (SD3.5, guided) that is less than the
+    copy takes, at 16,896 (2048 px) it is more.
     """
 
     def __call__(self, x: Float[Array, "*dims D"]) -> Float[Array, "*dims E"]:
@@ -70,7 +71,10 @@ def merge_heads(x: Float[Array, "B T N H"]) -> Float[Array, "B T D"]:
 
 
 def gelu_tanh(x: Float[Array, "*dims"]) -> Float[Array, "*dims"]:
-    return jax.nn.gelu(x.astype(jnp.float32), approximate=True).astype(x.dtype)
+    """GELU by tanh (arXiv 1606.08415, section 2), with `(1 + tanh(y)) / 2` as the equal `sigmoid(2 y)`: XLA's tanh is a
+    polynomial, its exp the GPU's own. 0.88 of the time on an H100, where it is 5 % of FLUX.1-dev's step."""
+    x32 = x.astype(jnp.float32)
+    return (x32 * jax.nn.sigmoid(2 * (2 / pi) ** 0.5 * (x32 + 0.044715 * x32**3))).astype(x.dtype)
 
 
 def layer_norm(x: Float[Array, "*dims D"], eps: float = 1e-6) -> Float[Array, "*dims D"]:
