@@ -77,16 +77,7 @@ def arrow_attention(
         choice = "cudnn"  # some rows of the queries
     implementation = _supported(implementation or choice, q, is_arrow, interpret)
     if half_window is None:
-        if implementation == "mosaic":
-            if q.shape[1] != k.shape[1]:
-                raise NotImplementedError(f"{implementation=} needs every query: {q.shape[1]=} but {k.shape[1]=}.")
-            out = jnp.asarray(_dense_mosaic(q, k, v, layout, interpret))
-        elif implementation == "cudnn":
-            out = jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
-        elif implementation == "blockwise":
-            out = _backend("blockwise").dense_attention(q, k, v)
-        else:
-            out = _backend("reference").attention(q, k, v, None, layout, None)
+        out = _dense(q, k, v, layout, implementation, interpret)
         return out if layer is None else jax.lax.dynamic_update_index_in_dim(cache, out, layer, 0)
 
     half_window = jnp.minimum(half_window, EVERYTHING)  # beyond, sums with positions overflow
@@ -106,6 +97,18 @@ def arrow_attention(
     entry = jax.lax.dynamic_index_in_dim(cache, layer, keepdims=False)
     out = backend.attention(q, k, v, half_window, layout, entry)
     return jax.lax.dynamic_update_index_in_dim(cache, out, layer, 0)
+
+
+def _dense(q: Array, k: Array, v: Array, layout: Layout, implementation: str, interpret: bool) -> Array:
+    if implementation == "mosaic":
+        if q.shape[1] != k.shape[1]:
+            raise NotImplementedError(f"{implementation=} needs every query: {q.shape[1]=} but {k.shape[1]=}.")
+        return jnp.asarray(_dense_mosaic(q, k, v, layout, interpret))
+    if implementation == "cudnn":
+        return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
+    if implementation == "blockwise":
+        return _backend("blockwise").dense_attention(q, k, v)
+    return _backend("reference").attention(q, k, v, None, layout, None)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4))
