@@ -137,7 +137,7 @@ def _measured(implementation: str, head_dim: int) -> dict[str, float]:
     """Share of the ceiling on an H100, whose multiprocessors are an H200's, with every head full at 2048 px."""
     known = json.loads(MEASURED.read_text())["shapes"]
     shape = next(entry for entry in known if entry["shape"].endswith("2K") and entry["head_dim"] == head_dim)
-    names = ["arrow full"] * (shape["arrow"]["implementation"] == implementation) + [f"{implementation} full"]
+    names = ["arrow full"] * (shape["arrow"] == implementation) + [f"{implementation} full"]
     times = [shape["milliseconds"][name] for name in names if name in shape["milliseconds"]]
     operations = 4 * head_dim * shape["batch"] * shape["heads"] * LAYOUTS[head_dim].length ** 2
     return {"measured_share_h100": operations / (1e-3 * times[0] * cost.GPUS["h200"].flops)} if times else {}

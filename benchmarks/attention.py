@@ -7,7 +7,8 @@ Every result is first compared with float64 over some of the rows; nothing wrong
 V/16, V/32 and V/64 tokens on each side; a third of the heads each full, 1/8 and 1/32; all cached; and a nested call
 that gives full attention and four windows at once. Contenders are timed in turn, medians are taken. `efficiency` is the
 speedup over a dense contender times the exact density, `tile_efficiency` times the share of tiles that the kernel
-visits: 1 where cost follows the kept pairs, or the tiles.
+visits: 1 where cost follows the kept pairs, or the tiles. `tflops` counts the visited tiles; `ceilings` are what the
+same machine reaches in the same rounds in a product of square matrices and in a copy (bytes read and written).
 
 On a GPU each burst of calls follows a rest, at the clock that a cool card has (`clock_mhz`, after the last). Without
 rests an H100 lowers it to stay within its power limit, from 1,980 to 1,455 MHz under full attention at 2048 px.
@@ -42,6 +43,9 @@ from pallas_kernels.tiles import tiles_for
 
 BURST, REST = 0.012, 0.05
 """Seconds, on a GPU."""
+
+PRODUCT, COPY = {"cpu": 2048, "gpu": 8192}, {"cpu": 2**28, "gpu": 2**30}
+"""Rows and columns of the matrices; bytes."""
 
 LARGEST_SCORES = 4e9
 """Bytes of scores: dense attention of jax.nn holds them two or three times."""
@@ -109,11 +113,11 @@ def check(out: Any, qkv: list[np.ndarray], half_window: np.ndarray, shape: Shape
     for head in {0, shape.heads // 2, shape.heads - 1}:
         q, k, v = (x[0, :, head] for x in qkv)
         want = expected(q, k, v, half_window[head], shape.layout, rows)
-        error = max(error, float(np.abs(out[0, rows, head] - want).max()))
+        error = np.maximum(error, np.abs(out[0, rows, head] - want).max())  # a NaN stays
     limit = 1e-5 if shape.dtype == "float32" else 2e-2
     if not error < limit:
         raise AssertionError(f"{shape.name}: error {error} is above {limit}; nothing was timed.")
-    return error
+    return float(error)
 
 
 def contenders(shape: Shape) -> tuple[dict[str, Callable[[], Any]], dict[str, str], dict[str, float]]:
@@ -181,7 +185,16 @@ def contenders(shape: Shape) -> tuple[dict[str, Callable[[], Any]], dict[str, st
         except ImportError as error:
             failed["tokamax"] = str(error)
     add_torch(add, failed, [np.array(x, np.float32) for x in (q, k, v)], shape, plans)
-    return calls, failed, errors
+    return calls | limits(q.dtype), failed, errors
+
+
+def limits(dtype: Any) -> dict[str, Callable[[], Any]]:
+    """What nothing here can be faster than: a product of random matrices, and a copy."""
+    size, nbytes = PRODUCT[jax.default_backend()], COPY[jax.default_backend()]
+    draw = jax.jit(partial(jax.random.normal, dtype=dtype), static_argnames="shape")
+    a, b = (draw(jax.random.key(i), shape=(size, size)) for i in range(2))
+    long = draw(jax.random.key(2), shape=(nbytes // dtype.itemsize,))
+    return {"product": partial(jax.jit(jnp.matmul), a, b), "copy": partial(jax.jit(jnp.copy), long)}
 
 
 def add_torch(add: Any, failed: dict[str, str], qkv: list[np.ndarray], shape: Shape, plans: dict) -> None:
@@ -295,6 +308,7 @@ def run(shape: Shape, rounds: int) -> dict[str, Any]:
     calls, failed, errors = contenders(shape)
     times = measure(calls, rounds)
     seconds = {name: median(values) for name, values in times.items()}
+    operations = 4 * shape.batch * shape.heads * shape.layout.length**2 * shape.head_dim
     rows = {}
     for name, row in windows(shape.layout.num_visual, shape.heads).items():
         shares = {"density": float(density(row, shape.layout).mean()), "tile_density": visited(row, shape)}
@@ -305,6 +319,7 @@ def run(shape: Shape, rounds: int) -> dict[str, Any]:
         ours = {rival: speedup for rival, speedup in speedups.items() if not rival.startswith("Flex")}
         rows[name] = {
             **shares,
+            "tflops": 1e-12 * operations * shares["tile_density"] / seconds[f"arrow {name}"],
             "speedup_over": speedups,
             "efficiency": {rival: speedup * shares["density"] for rival, speedup in ours.items()},
             "tile_efficiency": {rival: speedup * shares["tile_density"] for rival, speedup in ours.items()},
@@ -318,6 +333,11 @@ def run(shape: Shape, rounds: int) -> dict[str, Any]:
         **sizes,
         "arrow": arrow.arrow_implementation(shape.dtype, shape.head_dim).implementation,
         "clock_mhz": clock(),
+        "dense_tflops": 1e-12 * operations / seconds["dense"],
+        "ceilings": {
+            "product_tflops": 2e-12 * PRODUCT[jax.default_backend()] ** 3 / seconds["product"],
+            "copy_gb_s": 2e-9 * COPY[jax.default_backend()] / seconds["copy"],
+        },
         "milliseconds": {name: 1e3 * value for name, value in seconds.items()},
         "rows": rows,
         "largest_error": errors,

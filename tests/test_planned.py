@@ -58,7 +58,7 @@ def test_latents_equal_diffusers_with_the_plan_in_its_processors(case, ours, req
         run = follow_plan(theirs, plan.half_windows(), [layer.layout for layer in setting.layers])
         want = run_theirs(theirs, seed, **arguments, callback_on_step_end=run.next_step, output_type="latent")
         errors.append(error(latents, want))
-    assert max(errors) < 1e-4
+    assert all(one < 1e-4 for one in errors), errors  # `max` would pass over a NaN
     dense = pipeline(**arguments, seed=seed, output_type="latent", progress=False).images
     assert error(latents, dense) > 1e-2  # the plans are not idle
 
