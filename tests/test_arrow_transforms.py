@@ -119,8 +119,31 @@ def test_differentiation_is_refused(attend):
         jax.grad(lambda q: attend(q, k, v, WINDOW, cache=cache).sum())(q)
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_the_first_program_of_a_process_is_traced_once(implementation):
+    """Its trace imports the kernel, and some modules of JAX add to jit's key when they are imported."""
+    code = f"""
+import jax, jax.numpy as jnp
+from pallas_kernels import Layout, arrow_attention
+
+traced, q = [], jax.ShapeDtypeStruct((1, 120, 2, 64), jnp.bfloat16)
+
+@jax.jit
+def run(q, window):
+    traced.append(window)
+    return arrow_attention(q, q, q, window, layout=Layout(20, 100, True), **{options_for(implementation)})
+
+for _ in range(2):
+    run.trace(q, jnp.array([3, -1]))
+assert len(traced) == 1, traced
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_new_plan_compiles_nothing(attend):
     q, k, v, cache = arguments(attend)
+    attend(q, k, v, WINDOW, cache=cache)  # the first in interpret mode imports what adds to jit's key (jax 0.11)
     traced = []
 
     @jax.jit
