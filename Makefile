@@ -16,6 +16,7 @@ need_python = $(if $($(1)),,$(error Python $(2) with venv is missing. Install it
 
 # XLA assembles with CUDA's ptxas and libdevice, of a toolkit or of two wheels.
 PTXAS = $(firstword $(wildcard $(or $(CUDA_HOME),/usr/local/cuda)/bin/ptxas $(AOT)/lib/python3.12/site-packages/nvidia/cu13/bin/ptxas))
+CUDA = $(PTXAS:/bin/ptxas=)
 need_ptxas = $(if $(PTXAS),,$(error ptxas is missing. Install CUDA 13 in /usr/local/cuda, or `$(AOT)/bin/pip install --no-deps nvidia-cuda-nvcc==13.0.* nvidia-nvvm==13.0.*`))
 
 # Compiled programs are kept: a third of a test run is XLA.
@@ -54,10 +55,14 @@ lint: $(VENV)/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-# Compile for GPUs that are not here.
-aot: $(AOT)/ready
+# Compile for GPUs that are not here: everything on jax 0.11, and what the kernels spill and copy on the oldest and the
+# newest version, whose plugins lie beside their environments.
+COMPILE = JAX_PLATFORMS=cpu JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 CUDA_HOME=$(CUDA) XLA_FLAGS=--xla_gpu_cuda_data_dir=$(CUDA)
+aot: $(AOT)/ready build/cuda-0.10.2/ready build/cuda-0.12.0.1/ready
 	$(call need_ptxas)
 	JAX_PLATFORMS=cpu JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 $(AOT)/bin/python $(PYTEST) -m "aot and not torch"
+	PYTHONPATH=build/cuda-0.10.2 $(COMPILE) $(BIN)/python $(PYTEST) tests/test_kernels_aot.py -k "spill and not mosaic and not jax_triton"
+	PYTHONPATH=build/cuda-0.12.0.1 $(COMPILE) $(NEXT)/bin/python $(PYTEST) tests/test_kernels_aot.py -k "spill and not jax_triton"
 
 # The suite, less what needs torch, on the other two versions of JAX. (.ci/run has the older of them run a wheel.)
 versions: $(AOT)/ready build/tiny next
@@ -89,6 +94,16 @@ $(NEXT)/ready: $(LOCKS)/py312-jax0.12.0.1.txt pyproject.toml
 	$(PYTHON312) -m venv $(NEXT)
 	$(NEXT)/bin/pip install -q --no-deps -r $<
 	$(NEXT)/bin/pip install -q --no-deps --no-build-isolation -e .
+	touch $@
+
+build/cuda-0.10.2/ready: $(LOCKS)/aot-jax0.10.2.txt $(VENV)/ready
+	rm -rf $(@D)
+	$(BIN)/pip install -q --no-deps --no-compile --target $(@D) -r $<
+	touch $@
+
+build/cuda-0.12.0.1/ready: $(LOCKS)/aot-jax0.12.0.1.txt $(NEXT)/ready
+	rm -rf $(@D)
+	$(NEXT)/bin/pip install -q --no-deps --no-compile --target $(@D) -r $<
 	touch $@
 
 # Resolve every environment anew.

@@ -6,8 +6,8 @@
 Every result is first compared with float64 over some of the rows; nothing wrong is timed. Rows: dense; all heads at
 V/16, V/32 and V/64 tokens on each side; a third of the heads each full, 1/8 and 1/32; all cached; and a nested call
 that gives full attention and four windows at once. Contenders are timed in turn, medians are taken. `efficiency` is the
-speedup over a dense contender times the exact density, `tile_efficiency` times the share of tiles that the kernel
-visits: 1 where cost follows the kept pairs, or the tiles. `tflops` counts the visited tiles; `ceilings` are what the
+speedup over a dense contender times the exact density, `tile_efficiency` (on a GPU) times the share of tiles that the
+kernel visits: 1 where cost follows the kept pairs, or the tiles. `tflops` counts these tiles; `ceilings` are what the
 same machine reaches in the same rounds in a product of square matrices and in a copy (bytes read and written).
 
 On a GPU each burst of calls follows a rest, at the clock that a cool card has (`clock_mhz`, after the last). Without
@@ -22,6 +22,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from functools import partial
+from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -102,7 +103,7 @@ def expected(q: np.ndarray, k: np.ndarray, v: np.ndarray, half_window: int, layo
 
 
 def check(out: Any, qkv: list[np.ndarray], half_window: np.ndarray, shape: Shape) -> float:
-    """Largest error of 40 rows of the first, middle and last head.
+    """Largest error of 40 rows of the first, middle and last head, of the first and the last of the batch.
 
     Raises:
         AssertionError: it is more than rounding.
@@ -110,10 +111,10 @@ def check(out: Any, qkv: list[np.ndarray], half_window: np.ndarray, shape: Shape
     out = np.asarray(out, np.float64)
     rows = np.unique(np.linspace(0, shape.layout.length - 1, 40).astype(int))
     error = 0.0
-    for head in {0, shape.heads // 2, shape.heads - 1}:
-        q, k, v = (x[0, :, head] for x in qkv)
+    for one, head in product({0, shape.batch - 1}, {0, shape.heads // 2, shape.heads - 1}):
+        q, k, v = (x[one, :, head] for x in qkv)
         want = expected(q, k, v, half_window[head], shape.layout, rows)
-        error = np.maximum(error, np.abs(out[0, rows, head] - want).max())  # a NaN stays
+        error = np.maximum(error, np.abs(out[one, rows, head] - want).max())  # a NaN stays
     limit = 1e-5 if shape.dtype == "float32" else 2e-2
     if not error < limit:
         raise AssertionError(f"{shape.name}: error {error} is above {limit}; nothing was timed.")
@@ -125,7 +126,7 @@ def contenders(shape: Shape) -> tuple[dict[str, Callable[[], Any]], dict[str, st
     generator = np.random.default_rng(0)
     size = shape.batch, shape.layout.length, shape.heads, shape.head_dim
     q, k, v = (jnp.asarray(generator.standard_normal(size, np.float32), shape.dtype) for _ in range(3))
-    exact = [np.asarray(x[:1], np.float64) for x in (q, k, v)]
+    exact = [np.asarray(x, np.float64) for x in (q, k, v)]
     calls: dict[str, Callable[[], Any]] = {}
     failed: dict[str, str] = {}
     errors: dict[str, float] = {}
@@ -137,6 +138,8 @@ def contenders(shape: Shape) -> tuple[dict[str, Callable[[], Any]], dict[str, st
         except AssertionError:
             raise
         except Exception as error:
+            if name.startswith("arrow "):
+                raise  # all others are compared with it
             failed[name] = f"{type(error).__name__}: {str(error)[:200]}"
 
     plans = windows(shape.layout.num_visual, shape.heads)
@@ -158,6 +161,9 @@ def contenders(shape: Shape) -> tuple[dict[str, Callable[[], Any]], dict[str, st
             if name != "cached":
                 add(f"{label} {name}", call, np.array, row)
             elif f"{label} full" in calls:
+                before = np.asarray(carry[0])
+                if not np.array_equal(before, call()):
+                    raise AssertionError(f"{shape.name}: {label} changed what cached heads return; nothing was timed.")
                 calls[f"{label} cached"] = call
     ladder = [shape.layout.num_visual // part for part in (64, 32, 16, 8)]
     nested = jax.jit(partial(nested_arrow_attention, layout=shape.layout))
@@ -283,8 +289,10 @@ def clock() -> int | None:
     return int(subprocess.run(query, capture_output=True, text=True, check=True).stdout)
 
 
-def visited(row: np.ndarray, shape: Shape) -> float:
-    """Share of its tiles that what `arrow_attention` picks visits."""
+def visited(row: np.ndarray, shape: Shape) -> float | None:
+    """Share of its tiles that the kernel visits which `arrow_attention` picks; "blockwise" has none of one size."""
+    if jax.default_backend() != "gpu":
+        return None
     if arrow.arrow_implementation(shape.dtype, shape.head_dim).implementation != "mosaic":
         tiles = tiles_for(arrow.gpu_kind(), shape.head_dim, shape.dtype)
         return float(count_tiles(row, shape.layout, tiles.rows, tiles.keys).density.mean())
@@ -311,19 +319,23 @@ def run(shape: Shape, rounds: int) -> dict[str, Any]:
     operations = 4 * shape.batch * shape.heads * shape.layout.length**2 * shape.head_dim
     rows = {}
     for name, row in windows(shape.layout.num_visual, shape.heads).items():
-        shares = {"density": float(density(row, shape.layout).mean()), "tile_density": visited(row, shape)}
+        exact, tiles = float(density(row, shape.layout).mean()), visited(row, shape)
         rivals = [rival for rival in ("dense", "torch SDPA", f"FlexAttention {name}") if rival in seconds]
         speedups = {
             rival: median(a / b for a, b in zip(times[rival], times[f"arrow {name}"], strict=True)) for rival in rivals
         }
         ours = {rival: speedup for rival, speedup in speedups.items() if not rival.startswith("Flex")}
         rows[name] = {
-            **shares,
-            "tflops": 1e-12 * operations * shares["tile_density"] / seconds[f"arrow {name}"],
+            "density": exact,
             "speedup_over": speedups,
-            "efficiency": {rival: speedup * shares["density"] for rival, speedup in ours.items()},
-            "tile_efficiency": {rival: speedup * shares["tile_density"] for rival, speedup in ours.items()},
+            "efficiency": {rival: speedup * exact for rival, speedup in ours.items()},
         }
+        if tiles is not None:
+            rows[name] |= {
+                "tile_density": tiles,
+                "tflops": 1e-12 * operations * tiles / seconds[f"arrow {name}"],
+                "tile_efficiency": {rival: speedup * tiles for rival, speedup in ours.items()},
+            }
     sizes = {"batch": shape.batch, "heads": shape.heads, "head_dim": shape.head_dim, "dtype": shape.dtype}
     return {
         "machine": describe_machine(),
@@ -369,7 +381,7 @@ def main() -> None:
     for shape in tqdm(chosen):
         last = results[shape.name] = run(shape, args.rounds)
         tqdm.write(f"{shape.name}: " + ", ".join(f"{name} {ms:.4g} ms" for name, ms in last["milliseconds"].items()))
-        tqdm.write("  " + ", ".join(f"{name} {row['tile_efficiency']}" for name, row in last["rows"].items()))
+        tqdm.write("  " + ", ".join(f"{name} {row['efficiency']}" for name, row in last["rows"].items()))
         tqdm.write(f"  {last['not_run'] or ''}")
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps({"shapes": list(results.values())}, indent=1) + "\n")

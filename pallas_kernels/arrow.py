@@ -42,6 +42,9 @@ def arrow_attention(
 ) -> Float[Array, "*L B T N H"]:
     """Attention of which each head is full, an arrow (local band, text dense) or cached (DiTFastAttnV2, section 3.1).
 
+    Works under `jit`, `vmap`, `scan`, `cond`, and in `jax.shard_map(..., check_vma=False)` over heads or batch: JAX
+    does not see through a kernel over which axes its output varies.
+
     Args:
         q, k, v: heads on the third axis, as in `jax.nn.dot_product_attention`; softmax scale `H ** -0.5`. The queries
             are the whole sequence, or (dense attention only) any rows of it.
@@ -65,7 +68,8 @@ def arrow_attention(
 
     Raises:
         ValueError: arguments that contradict each other; the message shows both values. Those that only data shows
-            (cached heads without a cache, a layer out of the stack) are seen outside of `jax.jit` alone.
+            (cached heads without a cache, a layer out of the stack) are seen outside of `jax.jit` alone; inside, such a
+            layer is the nearest one of the stack.
         NotImplementedError: the named implementation cannot do this, or an arrow is differentiated.
     """
     _check(q, k, v, layout)
@@ -156,7 +160,7 @@ def nested_arrow_attention(
     _check(q, k, v, layout)
     if q.shape[1] != k.shape[1]:
         raise ValueError(f"Arrows need every query: {q.shape[1]=} but {k.shape[1]=}.")
-    _check_int32("half_windows", half_windows, (half_windows.size,))
+    _check_int32("half_windows", half_windows, (np.size(half_windows),))
     values = _concrete(half_windows)
     if values is not None and (np.any(values < 0) or np.any(np.diff(values) <= 0)):
         raise ValueError(f"half_windows must be increasing and not negative, got {values.tolist()}.")
@@ -249,7 +253,7 @@ def arrow_implementation(dtype: DTypeLike, head_dim: int) -> Choice:
 
 MEASURED = {
     64: "1.05 to 1.25 times as fast as 'triton' for full, narrow and mixed heads",
-    128: "1.38 to 1.50 times as fast as 'triton' for full, narrow and mixed heads",
+    128: "1.37 to 1.50 times as fast as 'triton' for full, narrow and mixed heads",
 }
 """Of the "mosaic" kernels, by head_dim, on an H100."""
 
@@ -342,6 +346,8 @@ def _concrete(x: Any) -> np.ndarray | None:
 
 
 def _check_int32(name: str, x: Any, shape: tuple[int, ...]) -> None:
+    if not isinstance(x, np.ndarray | jax.Array):
+        raise ValueError(f"{name} must be an array, int32 {list(shape)}, got {x!r:.100}.")
     if x.shape != shape or x.dtype != np.int32:
         raise ValueError(f"{name} must be int32 {list(shape)}, got {x.dtype} {x.shape}.")
 
@@ -356,6 +362,10 @@ def _check(q: Array, k: Array, v: Array, layout: Layout) -> None:
         raise ValueError(f"q, k and v must be floating-point, got {q.dtype}.")
     if k.shape != v.shape or (q.shape[0], *q.shape[2:]) != (k.shape[0], *k.shape[2:]):
         raise ValueError(f"q, k and v disagree on batch, heads or head_dim: {q.shape=}, {k.shape=}, {v.shape=}.")
+    if 0 in q.shape:
+        raise ValueError(f"q, k and v hold nothing: {q.shape=}.")
+    if not isinstance(layout, Layout):
+        raise ValueError(f"layout must be a Layout, got {layout!r:.100}.")
     if k.shape[1] != layout.length:
         raise ValueError(f"{k.shape[1]=} tokens do not match {layout} of {layout.length}.")
 
@@ -389,6 +399,10 @@ def _check_cache(q: Array, half_window: Any, cache: Array | None, layer: Any) ->
     want = cache.shape if layer is None else cache.shape[1:]
     if want != q.shape or cache.dtype != q.dtype:
         raise ValueError(f"cache must hold outputs like q: {cache.dtype} {cache.shape}, {layer=}, {q.dtype} {q.shape}.")
-    index = None if layer is None else _concrete(layer)
-    if index is not None and not (index.ndim == 0 and 0 <= index < cache.shape[0]):
+    if layer is None:
+        return
+    if isinstance(layer, bool) or jnp.shape(layer) != () or not jnp.issubdtype(jnp.result_type(layer), jnp.integer):
+        raise ValueError(f"layer must be one integer, got {jnp.result_type(layer)} {jnp.shape(layer)}: {layer!r:.100}.")
+    index = _concrete(layer)
+    if index is not None and not 0 <= index < cache.shape[0]:
         raise ValueError(f"layer={index.tolist()} is outside the cache stack of {cache.shape[0]} layers.")

@@ -1,6 +1,7 @@
 """How a joint sequence of text and visual tokens is laid out."""
 
 from dataclasses import dataclass
+from numbers import Integral
 
 FULL = -1
 """Half-window sentinel: the head attends to every key."""
@@ -14,7 +15,7 @@ class Layout:
     """A joint sequence: `num_text` text tokens before (`text_first`, FLUX) or after (SD3) `num_visual` visual tokens.
 
     Raises:
-        ValueError: a count is negative, or there is no token at all.
+        ValueError: a count is negative or no integer, or there is no token at all.
     """
 
     num_text: int
@@ -22,6 +23,8 @@ class Layout:
     text_first: bool
 
     def __post_init__(self) -> None:
+        if not isinstance(self.num_text, Integral) or not isinstance(self.num_visual, Integral):
+            raise ValueError(f"{self.num_text=} and {self.num_visual=} must be integers.")
         if self.num_text < 0 or self.num_visual < 0 or self.length == 0:
             raise ValueError(f"{self.num_text=} and {self.num_visual=} must not be negative, nor both 0.")
 

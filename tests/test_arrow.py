@@ -65,6 +65,30 @@ def test_examples_equal_the_oracle(implementation, layout, half_window, tiles):
     check_arrows(implementation, (layout, np.array(half_window, np.int32), shape, dtype_for(implementation), tiles), 0)
 
 
+@pytest.mark.parametrize(
+    ("layout", "dtype"), [(Layout(7, 2371, True), jnp.float32), (Layout(19, 1976, False), jnp.bfloat16)]
+)
+def test_blockwise_bands_of_many_blocks_equal_the_oracle(layout, dtype):
+    """More keys than its largest block holds, and more visual tokens than `LONG`: rows are cut another way there."""
+    windows = np.array([2283, 768, CACHED, 100, FULL], np.int32)
+    check_arrows("blockwise", (layout, windows, (1, layout.length, 5, 64), dtype, None), 0)
+
+
+CORNERS = {"blockwise": 1200, "triton": 700, "mosaic": 400, "jax_triton": 200}
+"""Tokens of a case of every kind of head in a batch of three."""
+
+
+@pytest.mark.parametrize(("dim", "dtype"), [(64, jnp.float32), (64, jnp.float16), (128, jnp.bfloat16)])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_every_dtype_and_head_dim_with_every_kind_of_head(implementation, dim, dtype):
+    if implementation == "mosaic" and dtype == jnp.float32:
+        pytest.skip("it is for 16 bits")
+    length = CORNERS[implementation]
+    layout = Layout(77, length - 77, text_first=dim == 64)
+    windows = np.array([FULL, CACHED, 0, length // 9, 3 * length], np.int32)
+    check_arrows(implementation, (layout, windows, (3, length, 5, dim), dtype, Tiles(64, 32, 4, 2, 128)), 1)
+
+
 def check_arrows(implementation, call, seed):
     layout, half_window, shape, dtype, tiles = call
     q, k, v, cache = (draw(shape, seed + i, dtype) for i in range(4))
@@ -128,11 +152,18 @@ def test_nested_outputs_equal_their_own_calls(implementation, data):
     check_nested(implementation, layout, ladder, (batch, length, 1, dim), dtype, tiles)
 
 
-@pytest.mark.parametrize("implementation", NESTED)
+@pytest.mark.parametrize("implementation", ["reference", *NESTED])
 @pytest.mark.parametrize("ladder", [[0, 1, 5, LARGEST], [63, 64, 127, 128, 200]], ids=["narrow", "edges of tiles"])
 def test_rings_that_share_tiles(implementation, ladder):
     layout = Layout(40, 430, text_first=False)
     check_nested(implementation, layout, ladder, (1, layout.length, 1, 64), dtype_for(implementation), None)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("implementation", NESTED)
+def test_nested_outputs_in_16_bits(implementation, dtype):
+    layout = Layout(77, CORNERS[implementation] - 177, text_first=True)
+    check_nested(implementation, layout, [3, 60, 200], (2, layout.length, 1, 128), dtype, None)
 
 
 def check_nested(implementation, layout, ladder, shape, dtype, tiles):
@@ -213,6 +244,20 @@ def test_tiles_inside_a_window_are_kept_as_a_whole():
                 pairs = kept[first : first + 64, tile * 32 : tile * 32 + 32]
                 assert pairs.any() == (ranges[0] <= tile < ranges[3])
                 assert (pairs.all() and pairs.shape[1] == 32) or not ranges[1] <= tile < ranges[2]
+
+
+@pytest.mark.parametrize(
+    ("layout", "keys", "sparsity"),
+    [
+        (Layout(333, 4096, False), 128, (0.710, 0.759, 0.759)),
+        (Layout(512, 4096, True), 64, (0.671, 0.718, 0.742)),
+        (Layout(512, 16384, True), 64, (0.820, 0.875, 0.904)),
+    ],
+)
+def test_official_density_at_the_sizes_of_the_paper(layout, keys, sparsity):
+    """V/8, V/16 and V/32; the figures are of an emulation of the authors' kernel."""
+    windows = np.array([layout.num_visual // (2 * f) for f in (8, 16, 32)], np.int32)
+    np.testing.assert_allclose(1 - mask.official_density(windows, layout, 128, keys), sparsity, atol=5e-4)
 
 
 def test_official_density_is_that_of_the_official_tile_rule():

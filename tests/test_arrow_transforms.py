@@ -12,6 +12,7 @@ from attention_cases import (
     IMPLEMENTATIONS,
     NEEDS_JAX_TRITON,
     NEEDS_MOSAIC,
+    NESTED,
     assert_close,
     attention,
     draw,
@@ -51,6 +52,22 @@ def test_vmap(attend):
     got = jax.jit(jax.vmap(lambda q, k, v, w, c: attend(q, k, v, w, cache=c)))(q, k, v, windows_, cache)
     for i in range(2):
         assert_close(got[i], attend(q[i], k[i], v[i], windows_[i], cache=cache[i]), atol=1e-6)
+
+
+@pytest.mark.parametrize("implementation", ["reference", *NESTED])
+def test_nested_windows_under_transformations(implementation, monkeypatch):
+    monkeypatch.setattr(arrow, "tiles_for", lambda *_: Tiles(32, 32, 4, 2, 64))
+    nested = partial(nested_arrow_attention, layout=LAYOUT, **options_for(implementation))
+    q, k, v = (draw((2, 1, LAYOUT.length, 2, 64), seed, dtype_for(implementation)) for seed in range(3))
+    ladders = jnp.array([[3, 50], [0, 7]], jnp.int32)
+    want = jnp.stack([nested(q[i], k[i], v[i], ladders[i]) for i in range(2)])
+    assert_close(jax.jit(jax.vmap(nested))(q, k, v, ladders), want, atol=1e-6)
+    scanned = jax.jit(lambda *args: jax.lax.scan(lambda _, x: (None, nested(*x)), None, args)[1])(q, k, v, ladders)
+    assert_close(scanned, want, atol=1e-6)
+    branched = jax.jit(lambda p, x: jax.lax.cond(p, lambda x: nested(*x), lambda x: jnp.stack([x[0]] * 3), x))
+    assert_close(branched(True, (q[0], k[0], v[0], ladders[0])), want[0], atol=1e-6)
+    with pytest.raises(NotImplementedError, match="no gradient"):
+        jax.grad(lambda q: nested(q, k[0], v[0], ladders[0]).astype(jnp.float32).sum())(q[0])
 
 
 def test_loops_and_branches_with_the_stack_in_the_carry(attend):
@@ -201,6 +218,12 @@ def test_dense_attention_by_mosaic_has_gradients():
         ({"cache": Q.astype(jnp.bfloat16)}, "bfloat16"),
         ({"cache": Q[None], "layer": jnp.int32(1)}, "layer=1 is outside the cache stack of 1"),
         ({"cache": Q[None], "layer": -1}, "layer=-1"),
+        ({"cache": Q[None], "layer": 0.9}, r"one integer, got float32 \(\): 0.9"),
+        ({"cache": Q[None], "layer": False}, "one integer.*False"),
+        ({"cache": Q[None], "layer": jnp.zeros(1, jnp.int32)}, r"one integer, got int32 \(1,\)"),
+        ({"half_window": [0, 1]}, r"array, int32 \[2\], got \[0, 1\]"),
+        ({"layout": (2, 8, True)}, r"must be a Layout, got \(2, 8, True\)"),
+        ({name: Q[:0] for name in "qkv"}, r"hold nothing: q.shape=\(0, 10, 2, 8\)"),
         ({"interpret": True, "implementation": "blockwise"}, "interpret=True"),
         ({"q": Q.astype(jnp.int32), "k": Q.astype(jnp.int32), "v": Q.astype(jnp.int32)}, "int32"),
     ],
@@ -219,6 +242,7 @@ def test_bad_input_is_refused_with_both_values(change, message):
         (jnp.array([-1, 3], jnp.int32), r"\[-1, 3\]"),
         (jnp.array([[3]], jnp.int32), r"int32 \[1\], got int32 \(1, 1\)"),
         (jnp.array([3.0]), "float32"),
+        ([3, 4], r"array, int32 \[2\], got \[3, 4\]"),
     ],
 )
 def test_nested_refuses_bad_windows(half_windows, message):

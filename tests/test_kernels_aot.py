@@ -2,7 +2,7 @@
 
 import os
 import re
-from functools import partial
+from functools import cache, partial
 from itertools import product
 
 import jax
@@ -16,6 +16,7 @@ from pallas_kernels.hlo import weight_copies
 from pallas_kernels.tiles import tiles_for
 
 SD3, FLUX = Layout(333, 4096, text_first=False), Layout(512, 4096, text_first=True)
+RAGGED = Layout(226, 3599, text_first=True)
 HEADS = 24
 FUSED_EXP2 = ("fma.rn.ftz.f32", "ex2.approx.ftz.f32")
 
@@ -38,6 +39,13 @@ def compiled_arrow(gpu, layout, head_dim, dtype, layers=None, implementation="tr
     return target, *aot.kernels(target, attend, *target.abstract((one, one, one, cache, *scalars)))
 
 
+def assert_spills_nothing(gpu, kernels):
+    """On an A100, at some lengths, a thread keeps a few values aside between its loops, and reads none in them."""
+    for kernel in kernels:
+        assert kernel.spill_bytes <= (40 if gpu == "a100" else 0), kernel.name
+        assert not any(loop.opcodes["LDL"] or loop.opcodes["STL"] for loop in kernel.softmax_loops), kernel.name
+
+
 @pytest.mark.aot
 @pytest.mark.parametrize("gpu", aot.targets())
 @pytest.mark.parametrize(
@@ -49,13 +57,14 @@ def compiled_arrow(gpu, layout, head_dim, dtype, layers=None, implementation="tr
         (FLUX, 128, jnp.bfloat16, 3),
         (FLUX, 128, jnp.float16, None),
         (FLUX, 128, jnp.float32, None),
+        (RAGGED, 64, jnp.bfloat16, 3),
+        (RAGGED, 128, jnp.bfloat16, 3),
     ],
 )
-def test_arrows_spill_nothing_and_copy_nothing(gpu, layout, head_dim, dtype, layers):
+def test_arrows_spill_nothing_in_loops_and_copy_nothing(gpu, layout, head_dim, dtype, layers):
     target, compiled, kernels = compiled_arrow(gpu, layout, head_dim, dtype, layers)
-    assert {kernel.name: kernel.spill_bytes for kernel in kernels if "arrow" in kernel.name} == {
-        "arrow_attention": 0, "arrow_attention_merge": 0,
-    }  # fmt: skip
+    assert {kernel.name for kernel in kernels if "arrow" in kernel.name} == {"arrow_attention", "arrow_attention_merge"}
+    assert_spills_nothing(gpu, kernels)
     for name in ("q", "k", "v", "cache"):
         assert not weight_copies(compiled.hlo, name)
     assert compiled.alias_bytes == compiled.output_bytes  # the cache's buffer
@@ -86,18 +95,31 @@ def test_the_cost_model_knows_the_machine_code_of_arrows(gpu, layout, head_dim):
     assert tuple(code(target, kernel, head_dim)) == pytest.approx(tuple(cost.ARROW[gpu, head_dim]), rel=0.01)
 
 
-@pytest.mark.aot
-@pytest.mark.parametrize(("layout", "head_dim"), [(SD3, 64), (FLUX, 128)])
-@pytest.mark.parametrize("gpu", aot.targets())
-def test_nested_windows_spill_nothing_and_the_cost_model_knows_them(gpu, layout, head_dim):
+@cache
+def compiled_nested(gpu, layout, head_dim):
     target = aot.target(gpu)
     one = jax.ShapeDtypeStruct((1, layout.length, HEADS, head_dim), jnp.bfloat16)
     windows = jax.ShapeDtypeStruct((4,), jnp.int32)
     attend = jax.jit(partial(nested_arrow_attention, layout=layout, implementation="triton"))
-    compiled, kernels = aot.kernels(target, attend, *target.abstract((one, one, one, windows)))
-    assert {k.name: k.spill_bytes for k in kernels if "arrow" in k.name} == {"nested_arrow_attention": 0}
+    return target, *aot.kernels(target, attend, *target.abstract((one, one, one, windows)))
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize(("layout", "head_dim"), [(SD3, 64), (FLUX, 128)])
+@pytest.mark.parametrize("gpu", aot.targets())
+def test_nested_windows_spill_nothing_in_loops_and_copy_nothing(gpu, layout, head_dim):
+    _, compiled, kernels = compiled_nested(gpu, layout, head_dim)
+    assert {kernel.name for kernel in kernels if "arrow" in kernel.name} == {"nested_arrow_attention"}
+    assert_spills_nothing(gpu, kernels)
     for name in "qkv":
         assert not weight_copies(compiled.hlo, name)
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize(("layout", "head_dim"), [(SD3, 64), (FLUX, 128)])
+@pytest.mark.parametrize("gpu", aot.targets())
+def test_the_cost_model_knows_the_machine_code_of_nested_windows(gpu, layout, head_dim):
+    target, _, kernels = compiled_nested(gpu, layout, head_dim)
     kernel = next(kernel for kernel in kernels if kernel.name == "nested_arrow_attention")
     assert tuple(code(target, kernel, head_dim)) == pytest.approx(tuple(cost.NESTED[gpu, head_dim]), rel=0.01)
 
