@@ -161,7 +161,7 @@ def contenders(shape: Shape) -> tuple[dict[str, Callable[[], Any]], dict[str, st
             if name != "cached":
                 add(f"{label} {name}", call, np.array, row)
             elif f"{label} full" in calls:
-                before = np.asarray(carry[0])
+                before = np.array(carry[0])
                 if not np.array_equal(before, call()):
                     raise AssertionError(f"{shape.name}: {label} changed what cached heads return; nothing was timed.")
                 calls[f"{label} cached"] = call
