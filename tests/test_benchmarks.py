@@ -6,9 +6,10 @@ from unittest.mock import patch
 import jax.numpy as jnp
 import pytest
 
-from benchmarks import attention
-from benchmarks.aot import _measured
 from pallas_kernels import CACHED, Layout
+
+attention = pytest.importorskip("benchmarks.attention", reason="benchmarks/ is beside the tests in a checkout alone")
+aot = pytest.importorskip("benchmarks.aot")
 
 pytestmark = pytest.mark.checkout
 SHAPE = attention.Shape("small", 1, 3, 64, Layout(64, 512, True), "float32")
@@ -65,5 +66,5 @@ def test_wrong_output_is_not_timed(change):
 @pytest.mark.parametrize("implementation", ["triton", "mosaic", "jax_triton"])
 def test_share_of_the_tensor_cores_is_that_of_the_measured_row(implementation, head_dim):
     """Mosaic's is the default's row, the others' their own."""
-    share = _measured(implementation, head_dim)["measured_share_h100"]
+    share = aot._measured(implementation, head_dim)["measured_share_h100"]
     assert 0.3 < share < 0.8 and (implementation == "mosaic") == (share > 0.51)
