@@ -236,6 +236,20 @@ def test_bad_input_is_refused_with_both_values(change, message):
 
 @pytest.mark.usefixtures("no_shape_checks")
 @pytest.mark.parametrize(
+    ("counts", "message"),
+    [
+        ((2.5, 8), "num_text=2.5 and self.num_visual=8 must be integers"),
+        ((-1, 8), "num_text=-1 and self.num_visual=8 must not be negative"),
+        ((0, 0), "nor both 0"),
+    ],
+)
+def test_a_layout_counts_tokens(counts, message):
+    with pytest.raises(ValueError, match=message):
+        Layout(*counts, text_first=True)
+
+
+@pytest.mark.usefixtures("no_shape_checks")
+@pytest.mark.parametrize(
     ("half_windows", "message"),
     [
         (jnp.array([3, 3], jnp.int32), r"increasing and not negative, got \[3, 3\]"),
