@@ -97,7 +97,7 @@ def measure(loop: Loop, rounds: int) -> dict[str, Any]:
         out, caches, picks, _ = step(latents, caches, **options)
         return out, picks
 
-    _, filled = loop.planned(caches, loop.plan(1.0, cached=False), 0, 1)
+    _, filled = loop.planned(caches, loop.plan(1.0, reuse=0.0), 0, 1)
     picks = []
     for name in programs:
         caches = jax.tree.map(jnp.copy, filled)

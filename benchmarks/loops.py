@@ -104,9 +104,9 @@ class Loop:
         latents = jnp.array(self.latents)  # given away
         return denoise_planned(self.graph, self.params, latents, caches, self.inputs, rows, start, stop, **options)
 
-    def plan(self, target: float, *, cached: bool) -> Plan:
-        """Keeps this share of all query-key pairs after the first step: half of the saving by cached heads and half by
-        arrows, or all by arrows; random heads of every layer, as many full ones as possible."""
+    def plan(self, target: float, *, reuse: float) -> Plan:
+        """Keeps this share of all query-key pairs after the first step; `reuse` is the share of the saving that is by
+        cached heads, the rest is by arrows: random heads of every layer, as many full ones as possible."""
         layers = tuple(
             AttentionLayer(name=name, num_text=x.num_text, num_visual=x.num_visual, text_first=x.text_first)
             for name, x in self.layers.items()
@@ -117,14 +117,14 @@ class Loop:
             height=1, width=1, doubled_batch=self.batch == 2, num_heads=heads, layers=layers,
         )  # fmt: skip
         choices, generator = np.zeros((self.steps, len(layers), heads), np.uint8), np.random.default_rng(0)
-        methods, reuse = [FULL_METHOD, Method("cached")], (1 - target) / 2 if cached else 0.0
+        methods, cached = [FULL_METHOD, Method("cached")], reuse * (1 - target)
         owed = np.zeros((len(layers), 2))
         for number, layer in enumerate(layers):
-            arrow, share = widest_arrow(layer, 1 - target - reuse, 1 - reuse)
+            arrow, share = widest_arrow(layer, (1 - reuse) * (1 - target), 1 - cached)
             if arrow not in methods:
                 methods.append(arrow)
             for step in range(1, self.steps):
-                owed[number] += np.array([reuse, share]) * heads  # fractions of heads are paid in later steps
+                owed[number] += np.array([cached, share]) * heads  # fractions of heads are paid in later steps
                 counts = np.floor(owed[number] + 0.5).astype(int)
                 owed[number] -= counts
                 order = generator.permutation(heads)

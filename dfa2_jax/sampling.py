@@ -10,9 +10,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Bool, Float, Int
 
-from pallas_kernels.layout import CACHED
-
-from .models.attention import Attend, Dense, Memory, Planned, PlanRow, Rows, gpu_kind
+from .models.attention import Attend, Branches, Dense, Memory, Planned, PlanRow, Rows, gpu_kind
 from .models.layers import XLA_OPTIONS
 
 Array = jax.Array | np.ndarray
@@ -60,17 +58,12 @@ def euler_step(
     return x + (sigma_next - sigma) * velocity
 
 
-WORTH_BRANCHES = 1 / 8
-"""A step branches around projections if more than this share of its layers is idle, all their heads cached. On an
-H100 at 1024 px the branches take 3 to 4 % of a step (weights of products in a branch are taken out of their stack
-first), and an idle layer saves a quarter of its share."""
-
-
 class PlanRows(NamedTuple):
     """A plan as the loop reads it (`dfa2_jax.plan`): padded like every per-step input."""
 
     half_window: Int[Array, "padded_steps layers heads"]
     head_order: Int[Array, "padded_steps layers heads"]
+    """Heads with most work first, cached ones last."""
 
 
 @partial(jax.jit, static_argnames=("graph", "unroll", "implementation", "rounding"), compiler_options=XLA_OPTIONS)
@@ -132,6 +125,7 @@ def denoise_planned(
     """
     model = nnx.merge(graph, params)
     rows = partial(by_segment, model.attention_rows)
+    branches = Branches.of(max(cache.shape[1] * cache.shape[2] for cache in jax.tree.leaves(caches)))
 
     def step(skip: bool, i: Array | int, row: PlanRows | None, carry: tuple[Array, Any]) -> tuple[Array, Any]:
         velocity, attend = partial(model.velocity, unroll=unroll), Planned(implementation, skip)
@@ -144,8 +138,7 @@ def denoise_planned(
         row = PlanRows(plan.half_window[i], plan.head_order[i])
         if gpu_kind() is None:  # a CPU's branches cost nothing
             return step(True, i, row, carry)
-        idle = jnp.all(row.half_window == CACHED, axis=-1)
-        skip = (idle.mean() > WORTH_BRANCHES).astype(jnp.int32)
+        skip = branches.pay(jnp.asarray(row.half_window)).astype(jnp.int32)
         for value, times in ((True, skip), (False, 1 - skip)):  # as loops: a branch would copy the caches
             carry = jax.lax.fori_loop(0, times, lambda _, carry, value=value: step(value, i, row, carry), carry)
         return carry

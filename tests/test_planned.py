@@ -8,6 +8,7 @@ import pytest
 from test_pipeline import COMMON, PROMPTS, error, load_theirs, run_theirs
 
 from dfa2_jax import Method, Pipeline, Plan, PlanError, sampling
+from dfa2_jax.models import attention
 from pallas_kernels import CACHED
 
 CASES = {
@@ -132,37 +133,54 @@ def test_caches_that_do_not_fit_are_refused_before_any_step(ours, monkeypatch):
 
 @pytest.fixture
 def gpu_loops(monkeypatch):
-    """The sampling loop as it is for a GPU: steps of many idle layers are another inner loop than the others."""
+    """The sampling loop as it is for a GPU: steps that take branches around projections are another inner loop."""
     monkeypatch.setattr(sampling, "gpu_kind", lambda: "NVIDIA H200")
     sampling.denoise_planned.clear_cache()
     yield
     sampling.denoise_planned.clear_cache()
 
 
+@pytest.mark.parametrize(("long", "worth"), [(False, 1 / 4), (True, 1 / 8)], ids=["short", "long"])
 @pytest.mark.parametrize("case", CASES)
-def test_steps_that_skip_projections_give_what_others_give(case, ours, request):
+def test_steps_that_skip_projections_give_what_others_give(case, long, worth, ours, request, monkeypatch):
+    if long:
+        monkeypatch.setattr(attention, "MANY_ROWS", 1)
     name, arguments = CASES[case]
     pipeline = ours(name)
     arguments = {"prompt": PROMPTS[0], "output_type": "latent", "progress": False} | COMMON | arguments
     setting = pipeline.setting(**arguments)
-    plan = random_plan(setting, 1).with_method(3, None, None, "cached")
-    idle = (plan.half_windows() == CACHED).all(-1).mean(-1) > sampling.WORTH_BRANCHES
-    assert 1 < idle.sum() < len(idle) - 1
-    want, ran = pipeline(**arguments, plan=plan).images, []
+    choices = random_plan(setting, 1).choices
+    generator = np.random.default_rng(0)
+    share = generator.random(choices.shape[:2])  # of each step and layer
+    share[1], share[2] = 0, 1
+    reused = generator.random(choices.shape) < share[..., None]
+    reused[0] = False
+    plan = Plan(setting, METHODS, np.where(reused, 1, np.where(choices == 1, 2, choices)).astype(np.uint8))
+    made = (plan.half_windows() != CACHED).sum(-1)
+    if not long:  # none, two or all four
+        made = 2 * -(-made // 2)
+    skips = 1 - made.mean(-1) / setting.num_heads > worth
+    assert skips.any() and not skips[1:].all()
+    assert set(made[skips].ravel()) == ({*range(5)} if long else {0, 2, 4}), "every branch is taken"
 
-    class Counted(sampling.Planned):
+    def run(planned):
+        monkeypatch.setattr(sampling, "Planned", planned)
+        sampling.denoise_planned.clear_cache()
+        return pipeline(**arguments, plan=plan).images
+
+    ran = []
+
+    class Counted(attention.Planned):
         def __call__(self, *args):
             jax.debug.callback(lambda: ran.append(self.skip))
             return super().__call__(*args)
 
-    request.getfixturevalue("monkeypatch").setattr(sampling, "Planned", Counted)
+    want = run(lambda implementation, skip: attention.Planned(implementation, skip=False))
     request.getfixturevalue("gpu_loops")
-    np.testing.assert_allclose(pipeline(**arguments, plan=plan).images, want, atol=1e-5)
+    np.testing.assert_allclose(run(Counted), want, atol=1e-5)
     jax.effects_barrier()
-    assert (ran.count(True), ran.count(False)) == (
-        idle.sum() * len(setting.layers),
-        (~idle).sum() * len(setting.layers),
-    )
+    layers = len(setting.layers)
+    assert (ran.count(True), ran.count(False)) == (skips.sum() * layers, (~skips).sum() * layers)
 
 
 def test_no_step_is_no_step(ours):

@@ -6,12 +6,12 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from pallas_kernels.layout import Layout
 
 from .attention import NOTHING, Attend, Heads, Memory
-from .layers import MLP, AdaLN, AdaLNOut, Linear, RMSNorm, layer_norm, linear, merge_heads, split_heads
+from .layers import MLP, AdaLN, AdaLNOut, Linear, RMSNorm, layer_norm, linear, merge_heads
 
 Rope = tuple[Float[Array, "S half"], Float[Array, "S half"]]
 
@@ -49,14 +49,16 @@ class Attention(nnx.Module):
         if text_out:
             self.to_add_out = project()
 
-    def visual(self, x: Float[Array, "B T D"]) -> tuple[Heads, Heads, Heads]:
-        return self._heads(x, self.to_q, self.to_k, self.to_v, self.norm_q, self.norm_k)
+    def visual(self, x: Float[Array, "B T D"], heads: Int[Array, " n"] | None = None) -> tuple[Heads, Heads, Heads]:
+        """Queries, keys and values, of all heads or of those named."""
+        return self._heads(x, heads, self.to_q, self.to_k, self.to_v, self.norm_q, self.norm_k)
 
-    def text(self, x: Float[Array, "B T D"]) -> tuple[Heads, Heads, Heads]:
-        return self._heads(x, self.add_q_proj, self.add_k_proj, self.add_v_proj, self.norm_added_q, self.norm_added_k)
+    def text(self, x: Float[Array, "B T D"], heads: Int[Array, " n"] | None = None) -> tuple[Heads, Heads, Heads]:
+        to = self.add_q_proj, self.add_k_proj, self.add_v_proj
+        return self._heads(x, heads, *to, self.norm_added_q, self.norm_added_k)
 
-    def _heads(self, x, to_q, to_k, to_v, norm_q, norm_k) -> tuple[Heads, Heads, Heads]:
-        q, k, v = (split_heads(to(x), self.num_heads) for to in (to_q, to_k, to_v))
+    def _heads(self, x, heads, to_q, to_k, to_v, norm_q, norm_k) -> tuple[Heads, Heads, Heads]:
+        q, k, v = (to.heads(x, self.num_heads, heads) for to in (to_q, to_k, to_v))
         return (q, k, v) if norm_q is None else (norm_q(q), norm_k(k), v)
 
 
@@ -121,8 +123,8 @@ class JointBlock(nnx.Module):
             text_attn, text_mlp = self.norm1_context(vector)
             text_in = text_attn(layer_norm(text))
 
-        def project() -> tuple[Heads, Heads, Heads]:
-            pairs = zip(self.attn.visual(attn(normed)), self.attn.text(text_in), strict=True)
+        def project(heads: Int[Array, " n"] | None = None) -> tuple[Heads, Heads, Heads]:
+            pairs = zip(self.attn.visual(attn(normed), heads), self.attn.text(text_in, heads), strict=True)
             q, k, v = (join(a, b, layout) for a, b in pairs)
             return (q, k, v) if rope is None else (rotate(q, rope), rotate(k, rope), v)
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from pallas_kernels.layout import Layout
 
@@ -108,8 +108,8 @@ class SingleBlock(nnx.Module):
         (modulation,) = self.norm(vector)
         normed = modulation(layer_norm(x))
 
-        def project() -> tuple[Heads, Heads, Heads]:
-            q, k, v = self.attn.visual(normed)
+        def project(heads: Int[Array, " n"] | None = None) -> tuple[Heads, Heads, Heads]:
+            q, k, v = self.attn.visual(normed, heads)
             return rotate(q, rope), rotate(k, rope), v
 
         out, remembered = attend(project, layout, memory[0], rows[0])

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 
 def matmul_precision(dtype: DTypeLike) -> jax.lax.Precision | None:
@@ -42,12 +42,24 @@ class Linear(nnx.Linear):
     """
 
     def __call__(self, x: Float[Array, "*dims D"]) -> Float[Array, "*dims E"]:
-        out = jnp.dot(x.astype(self.dtype), self.kernel[...], precision=self.precision)
+        return self._columns(x, lambda parameter: parameter)
+
+    def heads(
+        self, x: Float[Array, "B T D"], num_heads: int, which: Int[Array, " n"] | None = None
+    ) -> Float[Array, "B T n H"]:
+        """The output by heads: all of them, or those that are named, for their share of the work."""
+        if which is None:
+            return split_heads(self(x), num_heads)
+        out = self._columns(x, lambda parameter: merge_heads(take_heads(split_heads(parameter, num_heads), which)))
+        return split_heads(out, len(which))
+
+    def _columns(self, x: Float[Array, "*dims D"], of: Callable[[Array], Array]) -> Float[Array, "*dims E"]:
+        out = jnp.dot(x.astype(self.dtype), of(self.kernel[...]), precision=self.precision)
         if self.bias is None:
             return out
         if prod(out.shape[:-1]) < MANY_ROWS:
             out = jax.lax.optimization_barrier(out)
-        return out + self.bias[...].reshape((1,) * (out.ndim - 1) + (-1,))
+        return out + of(self.bias[...]).reshape((1,) * (out.ndim - 1) + (-1,))
 
 
 def linear(in_features: int, out_features: int, *, use_bias: bool = True, dtype: DTypeLike, rngs: nnx.Rngs) -> Linear:
@@ -62,12 +74,21 @@ def linear(in_features: int, out_features: int, *, use_bias: bool = True, dtype:
     )
 
 
-def split_heads(x: Float[Array, "B T D"], num_heads: int) -> Float[Array, "B T N H"]:
+def split_heads(x: Float[Array, "*dims D"], num_heads: int) -> Float[Array, "*dims N H"]:
     return x.reshape(*x.shape[:-1], num_heads, -1)
 
 
-def merge_heads(x: Float[Array, "B T N H"]) -> Float[Array, "B T D"]:
+def merge_heads(x: Float[Array, "*dims N H"]) -> Float[Array, "*dims D"]:
     return x.reshape(*x.shape[:-2], -1)
+
+
+def take_heads(x: Float[Array, "*dims N H"], which: Int[Array, " n"]) -> Float[Array, "*dims n H"]:
+    """`x[..., which, :]`, as XLA leaves it: of a gather along an inner axis it makes one along the first, and a
+    transposition of the result."""
+    *dims, num_heads, head_dim = x.shape
+    row = jnp.arange(prod(dims))[:, None] * num_heads + which[None]
+    rows = x.reshape(-1, head_dim).at[row].get(mode="promise_in_bounds", wrap_negative_indices=False)
+    return rows.reshape(*dims, -1, head_dim)
 
 
 def gelu_tanh(x: Float[Array, "*dims"]) -> Float[Array, "*dims"]:
