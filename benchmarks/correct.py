@@ -5,8 +5,8 @@ one is wrong.
 
 Six heads each: full, V/16, V/64, 0 and 10 V tokens on each side, and a cached one. Inputs are drawn anew for each case;
 what the heads that compute find in the cache is NaN. Right is: no more than twice the error of plain XLA attention
-in the same dtype, and 4 units in the last place of the largest value; the cached head to the bit; and every position
-written. Nested calls: each of five outputs.
+in the same dtype, and `UNITS` in the last place of the head's largest output; the cached head to the bit; and every
+position written. Nested calls: each of five outputs.
 """
 
 import argparse
@@ -45,6 +45,8 @@ CASES = [
     Case("FLUX 2K", 1, 128, Layout(512, 16384, True)),
 ]
 DTYPES = ("bfloat16", "float16", "float32")
+UNITS = {"bfloat16": 4, "float16": 4, "float32": 64}
+"""Of rounding: 16 bits are summed in float32, float32 in sums as long as the sequence."""
 
 
 @partial(jax.jit, static_argnames=("layout", "dtype"))
@@ -89,7 +91,7 @@ class Truth:
             np.asarray(x, np.float64)
             for x in (self.head(head, window, "float64"), self.head(head, window, self.dtype), out)
         )
-        rounding = 4 * float(jnp.finfo(self.dtype).eps) * float(jnp.abs(self.v).max())
+        rounding = UNITS[self.dtype] * float(jnp.finfo(self.dtype).eps) * float(np.abs(want).max())
         return float(np.abs(out - want).max()), 2 * float(np.abs(of_xla - want).max()) + rounding
 
 

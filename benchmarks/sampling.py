@@ -163,7 +163,9 @@ def main() -> None:
     platform = jax.default_backend()
     cases = CPU if platform == "cpu" else GPU
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("cases", nargs="*", metavar="CASE", help=f"of {', '.join(cases)} (the file keeps the others)")
+    parser.add_argument(
+        "cases", nargs="*", metavar="CASE", help=f"default: all of {', '.join(cases)}; the file keeps others"
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=2, help="timed at a time, after the first")
     parser.add_argument(
@@ -178,6 +180,7 @@ def main() -> None:
     for name in args.cases or cases:
         loop = cases[name](args.steps + 1)
         row = rows[name] = machine | measure(loop, TARGETS[platform], args.rounds, args.steps, args.unrolled)
+        del loop  # before the next is made
         print(f"{name}: {row['ms_per_step']['dense']:.1f} ms a step, attention {row['attention_share']}", flush=True)
         for plan, found in row["plans"].items():
             print("  " + plan.ljust(13) + ", ".join(f"{key} {value:.3f}" for key, value in found.items()), flush=True)

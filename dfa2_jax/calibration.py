@@ -281,7 +281,7 @@ def calibrate(
     told = facts | {"setting": setting.model_dump(mode="json"), "rounding": pipeline.rounding}
     found = Progress.read(resume, digest_of(told), plan)
 
-    run, tokens, caches = pipeline.denoiser(call, found.plan(plan))
+    run, tokens, caches = pipeline.denoiser(call, found.plan(plan), skip=False)  # as the steps that found it
     tokens, caches = run(tokens, caches, 0, 1 + found.steps)  # the dense step, and those that an earlier run found
     transformer = pipeline.transformer
     step = partial(

@@ -353,12 +353,13 @@ class Pipeline:
         return np.asarray(tokens)
 
     def denoiser(
-        self, call: "Prepared", plan: Plan | None, implementation: str | None = None
+        self, call: "Prepared", plan: Plan | None, implementation: str | None = None, *, skip: bool = True
     ) -> tuple[Callable[..., tuple[Any, Any]], Any, Any]:
         """(run, tokens, caches): `run(tokens, caches, start, stop)` gives both after these steps.
 
         Args:
             implementation: of attention, to measure what another order of the same sums changes; None: the best one.
+            skip: as in `denoise_planned`.
         """
         transformer, tokens = self.transformer, call.tokens
         options: dict[str, Any] = {"inputs": jax.device_put(call.inputs), "rounding": self.rounding}
@@ -369,7 +370,8 @@ class Pipeline:
             dense = partial(denoise, transformer.graph, transformer.params, **options)
             return lambda tokens, caches, start, stop: (dense(tokens, start=start, stop=stop), caches), tokens, None
         rows = PlanRows(pad_steps(plan.half_windows()), pad_steps(plan.head_order()))
-        planned = partial(denoise_planned, transformer.graph, transformer.params, plan=jax.device_put(rows), **options)
+        options |= {"plan": jax.device_put(rows), "skip": skip}
+        planned = partial(denoise_planned, transformer.graph, transformer.params, **options)
 
         def run(tokens: Any, caches: Any, start: int, stop: int) -> tuple[Any, Any]:
             return planned(latents=tokens, caches=caches, start=start, stop=stop)

@@ -63,7 +63,6 @@ class PlanRows(NamedTuple):
 
     half_window: Int[Array, "padded_steps layers heads"]
     head_order: Int[Array, "padded_steps layers heads"]
-    """Heads with most work first, cached ones last."""
 
 
 @partial(jax.jit, static_argnames=("graph", "unroll", "implementation", "rounding"), compiler_options=XLA_OPTIONS)
@@ -98,7 +97,7 @@ def denoise(
 
 @partial(
     jax.jit,
-    static_argnames=("graph", "unroll", "implementation", "rounding"),
+    static_argnames=("graph", "skip", "unroll", "implementation", "rounding"),
     donate_argnames=("latents", "caches"),
     compiler_options=XLA_OPTIONS,
 )
@@ -112,6 +111,7 @@ def denoise_planned(
     start: Int[Array, ""] | int,
     stop: Int[Array, ""] | int,
     *,
+    skip: bool = True,
     unroll: int | bool = 1,
     implementation: str | None = None,
     rounding: str | None = None,
@@ -122,13 +122,14 @@ def denoise_planned(
         caches: every attention call's last output, at first from `caches.empty_caches`; given away, and returned.
             Step 0 is dense and fills them.
         plan: data: another plan of the shape compiles nothing.
+        skip: cached heads' projections, in steps where that pays. False: with the sums of steps that make all.
     """
     model = nnx.merge(graph, params)
     rows = partial(by_segment, model.attention_rows)
     branches = Branches.of(max(cache.shape[1] * cache.shape[2] for cache in jax.tree.leaves(caches)))
 
-    def step(skip: bool, i: Array | int, row: PlanRows | None, carry: tuple[Array, Any]) -> tuple[Array, Any]:
-        velocity, attend = partial(model.velocity, unroll=unroll), Planned(implementation, skip)
+    def step(branch: bool, i: Array | int, row: PlanRows | None, carry: tuple[Array, Any]) -> tuple[Array, Any]:
+        velocity, attend = partial(model.velocity, unroll=unroll), Planned(implementation, branch)
         return denoise_step(velocity, attend, inputs, rounding_to(rounding), i, *carry, rows(row))
 
     def first(carry: tuple[Array, Any]) -> tuple[Array, Any]:
@@ -136,10 +137,10 @@ def denoise_planned(
 
     def later(i: Array, carry: tuple[Array, Any]) -> tuple[Array, Any]:
         row = PlanRows(plan.half_window[i], plan.head_order[i])
-        if gpu_kind() is None:  # a CPU's branches cost nothing
-            return step(True, i, row, carry)
-        skip = branches.pay(jnp.asarray(row.half_window)).astype(jnp.int32)
-        for value, times in ((True, skip), (False, 1 - skip)):  # as loops: a branch would copy the caches
+        if not skip or gpu_kind() is None:  # a CPU's branches cost next to nothing
+            return step(skip, i, row, carry)
+        pays = branches.pay(jnp.asarray(row.half_window)).astype(jnp.int32)
+        for value, times in ((True, pays), (False, 1 - pays)):  # as loops: a branch would copy the caches
             carry = jax.lax.fori_loop(0, times, lambda _, carry, value=value: step(value, i, row, carry), carry)
         return carry
 

@@ -222,7 +222,7 @@ def dense_implementation(dtype: DTypeLike, head_dim: int) -> Choice:
     is_hopper = row_for(gpu_kind()) == "H200"
     if head_dim == 64 and is_hopper and jax.device_count() == 1 and mosaic_lacks(dtype, head_dim) is None:
         # on several GPUs a jit of sharded arrays would gather them for a kernel that XLA cannot split
-        return Choice("mosaic", "for one Hopper GPU: 1.19 to 1.22 times as fast as cuDNN, which computes gradients")
+        return Choice("mosaic", "for one Hopper GPU: 1.17 to 1.21 times as fast as cuDNN, which computes gradients")
     return Choice("cudnn", "cuDNN's fused attention, for 16-bit inputs on NVIDIA GPUs; it has gradients")
 
 
@@ -252,8 +252,8 @@ def arrow_implementation(dtype: DTypeLike, head_dim: int) -> Choice:
 
 
 MEASURED = {
-    64: "1.05 to 1.25 times as fast as 'triton' for full, narrow and mixed heads",
-    128: "1.37 to 1.50 times as fast as 'triton' for full, narrow and mixed heads",
+    64: "1.01 to 1.26 times as fast as 'triton' for full, narrow and mixed heads",
+    128: "1.40 to 1.57 times as fast as 'triton' for full, narrow and mixed heads",
 }
 """Of the "mosaic" kernels, by head_dim, on an H100."""
 

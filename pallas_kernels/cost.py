@@ -44,7 +44,7 @@ ALONE, OVERLAP = 1.23, 1 / 3
 FETCHED = 1.0
 """Instead of `ALONE`, where other warps fetch the tiles ("mosaic"): the plain sum of the pipes. `OVERLAP` is Triton's.
 Chosen knowing timings of full attention at 2048 px on an H100, which reached 1.00 and 1.02 times the `ceiling_share` at
-a head_dim of 64 and 128. With the code of today (6.3 and 7.5 instructions per score, not 6.5 and 7.8) they reach 1.01
+a head_dim of 64 and 128. With the code of today (6.3 and 7.5 instructions per score, not 6.5 and 7.8) they reach 1.00
 and 1.07 (benchmarks/results/attention_h100.json), at a clock of 1.98 GHz where `GPUS` has 1.83."""
 
 EXPOSED_CLOCKS = 550

@@ -140,6 +140,17 @@ def gpu_loops(monkeypatch):
     sampling.denoise_planned.clear_cache()
 
 
+@pytest.mark.parametrize("num_rows", [11_999, 12_000])
+@pytest.mark.parametrize("num_heads", [1, 3, 24, 38])
+def test_a_layer_projects_no_more_heads_than_it_must(num_heads, num_rows):
+    branches = attention.Branches.of(num_rows)
+    counts = branches.counts(num_heads)
+    assert counts[0] == 0 and counts[-1] == num_heads and len(counts) <= (7 if num_rows == 12_000 else 3)
+    computed = np.arange(num_heads + 1)[:, None] > np.arange(num_heads)
+    chosen = branches.choose(jax.numpy.where(computed, 5, CACHED))
+    assert [counts[i] for i in chosen] == [min(c for c in counts if c >= n) for n in range(num_heads + 1)]
+
+
 @pytest.mark.parametrize(("long", "worth"), [(False, 1 / 4), (True, 1 / 8)], ids=["short", "long"])
 @pytest.mark.parametrize("case", CASES)
 def test_steps_that_skip_projections_give_what_others_give(case, long, worth, ours, request, monkeypatch):

@@ -71,21 +71,21 @@ class PlanRow(NamedTuple):
     half_window: Int[Array, " N"] | None
     """As in `arrow_attention`; None at the first step, which is dense."""
     head_order: Int[Array, " N"] | None
-    """Cached heads last."""
 
 
 class Branches(NamedTuple):
     """Ways to make no more of a layer's queries, keys and values than its plan asks for.
 
     On an H100 a step of FLUX.1-dev at 2048 px that spares a sixth of its heads is 1 to 3 % faster, one of SD3.5-medium
-    as fast as without branches. At 1024 px, where all weights of a branch are first taken out of their stack, branches
-    pay from 0.3 of the heads on (FLUX.1-dev, SD3.5-large; 0.55 for SD3.5-medium), or 0.15 if whole layers are idle.
+    as fast as without branches. At 1024 px, where the weights that branches read are first taken out of their stack,
+    they pay if whole layers are idle from 0.15 of the layers on; if all layers spare some heads, from 0.3 of the heads
+    on for FLUX.1-dev and SD3.5-large, and 0.55 for SD3.5-medium (at 0.5 it loses 1.5 %).
     """
 
     parts: int
     """A layer makes none, one, ... or all of so many parts of its heads. Each is a branch to compile."""
     worth: float
-    """A step takes the branches if they spare more than this share of all heads."""
+    """A step takes the branches if they spare more than this share of all heads; at 1024 px a compromise."""
 
     @classmethod
     def of(cls, num_rows: int) -> "Branches":
@@ -97,8 +97,9 @@ class Branches(NamedTuple):
 
     def choose(self, half_window: Int[Array, "*layers N"]) -> Int[Array, "*layers"]:
         """The branch that makes no more heads than it must: all that are not cached."""
-        needed = jnp.sum(half_window != CACHED, axis=-1, dtype=jnp.int32)
-        return jnp.stack([needed > count for count in self.counts(half_window.shape[-1])]).sum(0, dtype=jnp.int32)
+        counts = jnp.array(self.counts(half_window.shape[-1]))
+        needed = jnp.sum(half_window != CACHED, axis=-1)
+        return jnp.searchsorted(counts, needed, method="compare_all").astype(jnp.int32)  # by default it is a loop
 
     def pay(self, half_window: Int[Array, "layers N"]) -> Bool[Array, ""]:
         """Whether a step takes them."""
@@ -106,21 +107,21 @@ class Branches(NamedTuple):
         made = jnp.array(self.counts(num_heads))[self.choose(half_window)]
         return 1 - made.mean() / num_heads > self.worth
 
-    def take(
-        self, project: Project, half_window: Int[Array, " N"], head_order: Int[Array, " N"]
-    ) -> tuple[Heads, Heads, Heads]:
-        """Queries, keys and values, with anything at the places of cached heads, which `head_order` has last."""
+    def take(self, project: Project, half_window: Int[Array, " N"]) -> tuple[Heads, Heads, Heads]:
+        """Queries, keys and values, with anything at the places of cached heads."""
+        cached = half_window == CACHED
 
         def first(count: int) -> tuple[Heads, Heads, Heads]:
-            if count == len(head_order):
+            if count == len(cached):
                 return project()
             if not count:
                 return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(project))
-            place = jnp.minimum(jnp.argsort(head_order), count - 1)
-            q, k, v = (take_heads(x, place) for x in project(head_order[:count]))
+            order = jnp.argsort(cached)  # stable: those that are not cached come first
+            place = jnp.minimum(jnp.argsort(order), count - 1)
+            q, k, v = (take_heads(x, place) for x in project(order[:count]))
             return q, k, v
 
-        return jax.lax.switch(self.choose(half_window), [partial(first, n) for n in self.counts(len(half_window))])
+        return jax.lax.switch(self.choose(half_window), [partial(first, n) for n in self.counts(len(cached))])
 
 
 @dataclass(frozen=True)
@@ -136,11 +137,11 @@ class Planned:
     def __call__(
         self, project: Project, layout: Layout, memory: Float[Array, "L B T N H"], row: PlanRow
     ) -> tuple[Heads, Float[Array, "L B T N H"]]:
-        if row.half_window is None or row.head_order is None or not self.skip:
+        if row.half_window is None or not self.skip:
             qkv = project()
         else:
             _, batch, length, *_ = memory.shape
-            qkv = Branches.of(batch * length).take(project, row.half_window, row.head_order)
+            qkv = Branches.of(batch * length).take(project, row.half_window)
         memory = arrow_attention(
             *qkv,
             row.half_window,

@@ -25,10 +25,11 @@ XLA_OPTIONS = {"xla_gpu_enable_triton_gemm": False, "xla_gpu_dot_merger_threshol
 """For the outermost `jax.jit` of sampling and calibration: their products then read a layer's weights where they lie in
 the stack of layers. By itself XLA copies every weight at every step: into a buffer of its own, which Triton's products
 need, and next to others that multiply the same input, which are merged. On an H100 these copies take 17 of FLUX.1-dev's
-154 ms at 1024 px, and 4 of SD3.5-medium's 58 (benchmarks/results/profile_h100.json). Nothing changes on a CPU."""
+151 ms at 1024 px, and 4 of SD3.5-medium's 58 (benchmarks/results/profile_h100.json). Nothing changes on a CPU."""
 
 
 MANY_ROWS = 12_000
+"""From so many rows on a product takes longer to read weights in the stack than to copy them (`Linear`)."""
 
 
 class Linear(nnx.Linear):
@@ -83,8 +84,7 @@ def merge_heads(x: Float[Array, "*dims N H"]) -> Float[Array, "*dims D"]:
 
 
 def take_heads(x: Float[Array, "*dims N H"], which: Int[Array, " n"]) -> Float[Array, "*dims n H"]:
-    """`x[..., which, :]`, as XLA leaves it: of a gather along an inner axis it makes one along the first, and a
-    transposition of the result."""
+    """`x[..., which, :]`, but of rows: of that XLA makes a gather along a first axis and a transposition."""
     *dims, num_heads, head_dim = x.shape
     row = jnp.arange(prod(dims))[:, None] * num_heads + which[None]
     rows = x.reshape(-1, head_dim).at[row].get(mode="promise_in_bounds", wrap_negative_indices=False)
