@@ -19,7 +19,7 @@ ALLOWED = {
     "pallas_kernels": ["pallas_kernels"],
     "convert": ["convert", "dfa2_jax.models", "dfa2_jax.checkpoint", "dfa2_jax.faults"],
     "dfa2_jax.models": ["dfa2_jax.models", "pallas_kernels.layout"],
-    "dfa2_jax.models.attention": ["pallas_kernels"],
+    "dfa2_jax.models.attention": ["dfa2_jax.models.layers", "pallas_kernels"],
     "dfa2_jax.faults": [],
     "dfa2_jax.files": [],
     "dfa2_jax.timing": [],
