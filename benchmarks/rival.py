@@ -98,7 +98,9 @@ def measure(case: Case, rounds: int, steps: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("cases", nargs="*", metavar="CASE", help=f"of {', '.join(GPU)}; default: all")
+    parser.add_argument(
+        "cases", nargs="*", metavar="CASE", help=f"default: all of {', '.join(GPU)}; the file keeps others"
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=2, help="timed at a time")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/rival_gpu.json"))
@@ -107,13 +109,14 @@ def main() -> None:
         parser.error(f"unknown {unknown}: choose from {list(GPU)}")
     if jax.default_backend() != "gpu" or not torch.cuda.is_available():
         parser.error("JAX and torch must both see an NVIDIA GPU; on a CPU, run benchmarks.forward.")
-    result: dict[str, Any] = {"machine": describe_machine(), "device": jax.devices()[0].device_kind, "rows": {}}
+    rows = json.loads(args.out.read_text())["rows"] if args.cases and args.out.exists() else {}
+    machine = {"machine": describe_machine(), "device": jax.devices()[0].device_kind}
     for name in args.cases or GPU:
-        row = result["rows"][name] = measure(GPU[name], args.rounds, args.steps)
+        row = rows[name] = machine | measure(GPU[name], args.rounds, args.steps)
         ratios = ", ".join(f"{rival} / ours {value:.2f}" for rival, value in row["diffusers_over_ours"].items())
         print(f"{name}: {row['ms_per_step']['ours']:.1f} ms a step; {ratios} {row['failed'] or ''}", flush=True)
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(result, indent=1) + "\n")
+        args.out.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
         torch._dynamo.reset()
         torch.cuda.empty_cache()
 
