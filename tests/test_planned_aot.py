@@ -94,8 +94,8 @@ def test_caches_and_weights_stay_where_they_are(name):
     assert planned.temp_bytes <= 1.05 * dense.temp_bytes
     assert copied_share(dense, params) < 0.001, "biases alone: products read their weights in the stack"
     width = leaves[0].shape[-2] * leaves[0].shape[-1]
-    assert re.search(rf"bf16\[\d+,{width // 2}\].*__cublas", planned.hlo), "half of the heads are projected"
-    assert not re.search(r"bf16\[\d+,\d+,\d+,\d+\]\{3,1,0,2\}", planned.hlo), "and taken apart by a transposition"
+    assert re.search(rf"bf16\[\d+,{width // 2}\].*__cublas", planned.hlo), "no product of half of the heads"
+    assert not re.search(r"bf16\[\d+,\d+,\d+,\d+\]\{3,1,0,2\}", planned.hlo), "heads are transposed"
     share = copied_share(planned, params)
     assert share < 0.3, (
         "q, k and v too, in steps that branch, and once more half of them, in the branch of so many heads"

@@ -84,7 +84,7 @@ def merge_heads(x: Float[Array, "*dims N H"]) -> Float[Array, "*dims D"]:
 
 
 def take_heads(x: Float[Array, "*dims N H"], which: Int[Array, " n"]) -> Float[Array, "*dims n H"]:
-    """`x[..., which, :]`, but of rows: of that XLA makes a gather along a first axis and a transposition."""
+    """As `x[..., which, :]`, of which XLA makes a gather along a first axis and a transposition; this takes rows."""
     *dims, num_heads, head_dim = x.shape
     row = jnp.arange(prod(dims))[:, None] * num_heads + which[None]
     rows = x.reshape(-1, head_dim).at[row].get(mode="promise_in_bounds", wrap_negative_indices=False)
