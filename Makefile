@@ -43,7 +43,7 @@ demo: $(VENV)/ready
 	done
 	$(BIN)/dfa2 report build/demo/sd35 --plan build/demo/delta-0.1.json --plan build/demo/delta-0.4.json \
 		--prompts assets/held_out_prompts.txt --guidance-scale 4 --batch 4 --out build/demo/report
-	$(BIN)/python -m assets.figure --dense build/demo/dense --plan delta-0.1=build/demo/delta-0.1 \
+	$(BIN)/python -m toy.figure --dense build/demo/dense --plan delta-0.1=build/demo/delta-0.1 \
 		--plan delta-0.4=build/demo/delta-0.4 --report build/demo/report/report.json --out build/demo/demo.png
 	@echo "Look at build/demo/demo.png and build/demo/report/report.html; the plans are drawn in build/demo/delta-*.png"
 

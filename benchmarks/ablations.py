@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from benchmarks.machine import describe_machine
 from dfa2_jax import Pipeline, calibrate
-from dfa2_jax.baselines import SCHEMES, calibrate_shared, sample_shared
+from dfa2_jax.calibration.baselines import SCHEMES, calibrate_shared, sample_shared
 
 COEFFICIENTS = {"c none": None, "c 1": 1.0, "c 1.5": 1.5, "c 2": 2.0}
 ARROWS = "arrows only"

@@ -25,9 +25,11 @@ from tqdm import tqdm
 
 from benchmarks.machine import describe_machine
 from benchmarks.tiles import CANDIDATES
-from pallas_kernels import FULL, Layout, aot, arrow, arrow_attention, cost, nested_arrow_attention
-from pallas_kernels.hlo import weight_copies
-from pallas_kernels.tiles import TABLE, Tiles
+from pallas_kernels import FULL, Layout, arrow_attention, cost, nested_arrow_attention
+from pallas_kernels import api as arrow
+from pallas_kernels.backends.triton.tiles import TABLE, Tiles
+from pallas_kernels.inspect import aot
+from pallas_kernels.inspect.hlo import weight_copies
 
 HEADS = 24
 MEASURED = Path("benchmarks/results/attention_h100.json")
@@ -111,7 +113,7 @@ def compare(gpu: str) -> list[dict[str, Any]]:
 def _summary(gpu: str, implementation: str, head_dim: int) -> dict[str, Any]:
     target, _, kernel = build(gpu, "arrow", head_dim, "bfloat16", implementation)
     if implementation == "mosaic":
-        from pallas_kernels import mosaic  # needs a newer jax than the rest
+        from pallas_kernels.backends.mosaic import arrow as mosaic  # needs a newer jax than the rest
 
         rows, keys, warps, alone = mosaic.ROWS, mosaic.KEYS, 4, cost.FETCHED
         computing = kernel.warps - warps  # the last warpgroup fetches

@@ -38,9 +38,10 @@ import numpy as np
 from tqdm import tqdm
 
 from benchmarks.machine import describe_machine
-from pallas_kernels import CACHED, FULL, Layout, arrow, arrow_attention, nested_arrow_attention
+from pallas_kernels import CACHED, FULL, Layout, arrow_attention, nested_arrow_attention
+from pallas_kernels import api as arrow
+from pallas_kernels.backends.triton.tiles import tiles_for
 from pallas_kernels.mask import EVERYTHING, count_tiles, density
-from pallas_kernels.tiles import tiles_for
 
 BURST, REST = 0.012, 0.05
 """Seconds, on a GPU."""
@@ -296,7 +297,8 @@ def visited(row: np.ndarray, shape: Shape) -> float | None:
     if arrow.arrow_implementation(shape.dtype, shape.head_dim).implementation != "mosaic":
         tiles = tiles_for(arrow.gpu_kind(), shape.head_dim, shape.dtype)
         return float(count_tiles(row, shape.layout, tiles.rows, tiles.keys).density.mean())
-    from pallas_kernels import mosaic, mosaic_common  # need a newer jax than the rest
+    from pallas_kernels.backends.mosaic import arrow as mosaic  # need a newer jax than the rest
+    from pallas_kernels.backends.mosaic import block as mosaic_common
 
     rows = mosaic_common.warpgroups(shape.head_dim, False) * mosaic_common.ROWS
     jobs = mosaic.Jobs(shape.layout, rows, shape.heads, shape.batch)

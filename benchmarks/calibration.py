@@ -23,11 +23,12 @@ import numpy as np
 from benchmarks.loops import Loop, interleaved, ratio
 from benchmarks.machine import describe_machine
 from benchmarks.sampling import CPU, GPU, cut_sd35
-from dfa2_jax import Method, calibration
-from dfa2_jax.models.attention import arrow_attention
-from dfa2_jax.models.layers import XLA_OPTIONS
-from dfa2_jax.sampling import denoise
-from dfa2_jax.search import choose
+from dfa2_jax import Method
+from dfa2_jax.calibration import calibrate as calibration
+from dfa2_jax.calibration.search import choose
+from dfa2_jax.nn.attention import arrow_attention
+from dfa2_jax.nn.layers import XLA_OPTIONS
+from dfa2_jax.sampling.loop import denoise
 from pallas_kernels.layout import FULL
 
 CPU_CASES = CPU | {"1,024 tokens, 24 heads": cut_sd35(32, 154, 24, 64)}

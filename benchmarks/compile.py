@@ -18,9 +18,9 @@ from typing import Any, NamedTuple
 import jax
 
 from benchmarks.machine import describe_machine
-from dfa2_jax.sampling import denoise
-from pallas_kernels import aot
-from pallas_kernels.hlo import weight_copies
+from dfa2_jax.sampling.loop import denoise
+from pallas_kernels.inspect import aot
+from pallas_kernels.inspect.hlo import weight_copies
 from tests.real_shapes import PUBLISHED, denoise_arguments
 
 GPU, BYTES_PER_SECOND = "h200", 4.8e12

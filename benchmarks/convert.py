@@ -154,7 +154,7 @@ def save_with_orbax(folder: Path, target: Path, **options: Any) -> tuple[float, 
     """Seconds of a plain save of arrays that lie in memory as our stacked parameters do; bytes of the arrays."""
     import orbax.checkpoint as ocp
 
-    from dfa2_jax.checkpoint import open_checkpoint
+    from dfa2_jax.families.registry import open_checkpoint
 
     source, tree = values(), {}
     for path, leaf in open_checkpoint(folder).leaves("transformer").items():
@@ -182,9 +182,9 @@ def child(contender: str, folder: Path, target: Path) -> dict[str, Any]:
     """One measurement, in the process that makes it."""
     import jax
 
-    import dfa2_jax.models  # noqa: F401  (what a load imports counts as "before")
-    from convert import convert_checkpoint
-    from dfa2_jax.checkpoint import open_checkpoint
+    import dfa2_jax.families.registry  # noqa: F401  (what a load imports counts as "before")
+    from dfa2_jax.conversion import convert_checkpoint
+    from dfa2_jax.families.registry import open_checkpoint
 
     jax.device_put(np.zeros(8)).block_until_ready()  # the backend is up, as in any process that uses JAX
     row: dict[str, Any] = {"before": anonymous_bytes()}

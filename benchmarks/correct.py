@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from benchmarks.machine import describe_machine
 from pallas_kernels import CACHED, FULL, Layout, arrow_attention, dense_mask, nested_arrow_attention
-from pallas_kernels.arrow import IMPLEMENTATIONS
+from pallas_kernels.api import IMPLEMENTATIONS
 
 
 class Case(NamedTuple):

@@ -24,10 +24,10 @@ from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel, S
 from flax import nnx
 
 from benchmarks.machine import describe_machine
-from dfa2_jax.checkpoint import open_checkpoint
-from dfa2_jax.models.layers import sinusoid
-from dfa2_jax.models.patches import CHANNEL_ROW_COLUMN, ROW_COLUMN_CHANNEL, crop_positions, patchify, rope_table
-from dfa2_jax.models.sd3 import PositionTable
+from dfa2_jax.families.registry import open_checkpoint
+from dfa2_jax.families.sd3.transformer import PositionTable
+from dfa2_jax.nn.layers import sinusoid
+from dfa2_jax.sampling.tokens import CHANNEL_ROW_COLUMN, ROW_COLUMN_CHANNEL, crop_positions, patchify, rope_table
 
 MODELS = {
     "SD3.5-like (24 x 64, 2 dual + 2 blocks, 333 text tokens)": (

@@ -25,7 +25,9 @@ import numpy as np
 
 from benchmarks.attention import Shape, check, clock, measure, shapes, visited, windows
 from benchmarks.machine import describe_machine
-from pallas_kernels import arrow_attention, mosaic_common, mosaic_jobs
+from pallas_kernels import arrow_attention
+from pallas_kernels.backends.mosaic import block as mosaic_common
+from pallas_kernels.backends.mosaic import jobs as mosaic_jobs
 
 ROWS = ("V/16", "V/32", "V/64")
 

@@ -13,14 +13,14 @@ import numpy as np
 from flax import nnx
 
 from dfa2_jax import Method, Plan
-from dfa2_jax.caches import cache_shapes
-from dfa2_jax.models import MODELS
-from dfa2_jax.models.layers import XLA_OPTIONS, sinusoid
-from dfa2_jax.models.patches import crop_positions, rope_table
-from dfa2_jax.models.sd3 import PositionTable
-from dfa2_jax.plan import FULL_METHOD
-from dfa2_jax.sampling import Inputs, PlanRows, denoise, denoise_planned, denoise_step, pad_steps
-from dfa2_jax.setting import AttentionLayer, Setting
+from dfa2_jax.families.registry import networks
+from dfa2_jax.families.sd3.transformer import PositionTable
+from dfa2_jax.nn.layers import XLA_OPTIONS, sinusoid
+from dfa2_jax.plan.plan import FULL_METHOD
+from dfa2_jax.plan.setting import AttentionLayer, Setting
+from dfa2_jax.sampling.loop import Inputs, PlanRows, denoise, denoise_planned, denoise_step, pad_steps
+from dfa2_jax.sampling.memory import cache_shapes
+from dfa2_jax.sampling.tokens import crop_positions, rope_table
 from pallas_kernels.mask import density
 
 
@@ -54,9 +54,9 @@ class Loop:
     def __init__(
         self, class_name: str, config: dict[str, Any], *, side: int, num_text: int, guided: bool, steps: int, dtype: Any
     ):
-        kind = MODELS[class_name]
+        kind = networks()[class_name]
         self.config, self.num_visual, self.num_text, self.steps = (
-            kind.config_from_json(config),
+            kind.config(config),
             side**2,
             num_text,
             steps,

@@ -20,7 +20,7 @@ import jax
 from benchmarks.loops import Loop, interleaved, ratio
 from benchmarks.machine import describe_machine
 from benchmarks.sampling import GPU
-from dfa2_jax.sampling import denoise
+from dfa2_jax.sampling.loop import denoise
 
 KINDS = {
     "attention": ("sdpa", "mosaic", "arrow"),

@@ -16,7 +16,7 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 
 from benchmarks.machine import describe_machine
-from dfa2_jax.search import choose
+from dfa2_jax.calibration.search import choose
 
 SAVED = (4000, 3400, 3000, 2500, 2000)
 DELTA = 0.4

@@ -17,8 +17,9 @@ from tqdm import tqdm
 
 from benchmarks.attention import measure, shapes, windows
 from benchmarks.machine import describe_machine
-from pallas_kernels import arrow, arrow_attention
-from pallas_kernels.tiles import Tiles
+from pallas_kernels import api as arrow
+from pallas_kernels import arrow_attention
+from pallas_kernels.backends.triton.tiles import Tiles
 
 CANDIDATES = {
     64: [(64, 64, 4, 2), (64, 64, 4, 3), (128, 64, 8, 3), (64, 128, 4, 2), (128, 128, 8, 2), (128, 128, 8, 3)],

@@ -1,4 +1,7 @@
-"""diffusers folders to parameters of our models: read directly, or converted to Orbax once."""
+"""diffusers folders to folders of ours: `python -m convert SRC DST`, the script of this checkout.
 
-from .convert import convert_checkpoint as convert_checkpoint
-from .diffusers import DiffusersCheckpoint as DiffusersCheckpoint
+An installed dfa2-jax has the same as `dfa2-convert` and `dfa2_jax.convert_checkpoint`.
+"""
+
+from dfa2_jax.conversion import convert_checkpoint as convert_checkpoint
+from dfa2_jax.conversion import main as main

@@ -3,12 +3,13 @@
 Dim letters: `B` batch, `T` query tokens, `S` key tokens, `N` heads, `H` head dim, `D` width.
 """
 
-from .calibration import calibrate as calibrate
-from .faults import CheckpointError as CheckpointError
-from .output import Output as Output
-from .pipeline import Pipeline as Pipeline
-from .plan import Method as Method
-from .plan import Plan as Plan
-from .plan import PlanError as PlanError
-from .report import quality_report as quality_report
-from .report_table import Report as Report
+from dfa2_jax.calibration.calibrate import calibrate as calibrate
+from dfa2_jax.conversion import convert_checkpoint as convert_checkpoint
+from dfa2_jax.io.errors import CheckpointError as CheckpointError
+from dfa2_jax.pipeline.output import Output as Output
+from dfa2_jax.pipeline.pipeline import Pipeline as Pipeline
+from dfa2_jax.plan.plan import Method as Method
+from dfa2_jax.plan.plan import Plan as Plan
+from dfa2_jax.plan.plan import PlanError as PlanError
+from dfa2_jax.report.report import quality_report as quality_report
+from dfa2_jax.report.table import Report as Report

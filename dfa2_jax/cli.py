@@ -12,7 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from .files import replacing
+from dfa2_jax.io.atomic import replacing
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -160,8 +160,8 @@ def devices() -> list[Any]:
 def run_sample(args: argparse.Namespace) -> int:
     enable_compilation_cache()
     devices()
-    from .pipeline import Pipeline
-    from .plan import Plan
+    from dfa2_jax.pipeline.pipeline import Pipeline
+    from dfa2_jax.plan.plan import Plan
 
     args.out.mkdir(parents=True, exist_ok=True)
     if not os.access(args.out, os.W_OK):
@@ -197,8 +197,8 @@ def run_calibrate(args: argparse.Namespace) -> int:
     """Progress is kept beside the plan: the same command goes on after an interruption."""
     enable_compilation_cache()
     devices()
-    from .calibration import calibrate
-    from .pipeline import Pipeline
+    from dfa2_jax.calibration.calibrate import calibrate
+    from dfa2_jax.pipeline.pipeline import Pipeline
 
     prompts = read_prompts(args.prompts)
     if not os.access(args.out.absolute().parent, os.W_OK):
@@ -245,9 +245,9 @@ REPORT_OPTIONS = (
 def run_report(args: argparse.Namespace) -> int:
     enable_compilation_cache()
     devices()
-    from .plan import Plan
-    from .report import quality_report
-    from .report_table import writable
+    from dfa2_jax.plan.plan import Plan
+    from dfa2_jax.report.report import quality_report
+    from dfa2_jax.report.table import writable
 
     prompts, names = read_prompts(args.prompts), [path.stem for path in args.plan]
     if len({*names}) < len(names):  # plans of one name in different folders
@@ -267,8 +267,8 @@ def run_report(args: argparse.Namespace) -> int:
 
 
 def run_plan_show(args: argparse.Namespace) -> int:
-    from .plan import Plan
-    from .plan_view import draw, summary
+    from dfa2_jax.plan.plan import Plan
+    from dfa2_jax.plan.view import draw, summary
 
     plan = Plan.load(args.plan)
     print(summary(plan))
@@ -279,7 +279,7 @@ def run_plan_show(args: argparse.Namespace) -> int:
 
 
 def run_plan_sign(args: argparse.Namespace) -> int:
-    from .plan import Plan
+    from dfa2_jax.plan.plan import Plan
 
     print(Plan.sign(args.plan).digest)
     return 0
@@ -321,7 +321,7 @@ def enable_compilation_cache() -> None:
 
 
 def run_doctor(args: argparse.Namespace) -> int:
-    from .models.attention import arrow_implementation, dense_implementation
+    from dfa2_jax.nn.attention import arrow_implementation, dense_implementation
 
     for name in ("dfa2-jax", "jax", "jaxlib", "flax", "orbax-checkpoint"):
         try:

@@ -8,7 +8,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array
 
-from .layout import CACHED, Layout
+from pallas_kernels.layout import CACHED, Layout
 
 
 def concrete(x: Any) -> np.ndarray | None:

@@ -12,9 +12,9 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int
 
-from .layout import FULL, Layout
-from .mask import count_tiles
-from .tiles import TABLE, Tiles
+from pallas_kernels.backends.triton.tiles import TABLE, Tiles
+from pallas_kernels.layout import FULL, Layout
+from pallas_kernels.mask import count_tiles
 
 
 class GPU(NamedTuple):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
-from .layout import CACHED, FULL, Layout
+from pallas_kernels.layout import CACHED, FULL, Layout
 
 EVERYTHING = 1 << 29
 """A window wider than any sequence; twice that still is an int32."""

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import strategies as st
 
 from pallas_kernels import CACHED, FULL, Layout
-from pallas_kernels.tiles import Tiles
+from pallas_kernels.backends.triton.tiles import Tiles
 
 DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 NEEDS_MOSAIC = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="Mosaic GPU's interpret mode needs jax 0.11")

@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from convert.safetensors_mmap import open_weights
-from dfa2_jax.faults import CheckpointError
-from dfa2_jax.plan import Method, Plan, PlanError
-from dfa2_jax.setting import AttentionLayer, Calibration, Density, Setting
+from dfa2_jax.io.errors import CheckpointError
+from dfa2_jax.plan.plan import Method, Plan, PlanError
+from dfa2_jax.plan.setting import AttentionLayer, Calibration, Density, Setting
+from dfa2_jax.weights.safetensors import open_weights
 
 INDEX = "diffusion_pytorch_model.safetensors.index.json"
 SINGLE = "diffusion_pytorch_model.safetensors"

@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dfa2_jax.caches import cache_shapes
-from dfa2_jax.models import MODELS
-from dfa2_jax.models.sd3 import PositionTable
-from dfa2_jax.sampling import STEP_BLOCK, Inputs, PlanRows
+from dfa2_jax.families.registry import networks
+from dfa2_jax.families.sd3.transformer import PositionTable
+from dfa2_jax.sampling.loop import STEP_BLOCK, Inputs, PlanRows
+from dfa2_jax.sampling.memory import cache_shapes
 
 
 class Published(NamedTuple):
@@ -54,8 +54,8 @@ PUBLISHED = {
 def denoise_arguments(name: str, pixels: int) -> tuple[Any, ...]:
     """(graph, params, latents, inputs, start, stop) of `dfa2_jax.sampling.denoise`: one square image, in bfloat16."""
     published, bf16, f32 = PUBLISHED[name], jnp.bfloat16, jnp.float32
-    kind = MODELS[published.class_name]
-    config = kind.config_from_json(published.config)
+    kind = networks()[published.class_name]
+    config = kind.config(published.config)
     module = nnx.eval_shape(lambda: kind.build(config, dtype=bf16, rngs=nnx.Rngs(0)))
     nnx.pop(module, PositionTable)  # stays on the host
     graph, params = nnx.split(module)
@@ -83,7 +83,7 @@ def denoise_arguments(name: str, pixels: int) -> tuple[Any, ...]:
 def planned_arguments(name: str, pixels: int) -> tuple[Any, ...]:
     """(graph, params, latents, caches, inputs, plan, start, stop) of `dfa2_jax.sampling.denoise_planned`."""
     graph, params, latents, inputs, start, stop = denoise_arguments(name, pixels)
-    config = MODELS[PUBLISHED[name].class_name].config_from_json(PUBLISHED[name].config)
+    config = networks()[PUBLISHED[name].class_name].config(PUBLISHED[name].config)
     batch, num_text = inputs.text.shape[:2]
     num_visual, layers = latents.shape[1], len(config.attention_layers(num_text, latents.shape[1]))
     caches = cache_shapes(config, num_text, num_visual, batch, jnp.bfloat16)

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import pytest
 from real_shapes import denoise_arguments
 
-from dfa2_jax.sampling import denoise
-from pallas_kernels import aot
-from pallas_kernels.hlo import weight_copies
+from dfa2_jax.sampling.loop import denoise
+from pallas_kernels.inspect import aot
+from pallas_kernels.inspect.hlo import weight_copies
 
 LAYERS, WIDTH, TOKENS = 6, 512, 1024
 SLICE = WIDTH * WIDTH * 2  # bytes of a layer's bfloat16 kernel

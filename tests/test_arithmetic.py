@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from dfa2_jax import Pipeline
-from dfa2_jax.arithmetic import attention_share, multiplications, predicted_speedup
+from dfa2_jax.report.attention_share import attention_share, multiplications, predicted_speedup
 
 
 def test_products_in_loops_count_as_often_as_they_run():

@@ -28,19 +28,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lowering import triton_kernels
 
-from pallas_kernels import (
-    CACHED,
-    FULL,
-    Layout,
-    arrow,
-    arrow_attention,
-    hlo,
-    mask,
-    nested_arrow_attention,
-    triton,
-    triton_nested,
-)
-from pallas_kernels.tiles import TABLE, Tiles
+from pallas_kernels import CACHED, FULL, Layout, arrow_attention, mask, nested_arrow_attention
+from pallas_kernels import api as arrow
+from pallas_kernels.backends.triton import arrow as triton
+from pallas_kernels.backends.triton import nested as triton_nested
+from pallas_kernels.backends.triton.tiles import TABLE, Tiles
+from pallas_kernels.inspect import hlo
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -195,7 +188,7 @@ def test_keys_that_no_tile_visits_are_never_read(implementation, text_first, mon
     """Cost follows the window: NaN out of its reach shows nowhere."""
     layout, window = Layout(40, 1000, text_first), 30
     monkeypatch.setattr(arrow, "tiles_for", lambda *_: Tiles(32, 32, 4, 2))
-    monkeypatch.setattr("pallas_kernels.blockwise.BAND_ROWS", 32)
+    monkeypatch.setattr("pallas_kernels.backends.blockwise.BAND_ROWS", 32)
     q, k, v = (draw((1, 1040, 1, 64), seed, dtype_for(implementation)) for seed in range(3))
     visual = layout.visual.start
     poisoned = np.zeros(1040, bool)

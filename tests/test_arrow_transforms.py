@@ -20,8 +20,9 @@ from attention_cases import (
     kept_pairs,
 )
 
-from pallas_kernels import CACHED, FULL, Layout, arrow, arrow_attention, nested_arrow_attention
-from pallas_kernels.tiles import Tiles
+from pallas_kernels import CACHED, FULL, Layout, arrow_attention, nested_arrow_attention
+from pallas_kernels import api as arrow
+from pallas_kernels.backends.triton.tiles import Tiles
 
 
 def arguments(attend):

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from lowering import assert_highest_precision, largest_intermediate, lower_for_cuda
 
-from pallas_kernels import CACHED, FULL, Layout, arrow_attention, blockwise, dense_mask
+from pallas_kernels import CACHED, FULL, Layout, arrow_attention, dense_mask
+from pallas_kernels.backends import blockwise
 
 
 def draw(shape, seed=0, dtype=jnp.float32):

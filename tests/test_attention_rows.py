@@ -5,7 +5,7 @@ from itertools import chain
 import pytest
 from real_shapes import PUBLISHED
 
-from dfa2_jax.models import MODELS
+from dfa2_jax.families.registry import networks
 
 EXPECTED = {
     "SD3-medium": ["joint.0", "joint.1", "joint.23"],
@@ -19,7 +19,7 @@ SCATTERED = PUBLISHED["SD3.5-medium"].config | {"num_layers": 7, "dual_attention
 
 def config_of(name):
     published = PUBLISHED[name]
-    return MODELS[published.class_name].config_from_json(published.config)
+    return networks()[published.class_name].config(published.config)
 
 
 def check(config):
@@ -43,7 +43,7 @@ def test_every_call_has_one_row(name):
 
 
 def test_dual_blocks_anywhere():
-    layers = check(MODELS["SD3Transformer2DModel"].config_from_json(SCATTERED))
+    layers = check(networks()["SD3Transformer2DModel"].config(SCATTERED))
     assert layers == [
         *("joint.0", "attn2.0", "joint.1", "joint.2", "joint.3", "attn2.3"),
         *("joint.4", "joint.5", "joint.6", "attn2.6"),

@@ -4,8 +4,17 @@ import numpy as np
 import pytest
 
 from dfa2_jax import Pipeline, Plan
-from dfa2_jax.baselines import CACHE, IN_FULL, SCHEMES, Option, Scheme, Shared, calibrate_shared, sample_shared
-from dfa2_jax.plan import Method
+from dfa2_jax.calibration.baselines import (
+    CACHE,
+    IN_FULL,
+    SCHEMES,
+    Option,
+    Scheme,
+    Shared,
+    calibrate_shared,
+    sample_shared,
+)
+from dfa2_jax.plan.plan import Method
 from pallas_kernels import Layout
 
 ARGUMENTS = {

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from dfa2_jax.pipeline import Pipeline
+from dfa2_jax.pipeline.pipeline import Pipeline
 
 pytestmark = pytest.mark.torch
 

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dfa2_jax import Method, Pipeline, calibrate, calibration
-from dfa2_jax.plan import Plan
+from dfa2_jax import Method, Pipeline, calibrate
+from dfa2_jax.calibration import calibrate as calibration
+from dfa2_jax.plan.plan import Plan
 from pallas_kernels import CACHED, FULL
 
 PROMPTS = ["a large red circle on the left of a blue background", "a small green star"]
@@ -97,7 +98,7 @@ def follow(pipeline, plan, arguments):
     """Sample with the oracle's attention, step by step."""
     from flax import nnx
 
-    from dfa2_jax.sampling import denoise_step
+    from dfa2_jax.sampling.loop import denoise_step
 
     call = pipeline.prepare(prompt=PROMPTS, **arguments)
     transformer, oracle, tokens = pipeline.transformer, Oracle(plan), call.tokens

@@ -44,7 +44,7 @@ def test_prompts_of_the_demo_are_held_out():
 
 
 def test_it_draws_what_it_never_saw(pipeline):
-    """In little what `python -m assets.evaluate` does with 200 captions."""
+    """In little what `python -m toy.evaluate` does with 200 captions."""
     some = scenes.held_out()[100:108]
     prompts = [scene.caption for scene in some]
     seeds = list(range(len(some)))
@@ -86,7 +86,7 @@ def test_diffusers_reads_it_and_draws_the_same():
 
 @pytest.mark.torch
 def test_it_is_what_the_script_would_export():
-    """Sizes and tokenizers of the folder are those that `assets.train` trains."""
+    """Sizes and tokenizers of the folder are those that `toy.train` trains."""
     from transformers import AutoTokenizer
 
     toy = pytest.importorskip("assets.toy")

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dfa2_jax import Pipeline, Plan, calibration, cli
+from dfa2_jax import Pipeline, Plan, cli
+from dfa2_jax.calibration import calibrate as calibration
 
 PROMPT = "a large red circle"
 SIZE = ["--height", "64", "--width", "96", "--steps", "2", "--max-sequence-length", "16"]

@@ -12,7 +12,7 @@ from flax import nnx
 from lowering import assert_highest_precision, largest_intermediate, lower_for_cuda
 from torch_models import load, redraw, relative_error
 
-from dfa2_jax.models.clip import CLIPTextConfig, CLIPTextModel
+from dfa2_jax.encoders.clip import CLIPTextConfig, CLIPTextModel
 
 VOCAB, EOS, LENGTH = 600, 570, 77
 

@@ -16,12 +16,13 @@ import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 
-from convert import convert as convert_module
-from convert import convert_checkpoint
 from convert.__main__ import main
-from dfa2_jax import checkpoint as checkpoint_module
-from dfa2_jax.checkpoint import compute_dtype, open_checkpoint
-from dfa2_jax.faults import CheckpointError
+from dfa2_jax import conversion as convert_module
+from dfa2_jax.conversion import convert_checkpoint
+from dfa2_jax.families.registry import networks, open_checkpoint
+from dfa2_jax.io.errors import CheckpointError
+from dfa2_jax.weights import checkpoint as checkpoint_module
+from dfa2_jax.weights.checkpoint import compute_dtype
 
 FOLDERS = ["tiny_sd35", "tiny_flux_dev"]
 
@@ -70,7 +71,7 @@ def test_plain_orbax_restores_into_the_model(tiny_sd35, tmp_path):
 
 def test_large_tables_go_in_equal_blocks_of_rows(tiny_sd35, tmp_path, monkeypatch):
     """As T5-XXL's embeddings and SD3's position table do at their true sizes."""
-    from convert import rules
+    from dfa2_jax.weights import rules
 
     assert rules.equal_blocks((32128, 4096), 32128 * 4096 * 2) == 8032
     assert rules.equal_blocks((7,), 14) == 7
@@ -97,7 +98,7 @@ def test_dtypes_agree_between_the_routes_and_keep_the_fingerprint(tiny_flux_dev,
 
 def test_parameters_equal_the_torch_tensors(tiny_flux_dev, tiny_sd35):
     """A few by hand; the forward passes cover the rest."""
-    from convert.safetensors_mmap import open_weights
+    from dfa2_jax.weights.safetensors import open_weights
 
     flux = leaves(open_checkpoint(tiny_flux_dev), "transformer")
     torch = {key: tensor.array() for key, tensor in open_weights(tiny_flux_dev / "transformer").items()}
@@ -160,7 +161,7 @@ def test_old_and_new_clip_prefixes(tiny_flux_dev, tmp_path):
     ],
 )
 def test_dtype_rule(class_name, stored, requested, platform, wanted):
-    assert compute_dtype(class_name, jnp.dtype(stored), requested, platform) == jnp.dtype(wanted)
+    assert compute_dtype(networks()[class_name], jnp.dtype(stored), requested, platform) == jnp.dtype(wanted)
 
 
 def test_command_line(tiny_sd3, tmp_path, capsys):
@@ -197,7 +198,7 @@ def test_a_hub_id_is_fetched_into_the_cache(tiny_flux_schnell, tmp_path, monkeyp
 
 def test_a_killed_conversion_leaves_no_destination(tiny_sd35, tmp_path):
     code = f"""
-import convert.convert as c, os, time
+import dfa2_jax.conversion as c, os, time
 slabs = c.slabs
 def slow(*args):
     os.write(1, b"reading\\n")  # one call, for several threads read at once
@@ -240,7 +241,7 @@ def test_a_write_that_fails_midway(tiny_flux_dev, tmp_path):
     """The kernel refuses the weights' bytes, as a full disk does; the process goes on and cleans up."""
     code = f"""
 import resource, signal
-from convert import convert_checkpoint
+from dfa2_jax import convert_checkpoint
 from dfa2_jax import CheckpointError
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))

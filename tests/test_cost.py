@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import FULL, Layout, cost
-from pallas_kernels.tiles import TABLE, Tiles
+from pallas_kernels.backends.triton.tiles import TABLE, Tiles
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 HEADS = 24

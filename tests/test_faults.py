@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from convert import convert_checkpoint
-from convert.safetensors_mmap import open_safetensors
 from dfa2_jax import Pipeline
-from dfa2_jax.checkpoint import open_checkpoint
-from dfa2_jax.faults import CheckpointError
+from dfa2_jax.conversion import convert_checkpoint
+from dfa2_jax.families.registry import open_checkpoint
+from dfa2_jax.io.errors import CheckpointError
+from dfa2_jax.weights.safetensors import open_safetensors
 
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 
@@ -298,7 +298,7 @@ def test_quantised_weights_are_refused(folder):
 
 @pytest.mark.parametrize("key", [KEY, "single_transformer_blocks.1.proj_mlp.weight"])
 def test_float16_overflow_names_the_key(key, folder, tmp_path):
-    from convert import convert_checkpoint
+    from dfa2_jax.conversion import convert_checkpoint
 
     def edit(tensors):
         tensors[key].flat[3] = 70_000.0  # float16 ends at 65,504
@@ -315,7 +315,7 @@ def test_float16_overflow_names_the_key(key, folder, tmp_path):
 
 
 def test_a_damaged_converted_folder(folder, tmp_path):
-    from convert import convert_checkpoint
+    from dfa2_jax.conversion import convert_checkpoint
 
     out = convert_checkpoint(folder, tmp_path / "out")
     config = json.loads((out / "config.json").read_text())

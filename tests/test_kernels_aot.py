@@ -11,9 +11,10 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from pallas_kernels import Layout, aot, arrow_attention, cost, nested_arrow_attention
-from pallas_kernels.hlo import weight_copies
-from pallas_kernels.tiles import tiles_for
+from pallas_kernels import Layout, arrow_attention, cost, nested_arrow_attention
+from pallas_kernels.backends.triton.tiles import tiles_for
+from pallas_kernels.inspect import aot
+from pallas_kernels.inspect.hlo import weight_copies
 
 SD3, FLUX = Layout(333, 4096, text_first=False), Layout(512, 4096, text_first=True)
 RAGGED = Layout(226, 3599, text_first=True)
@@ -155,7 +156,7 @@ def test_a_missing_program_is_named_with_the_line_that_installs_it(monkeypatch, 
 )
 def test_mosaic_arrows_spill_nothing_copy_nothing_and_issue_little(layout, head_dim, layers):
     """Few instructions per score leave the schedulers to the tensor cores and the exponential unit."""
-    from pallas_kernels.mosaic import KEYS, ROWS  # needs a newer jax than the rest
+    from pallas_kernels.backends.mosaic.arrow import KEYS, ROWS  # needs a newer jax than the rest
 
     target, compiled, kernels = compiled_arrow("h200", layout, head_dim, jnp.bfloat16, layers, "mosaic")
     (kernel,) = (kernel for kernel in kernels if "arrow" in kernel.name)
@@ -175,7 +176,7 @@ def test_mosaic_arrows_spill_nothing_copy_nothing_and_issue_little(layout, head_
 @pytest.mark.aot
 @pytest.mark.parametrize(("layout", "head_dim"), [(SD3, 64), (FLUX, 128)])
 def test_mosaic_nested_arrows_spill_nothing_copy_nothing_and_issue_little(layout, head_dim):
-    from pallas_kernels.mosaic_nested import KEYS, ROWS  # needs a newer jax than the rest
+    from pallas_kernels.backends.mosaic.nested import KEYS, ROWS  # needs a newer jax than the rest
 
     target = aot.target("h200")
     one = target.abstract(jax.ShapeDtypeStruct((1, layout.length, HEADS, head_dim), jnp.bfloat16))

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PACKAGES = {"convert", "dfa2_jax", "pallas_kernels"}
+PACKAGES = {"dfa2_jax", "pallas_kernels"}
 TEXT = {"", ".cfg", ".json", ".md", ".py", ".sh", ".toml", ".txt", ".txtpb", ".yaml", ".yml"}
 
 
@@ -22,7 +22,7 @@ def committed_or_new():
 
 
 @pytest.mark.checkout
-def test_the_wheel_holds_the_three_packages_and_nothing_else(tmp_path):
+def test_the_wheel_holds_the_two_packages_and_nothing_else(tmp_path):
     files = committed_or_new()
     for path in files:  # a copy: setuptools packs what an earlier build left in build/lib
         (tmp_path / "source" / path).parent.mkdir(parents=True, exist_ok=True)
@@ -35,14 +35,6 @@ def test_the_wheel_holds_the_three_packages_and_nothing_else(tmp_path):
     assert sorted(names) == sorted(path for path in files if path.split("/")[0] in PACKAGES)
     for package in PACKAGES:
         assert f"{package}/__init__.py" in names and f"{package}/py.typed" in names
-
-
-def test_convert_resolves_beside_dfa2_jax():
-    """Another distribution owns the name `convert` too: with both installed, ours must win, or fail here."""
-    import convert
-    import dfa2_jax
-
-    assert Path(convert.__file__).parent.parent == Path(dfa2_jax.__file__).parent.parent
 
 
 @pytest.mark.checkout

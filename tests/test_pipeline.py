@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from dfa2_jax.pipeline import Pipeline
+from dfa2_jax.pipeline.pipeline import Pipeline
 
 PROMPTS = ["a large red circle on the left of a blue background", "a small green star"]
 LENGTH = 64  # T5 tokens

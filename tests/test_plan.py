@@ -12,8 +12,8 @@ from mutations import sample_plan
 
 import dfa2_jax
 from dfa2_jax import Method, Plan, PlanError
-from dfa2_jax.plan import schema
-from dfa2_jax.plan_view import density_table, draw, summary
+from dfa2_jax.plan.plan import schema
+from dfa2_jax.plan.view import density_table, draw, summary
 from pallas_kernels import CACHED, FULL
 from pallas_kernels.mask import dense_mask
 

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from test_pipeline import COMMON, PROMPTS, error, load_theirs, run_theirs
 
-from dfa2_jax import Method, Pipeline, Plan, PlanError, sampling
-from dfa2_jax.models import attention
+from dfa2_jax import Method, Pipeline, Plan, PlanError
+from dfa2_jax.nn import attention
+from dfa2_jax.sampling import loop as sampling
 from pallas_kernels import CACHED
 
 CASES = {
@@ -124,9 +125,9 @@ def test_caches_that_do_not_fit_are_refused_before_any_step(ours, monkeypatch):
     plan = Plan.full(pipeline.setting(**arguments))
     layouts, size = [layer.layout for layer in plan.setting.layers], 2 * 3 * pipeline.config.width * 4
     need = size * sum(layout.length for layout in layouts)
-    monkeypatch.setattr("dfa2_jax.caches.free_bytes", lambda: need)
+    monkeypatch.setattr("dfa2_jax.sampling.memory.free_bytes", lambda: need)
     pipeline(**arguments, plan=plan, progress=False)
-    monkeypatch.setattr("dfa2_jax.caches.free_bytes", lambda: need - 1)
+    monkeypatch.setattr("dfa2_jax.sampling.memory.free_bytes", lambda: need - 1)
     with pytest.raises(MemoryError, match=f"3 images of {layouts[0].num_visual} visual tokens.*a batch of 2 would fit"):
         pipeline(**arguments, plan=plan, progress=False)
 

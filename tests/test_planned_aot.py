@@ -10,10 +10,11 @@ import pytest
 from real_shapes import denoise_arguments, planned_arguments
 
 from dfa2_jax import Method
-from dfa2_jax.calibration import PLANNING_TILES, Budget, calibrate_step
-from dfa2_jax.sampling import denoise, denoise_planned
-from pallas_kernels import Layout, aot, arrow_attention
-from pallas_kernels.hlo import weight_copies
+from dfa2_jax.calibration.calibrate import PLANNING_TILES, Budget, calibrate_step
+from dfa2_jax.sampling.loop import denoise, denoise_planned
+from pallas_kernels import Layout, arrow_attention
+from pallas_kernels.inspect import aot
+from pallas_kernels.inspect.hlo import weight_copies
 
 INSTRUCTION = re.compile(r"\s*(?:ROOT )?%?([\w.-]+) = (\S+?)(?:\{[^ ]*\})? ([\w-]+)\((.*)")
 IN_PLACE = {"parameter", "get-tuple-element", "bitcast", "custom-call", "dynamic-update-slice"}

@@ -10,10 +10,10 @@ from flax import nnx
 from real_shapes import PUBLISHED
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
-from convert.rules import map_weights
-from convert.safetensors_mmap import Tensor
-from dfa2_jax.models import MODELS
-from dfa2_jax.models.sd3 import PositionTable
+from dfa2_jax.families.registry import networks
+from dfa2_jax.families.sd3.transformer import PositionTable
+from dfa2_jax.weights.rules import map_weights
+from dfa2_jax.weights.safetensors import Tensor
 
 pytestmark = pytest.mark.torch
 
@@ -58,8 +58,8 @@ def map_all(model, class_name, config):
         key: Tensor(Path("meta"), key, "BF16", tuple(value.shape), 0, 0, NO_BYTES)
         for key, value in model.state_dict().items()
     }
-    kind = MODELS[class_name]
-    parsed = kind.config_from_json(config)
+    kind = networks()[class_name]
+    parsed = kind.config(config)
     abstract = nnx.eval_shape(lambda: kind.build(parsed, dtype="bfloat16", rngs=nnx.Rngs(0)))
     state = nnx.to_flat_state(nnx.state(abstract))
     shapes = {".".join(map(str, path)): tuple(leaf.shape) for path, leaf in state}

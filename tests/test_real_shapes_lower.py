@@ -8,7 +8,7 @@ import pytest
 from lowering import PRODUCT, lower_for_cuda
 from real_shapes import PUBLISHED, denoise_arguments
 
-from dfa2_jax.sampling import denoise
+from dfa2_jax.sampling.loop import denoise
 
 PARAMETERS = {
     "SD3-medium": 2_028_328_000,

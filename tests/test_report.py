@@ -14,8 +14,12 @@ import numpy as np
 import pytest
 from skimage.metrics import structural_similarity
 
-from dfa2_jax import Pipeline, Plan, PlanError, cli, heads, quality, quality_report, report, report_table
-from dfa2_jax.report_table import Judges, Report, Row, Shot
+from dfa2_jax import Pipeline, Plan, PlanError, cli, quality_report
+from dfa2_jax.report import attention_maps as heads
+from dfa2_jax.report import metrics as quality
+from dfa2_jax.report import report
+from dfa2_jax.report import table as report_table
+from dfa2_jax.report.table import Judges, Report, Row, Shot
 from pallas_kernels import Layout
 
 PROMPTS = ["a large red circle", '猫が<b>座っている</b> & "', "قطة صغيرة", "🐱 star"]

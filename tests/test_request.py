@@ -5,7 +5,7 @@ import logging
 import numpy as np
 import pytest
 
-from dfa2_jax.pipeline import Pipeline
+from dfa2_jax.pipeline.pipeline import Pipeline
 
 PROMPT = "a large red circle"
 SD3_EMBEDS = {"prompt_embeds": np.zeros((1, 109, 96)), "pooled_prompt_embeds": np.zeros((1, 80))}

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from scipy.optimize import Bounds, LinearConstraint, milp
 
-from dfa2_jax.calibration import Budget
-from dfa2_jax.search import choose
+from dfa2_jax.calibration.calibrate import Budget
+from dfa2_jax.calibration.search import choose
 
 GRAIN = 2.0**-20
 """Errors and budgets are multiples: exact in float32, in int32 units and in HiGHS' tolerance."""

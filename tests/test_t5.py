@@ -13,7 +13,7 @@ from lowering import assert_highest_precision, lower_for_cuda
 from torch_models import load, redraw, relative_error
 from transformers.models.t5.modeling_t5 import T5Attention
 
-from dfa2_jax.models.t5 import T5Config, T5Encoder, relative_position_buckets
+from dfa2_jax.encoders.t5 import T5Config, T5Encoder, relative_position_buckets
 
 # Heads of 16 whose widths do not add up to d_model, and an epsilon that no default hides.
 SIZES = dict(vocab_size=140, d_model=48, d_kv=16, d_ff=80, num_layers=3, num_heads=4, layer_norm_epsilon=1e-2)

@@ -10,7 +10,7 @@ import transformers
 from tokenizers import Regex, models, normalizers, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
 
-from dfa2_jax.tokenizers import Tokenizer
+from dfa2_jax.encoders.tokenizers import Tokenizer
 
 CORPUS = [f"a {size} {colour} circle on the left" for size in ("small", "large") for colour in ("red", "blue", "green")]
 

@@ -68,8 +68,8 @@ def test_schedule():
 
 def test_the_training_step_computes_what_the_library_does(whole):
     """Patches and timesteps are written anew for tracers, text is put together in a batch."""
-    from dfa2_jax.models.layers import sinusoid
-    from dfa2_jax.models.patches import ROW_COLUMN_CHANNEL, patchify
+    from dfa2_jax.nn.layers import sinusoid
+    from dfa2_jax.sampling.tokens import ROW_COLUMN_CHANNEL, patchify
 
     latents = np.random.RandomState(0).normal(size=(2, 4, 6, 16)).astype(np.float32)
     want = patchify(latents.transpose(0, 3, 1, 2), 2, ROW_COLUMN_CHANNEL)
@@ -92,7 +92,7 @@ def folder(whole, tmp_path_factory):
     pytest.importorskip("diffusers")
     import torch
 
-    from assets.export import export
+    from toy.export import export
 
     result = tmp_path_factory.mktemp("result")
     state, progress = whole

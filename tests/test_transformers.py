@@ -10,9 +10,10 @@ import pytest
 from flax import nnx
 from lowering import assert_highest_precision
 
-from dfa2_jax.checkpoint import open_checkpoint
-from dfa2_jax.models.layers import sinusoid
-from dfa2_jax.models.patches import (
+from dfa2_jax.families.registry import open_checkpoint
+from dfa2_jax.families.sd3.transformer import PositionTable
+from dfa2_jax.nn.layers import sinusoid
+from dfa2_jax.sampling.tokens import (
     CHANNEL_ROW_COLUMN,
     ROW_COLUMN_CHANNEL,
     crop_positions,
@@ -20,7 +21,6 @@ from dfa2_jax.models.patches import (
     rope_table,
     unpatchify,
 )
-from dfa2_jax.models.sd3 import PositionTable
 
 FAMILIES = ["tiny_sd3", "tiny_sd35", "tiny_flux_dev", "tiny_flux_schnell"]
 ROWS, COLUMNS, TEXT, BATCH = 8, 10, 30, 2

@@ -12,8 +12,8 @@ from flax import nnx
 from lowering import assert_highest_precision, largest_intermediate, lower_for_cuda
 from torch_models import load, redraw, relative_error
 
-from dfa2_jax.models.vae import AutoencoderConfig, AutoencoderKL
-from dfa2_jax.models.vae_blocks import chunked_attention
+from dfa2_jax.vae.blocks import chunked_attention
+from dfa2_jax.vae.image import AutoencoderConfig, AutoencoderKL
 
 SD3 = dict(latent_channels=16, scaling_factor=1.5305, shift_factor=0.0609, use_quant_conv=False)
 MODELS: dict[str, dict[str, Any]] = {

@@ -1,0 +1,1 @@
+"""Finding plans: the loop over steps, the choice of methods, and other schemes to compare with."""

@@ -1,0 +1,279 @@
+"""Other ways to share attention, to compare plans with: DiTFastAttn (arXiv 2406.08552), caching alone, CFG sharing.
+
+For quality, not for speed: every step computes all that its scheme may choose from, and takes what was chosen.
+"""
+
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
+from tqdm import trange
+
+from dfa2_jax.calibration.calibrate import Budget, moments, relative_errors
+from dfa2_jax.calibration.search import choose
+from dfa2_jax.nn.attention import Heads, Project, arrow_attention
+from dfa2_jax.pipeline.pipeline import Pipeline
+from dfa2_jax.plan.plan import CACHED_METHOD, FULL_METHOD, Method
+from dfa2_jax.sampling.loop import Inputs, euler_step, guided_velocity, in_order, rounding_to
+from dfa2_jax.sampling.memory import empty_caches
+from pallas_kernels.layout import CACHED, FULL, Layout
+from pallas_kernels.mask import kept_pairs
+
+
+@dataclass(frozen=True)
+class Option:
+    """What heads may do beside full attention.
+
+    band: the window is one over the whole sequence, text included (DiTFastAttn's), not an arrow.
+    residual: what the window left out at the last full step is added.
+    share_guidance: the conditional half of the batch takes the unconditional half's output.
+    """
+
+    method: Method
+    band: bool = False
+    residual: bool = False
+    share_guidance: bool = False
+
+    def window(self, layout: Layout) -> tuple[int, Layout]:
+        """Half-window and layout, as `arrow_attention` takes them."""
+        seen = Layout(0, layout.length, layout.text_first) if self.band else layout
+        return self.method.half_window(seen.num_visual), seen
+
+    def pairs(self, layout: Layout) -> float:
+        """Query-key pairs that it computes, as a share of all."""
+        half_window, seen = self.window(layout)
+        share = float(kept_pairs(np.array([half_window], np.int32), seen)[0]) / layout.length**2
+        return share / 2 if self.share_guidance else share
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """Options, in the order in which they are tried.
+
+    per_head: heads choose for themselves, as plans do (`search.choose`). Otherwise layers do, as in DiTFastAttn: one
+        after another takes the first option under which the model's output moves less than its share of the threshold.
+    """
+
+    options: tuple[Option, ...]
+    per_head: bool = False
+
+
+CACHE = Option(CACHED_METHOD)
+SHARED = Option(FULL_METHOD, share_guidance=True)
+BAND, ARROW = (Option(Method.arrow(8), band=band, residual=True) for band in (True, False))
+SCHEMES = {
+    "arrows, caching, CFG sharing": Scheme(
+        (
+            CACHE,
+            *(Option(Method.arrow(f), share_guidance=share) for share in (False, True) for f in (8, 16, 32)),
+            SHARED,
+        ),
+        per_head=True,
+    ),
+    "attention caching": Scheme((CACHE,)),
+    "DiTFastAttn": Scheme((CACHE, replace(BAND, share_guidance=True), BAND, SHARED)),
+    "DiTFastAttn, arrows": Scheme((CACHE, replace(ARROW, share_guidance=True), ARROW, SHARED)),
+}
+"""By the names of the paper's tables. Without a guided batch, options that share it are left out."""
+
+FREE, IN_FULL = -2, -1
+"""In the place of an option's number: to be chosen; full attention."""
+
+
+class Kept(NamedTuple):
+    """Of one kind of layer in a segment."""
+
+    outputs: Float[Array, "L B T N H"]
+    residuals: Float[Array, "L B T N H"] | None
+    """Full less windowed attention, of each head's last full step."""
+    picks: Int[Array, "L N"]
+
+
+class Row(NamedTuple):
+    layer: Int[Array, ""]
+    picks: Int[Array, " N"]
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """Attention under a scheme; what `Row.picks` leaves free is chosen head by head."""
+
+    options: tuple[Option, ...]
+    budget: Budget
+    implementation: str | None = None
+
+    def __call__(self, project: Project, layout: Layout, memory: Kept, row: Row) -> tuple[Heads, Kept]:
+        q, k, v = project()
+        dense = arrow_attention(q, k, v, layout=layout, implementation=self.implementation)
+        outputs, residuals = [], memory.residuals
+        for option in self.options:
+            half_window, seen = option.window(layout)
+            if half_window == CACHED:
+                out = memory.outputs[row.layer]
+            elif half_window == FULL:
+                out = dense
+            else:
+                every_head = jnp.full(q.shape[2], half_window, jnp.int32)
+                out = window = arrow_attention(q, k, v, every_head, layout=seen, implementation=self.implementation)
+                if option.residual and memory.residuals is not None:
+                    out = window + memory.residuals[row.layer]
+                    residuals = memory.residuals.at[row.layer].set(dense - window)
+            half = len(out) // 2
+            outputs.append(jnp.concatenate([out[:half]] * 2) if option.share_guidance else out)
+        units = 16  # coarse, so that like savings are one: eight different ones of 24 heads are 10 million states
+        saved = tuple(round(units * (1 - option.pairs(layout))) for option in self.options)
+        errors = relative_errors(jax.tree.map(lambda x: x[None], moments(outputs, dense)))
+        picks = jnp.where(row.picks == FREE, choose(errors, saved, *self.budget), row.picks)
+        full, out = picks == IN_FULL, dense
+        for number, option_out in enumerate(outputs):
+            out = jnp.where((picks == number)[:, None], option_out, out)
+        if residuals is not None and memory.residuals is not None:
+            residuals = jnp.where(full[:, None], residuals, memory.residuals)
+        kept = memory.outputs.at[row.layer].set(out), residuals, memory.picks.at[row.layer].set(picks)
+        return out, Kept(*kept)
+
+
+@partial(jax.jit, static_argnames=("graph", "options", "rounding"))
+def shared_step(
+    graph: nnx.GraphDef,
+    params: Any,
+    latents: Float[Array, "B V C"],
+    memory: Any,
+    inputs: Inputs,
+    picks: Int[Array, "layers N"],
+    i: Int[Array, ""] | int,
+    budget: Budget,
+    *,
+    options: tuple[Option, ...],
+    rounding: str | None = None,
+) -> tuple[Float[Array, "B V C"], Any, Int[Array, "layers N"], Array]:
+    """One step: latents, memory, the picks made and the model's own output [B or 2B, V, C]."""
+    model, outputs = nnx.merge(graph, params), []
+
+    def rows(numbers: tuple[int, ...]) -> Row | None:
+        return Row(jnp.arange(len(numbers)), picks[np.array(numbers)]) if numbers else None
+
+    def watched(*args: Any, **kwargs: Any) -> tuple[Array, Any]:
+        out, memory = model.velocity(*args, **kwargs)
+        outputs.append(out)
+        return out, memory
+
+    by_segment = tuple((rows(first), rows(second)) for first, second in model.attention_rows)
+    rounded = rounding_to(rounding)
+    attend = Sharing(options, budget)
+    velocity, memory = guided_velocity(watched, attend, inputs, rounded, i, latents, memory, by_segment)
+    latents = jnp.asarray(rounded(euler_step(latents, velocity, inputs.sigmas[i], inputs.sigmas[i + 1])))
+    made = in_order(model.attention_rows, tuple(tuple(kept and kept.picks for kept in pair) for pair in memory))
+    return latents, memory, made, outputs[0]
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What a scheme chose: the numbers of its options by step, layer and head, -1 for full attention."""
+
+    options: tuple[Option, ...]
+    picks: Int[np.ndarray, "steps layers N"]
+    layouts: tuple[Layout, ...]
+
+    def density(self) -> float:
+        """The share of query-key pairs computed, with those of windows at full steps whose residual is used next."""
+        pairs = np.array([[*(option.pairs(layout) for option in self.options), 1.0] for layout in self.layouts])
+        residual = np.array([*(option.residual for option in self.options), False])
+        windows = np.where(residual, pairs, 0).max(1)[:, None]
+        spent = pairs[np.arange(len(pairs))[:, None], self.picks]
+        before_use = (self.picks[:-1] == IN_FULL) & residual[self.picks[1:]]
+        sizes = np.array([layout.length**2 for layout in self.layouts])[:, None]
+        total = (spent * sizes).sum() + (before_use * windows * sizes).sum()
+        return float(total / (sizes.sum() * self.picks.shape[0] * self.picks.shape[2]))
+
+
+class Loop:
+    """A pipeline's call, step by step, with these options."""
+
+    def __init__(self, pipeline: Pipeline, options: tuple[Option, ...], arguments: dict[str, Any]):
+        self.pipeline, self.call, self.options = pipeline, pipeline.prepare(**arguments), options
+        self.setting = pipeline.setting_of(self.call)
+        if not self.setting.doubled_batch and any(option.share_guidance for option in options):
+            raise ValueError("This call has no unconditional half of the batch to share: take no options that do.")
+        self.shape = self.call.request.steps, len(self.setting.layers), self.setting.num_heads
+        self.inputs, self.tokens = jax.device_put(self.call.inputs), jnp.asarray(self.call.tokens)
+        text, images = self.call.inputs.text, self.call.request.batch
+        size = text.shape[1], self.tokens.shape[1], len(text)
+        caches = empty_caches(pipeline.config, *size, pipeline.dtype, images=images)
+        residual = any(option.residual for option in options)
+        self.memory = jax.tree.map(
+            lambda x: Kept(x, jnp.zeros_like(x) if residual else None, jnp.zeros((len(x), x.shape[3]), jnp.int32)),
+            caches,
+        )
+
+    def trial(self, i: int, picks: Int[np.ndarray, "layers N"], budget: Budget) -> tuple[Any, ...]:
+        """What `shared_step` gives; nothing moves."""
+        transformer, options = self.pipeline.transformer, {"options": self.options, "rounding": self.pipeline.rounding}
+        state = self.tokens, self.memory, self.inputs
+        return shared_step(transformer.graph, transformer.params, *state, jnp.asarray(picks), i, budget, **options)
+
+    def advance(self, i: int, picks: Int[np.ndarray, "layers N"], budget: Budget) -> Int[np.ndarray, "layers N"]:
+        self.tokens, self.memory, made, _ = self.trial(i, picks, budget)
+        return np.asarray(made)
+
+
+def calibrate_shared(
+    pipeline: Pipeline,
+    scheme: Scheme,
+    threshold: float,
+    *,
+    c: float | None = 1.5,
+    progress: bool = True,
+    **arguments: Any,
+) -> Shared:
+    """Choose on one batch of prompts.
+
+    Args:
+        threshold: `calibrate`'s delta for schemes per head; else DiTFastAttn's: layer l of L takes an option that moves
+            the model's output by less than l / L of it.
+        c: `calibrate`'s.
+        arguments: of the pipeline.
+    """
+    guided = pipeline.prepare(**arguments).request.scale is not None
+    options = tuple(option for option in scheme.options if guided or not option.share_guidance)
+    loop = Loop(pipeline, options, arguments)
+    steps, layers, heads = loop.shape
+    budget, picks = Budget.of(threshold, c, heads), np.full(loop.shape, IN_FULL, np.int32)
+    for i in trange(steps, desc="calibrate", disable=not progress):
+        if i > 0 and scheme.per_head:
+            picks[i] = FREE
+        elif i > 0:
+            exact = loop.trial(i, picks[i], budget)[-1]
+            for layer in range(layers):
+                for number in range(len(options)):
+                    picks[i, layer] = number
+                    if moved(loop.trial(i, picks[i], budget)[-1], exact) < (layer + 1) / layers * threshold:
+                        break
+                else:
+                    picks[i, layer] = IN_FULL
+        picks[i] = loop.advance(i, picks[i], budget)
+    return Shared(options, picks, tuple(layer.layout for layer in loop.setting.layers))
+
+
+def sample_shared(pipeline: Pipeline, shared: Shared, **arguments: Any) -> Any:
+    """Images in the form that the arguments, a pipeline's, ask for, under what a scheme chose."""
+    loop = Loop(pipeline, shared.options, arguments)
+    if loop.shape != shared.picks.shape:
+        raise ValueError(f"The choice is of steps, layers, heads {shared.picks.shape}, the call of {loop.shape}.")
+    budget = Budget.of(0.0, None, loop.shape[2])
+    for i, picks in enumerate(shared.picks):
+        loop.advance(i, picks, budget)
+    return pipeline.images(np.asarray(loop.tokens), loop.call)
+
+
+@jax.jit
+def moved(out: Float[Array, "B V C"], exact: Float[Array, "B V C"]) -> Float[Array, ""]:
+    """DiTFastAttn's distance (arXiv 2406.08552, section 3.4): relative differences, each of at most 10, on average."""
+    out, exact = out.astype(jnp.float32), exact.astype(jnp.float32)
+    size = jnp.maximum(jnp.abs(out), jnp.abs(exact)) + 1e-6
+    return jnp.clip(jnp.abs(out - exact) / size, 0, 10).mean()

@@ -1,0 +1,83 @@
+"""What a calibration has found so far, kept in a file so that it can be gone on with."""
+
+import hashlib
+import json
+from dataclasses import dataclass, replace
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from dfa2_jax.io.atomic import replacing
+from dfa2_jax.io.errors import blame, read_json
+from dfa2_jax.plan.plan import Plan
+
+
+@dataclass
+class Progress:
+    """Findings by step from the second on; in a file if they have one, written after each step."""
+
+    path: Path | None
+    digest: str
+    """Of all that the findings depend on."""
+    picks: list[list[list[int]]]
+    """By step, layer and head: numbers of candidates, -1 for full."""
+    spent: list[tuple[float, ...]]
+    """By step and layer: the chosen methods' errors, added up over the heads."""
+
+    @classmethod
+    def read(cls, path: str | PathLike[str] | None, digest: str, empty: Plan) -> "Progress":
+        """Of `path`, or fresh.
+
+        Args:
+            empty: the plan that is to be filled: the first of its methods is full, the others the candidates.
+
+        Raises:
+            ValueError: the file is of another calibration, or damaged.
+        """
+        path = None if path is None else Path(path)
+        if path is None or not path.exists():
+            return cls(path, digest, [], [])
+        content = read_json(path)
+        if content.get("digest") != digest:
+            raise ValueError(
+                f"{path} is the progress of another calibration, digest {content.get('digest')!r:.100}, this one's is "
+                f"{digest!r}: give another file, or remove it to start anew."
+            )
+        with blame(f"{path}, remove it to start anew"):
+            picks, spent = np.asarray(content["picks"], int), np.asarray(content["spent"], float)
+            steps, *size = empty.choices.shape
+            if not 1 <= len(picks) < steps or [*picks.shape[1:]] != size or spent.shape != picks.shape[:2]:
+                raise ValueError(
+                    f"picks {picks.shape} and spent {spent.shape} must be of 1 to {steps - 1} steps, and of layers and "
+                    f"heads {size}"
+                )
+            if picks.min() < -1 or picks.max() >= len(empty.methods) - 1 or not np.isfinite(spent).all():
+                raise ValueError(f"picks are {picks.min()} to {picks.max()}, for {len(empty.methods) - 1} candidates")
+            return cls(path, digest, picks.tolist(), [tuple(layers) for layers in spent.tolist()])
+
+    @property
+    def steps(self) -> int:
+        return len(self.picks)
+
+    def add(self, picks: Int[np.ndarray, "layers N"], errors: Float[np.ndarray, "layers N M"]) -> None:
+        chosen = np.take_along_axis(errors, np.maximum(picks, 0)[..., None], -1)[..., 0].astype(np.float64)
+        self.picks.append(picks.tolist())
+        self.spent.append(tuple(np.where(picks < 0, 0, chosen).sum(1).tolist()))
+        if self.path is not None:
+            content = {"digest": self.digest, "picks": self.picks, "spent": self.spent}
+            with replacing(self.path) as file:
+                file.write(json.dumps(content).encode())
+
+    def plan(self, empty: Plan) -> Plan:
+        """With what is found; later steps stay as they are."""
+        choices = empty.choices.copy()
+        if self.picks:
+            choices[1 : 1 + self.steps] = np.array(self.picks) + 1  # the table's first method is full
+        return replace(empty, choices=choices)
+
+
+def digest_of(content: Any) -> str:
+    return "sha256:" + hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

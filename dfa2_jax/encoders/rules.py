@@ -1,0 +1,29 @@
+"""The keys of transformers' CLIP and T5 text encoders."""
+
+from dfa2_jax.weights.rules import Rule, dense, norm
+
+CLIP_LAYER = r"encoder\.layers\.(?P<layer>\d+)\."
+CLIP_TEXT = [
+    Rule(r"embeddings\.(?P<name>token|position)_embedding\.weight", r"\g<name>_embedding"),
+    Rule(r"embeddings\.position_ids", None),
+    *norm(CLIP_LAYER + r"(?P<name>layer_norm[12])", r"layers.\g<name>"),
+    *dense(CLIP_LAYER + r"self_attn\.(?P<name>\w+_proj)", r"layers.self_attn.\g<name>"),
+    *dense(CLIP_LAYER + r"mlp\.fc1", "layers.mlp.up"),
+    *dense(CLIP_LAYER + r"mlp\.fc2", "layers.mlp.down"),
+    *norm(r"final_layer_norm", "final_layer_norm"),
+]
+# Folders saved by transformers 4 have the prefix, those saved by 5 do not, except with a projection.
+CLIP = [Rule(r"(text_model\.)?" + rule.key, rule.target, rule.turn) for rule in CLIP_TEXT]
+CLIP_PROJECTED = [*CLIP, *dense(r"text_projection", "text_projection")]
+
+T5_LAYER = r"encoder\.block\.(?P<layer>\d+)\.layer\."
+T5 = [
+    Rule(r"shared\.weight", "shared"),
+    Rule(r"encoder\.embed_tokens\.weight", None),  # tied to shared.weight
+    Rule(r"encoder\.block\.0\.layer\.0\.SelfAttention\.relative_attention_bias\.weight", "relative_attention_bias"),
+    *dense(T5_LAYER + r"0\.SelfAttention\.(?P<name>[qkvo])", r"layers.attention.\g<name>"),
+    *norm(T5_LAYER + r"0\.layer_norm", "layers.attention_norm"),
+    *dense(T5_LAYER + r"1\.DenseReluDense\.(?P<name>wi_[01]|wo)", r"layers.\g<name>"),
+    *norm(T5_LAYER + r"1\.layer_norm", "layers.ff_norm"),
+    *norm(r"encoder\.final_layer_norm", "final_layer_norm"),
+]

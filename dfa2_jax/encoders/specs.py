@@ -1,0 +1,30 @@
+"""Text encoders as components of a pipeline."""
+
+from functools import partial
+
+from dfa2_jax.encoders import rules
+from dfa2_jax.encoders.clip import CLIPTextConfig, CLIPTextModel
+from dfa2_jax.encoders.t5 import T5Config, T5Encoder
+from dfa2_jax.weights.spec import ComponentSpec
+
+CLIP = ComponentSpec(
+    class_name="CLIPTextModel",
+    config=CLIPTextConfig.from_json,
+    build=partial(CLIPTextModel, projection=False),
+    rules=rules.CLIP,
+)
+
+CLIP_PROJECTED = ComponentSpec(
+    class_name="CLIPTextModelWithProjection",
+    config=CLIPTextConfig.from_json,
+    build=partial(CLIPTextModel, projection=True),
+    rules=rules.CLIP_PROJECTED,
+)
+
+T5 = ComponentSpec(
+    class_name="T5EncoderModel",
+    config=T5Config.from_json,
+    build=T5Encoder,
+    rules=rules.T5,
+    float16_becomes="bfloat16",  # T5-XXL's activations leave float16's range in its MLPs
+)

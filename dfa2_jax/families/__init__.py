@@ -1,0 +1,1 @@
+"""What differs between models: a folder each, one line in `registry`."""

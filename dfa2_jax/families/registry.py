@@ -1,0 +1,23 @@
+"""The families that a folder can hold, by the pipeline class that its model_index.json names."""
+
+from os import PathLike
+from typing import Any
+
+from dfa2_jax.families.flux.family import Flux
+from dfa2_jax.families.sd3.family import SD3
+from dfa2_jax.weights.checkpoint import Checkpoint
+from dfa2_jax.weights.open import open_folder
+from dfa2_jax.weights.spec import ComponentSpec
+
+FAMILIES: dict[str, Any] = {family.pipeline_class: family for family in (SD3, Flux)}
+
+
+def networks() -> dict[str, ComponentSpec]:
+    """Every network of every family, by the class name that a folder gives it."""
+    specs = [spec for family in FAMILIES.values() for spec in family.components.values()]
+    return {spec.class_name: spec for spec in specs}
+
+
+def open_checkpoint(folder: str | PathLike[str]) -> Checkpoint:
+    """A folder of one of these families (`weights.open.open_folder`)."""
+    return open_folder(folder, FAMILIES)

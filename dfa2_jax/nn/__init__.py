@@ -1,0 +1,1 @@
+"""Layers, blocks and the one place where models call attention."""

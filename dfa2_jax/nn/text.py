@@ -1,0 +1,63 @@
+"""What the text encoders and the autoencoder share: configs from JSON, tables, affine norm, small attention."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from dfa2_jax.nn.layers import layer_norm, matmul_precision
+
+Config = TypeVar("Config")
+
+
+def config_from_json(cls: type[Config], json: Mapping[str, Any]) -> Config:
+    """Fill the dataclass `cls` from a parsed config.json: other keys are ignored, lists become tuples.
+
+    Raises ValueError where a field without a default is missing.
+    """
+    fields = dataclasses.fields(cls)  # pyright: ignore[reportArgumentType]
+    missing = [f.name for f in fields if f.default is dataclasses.MISSING and f.name not in json]
+    if missing:
+        raise ValueError(
+            f"config.json of a {cls.__name__.removesuffix('Config')} lacks {missing}; it has {sorted(json)}"
+        )
+    values = {f.name: json[f.name] for f in fields if f.name in json}
+    return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+
+
+def embedding(rows: int, width: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.Param:
+    """A table [rows, width]; 0.02 is the spread transformers initialises CLIP's tables with."""
+    return nnx.Param(0.02 * jax.random.normal(rngs.params(), (rows, width), dtype))
+
+
+class LayerNorm(nnx.Module):
+    """Layer norm over the last axis with scale and bias, in float32, rounded once."""
+
+    def __init__(self, features: int, *, eps: float, dtype: DTypeLike):
+        self.scale = nnx.Param(jnp.ones((features,), dtype))
+        self.bias = nnx.Param(jnp.zeros((features,), dtype))
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        scale, bias = (p[...].astype(jnp.float32)[None, None] for p in (self.scale, self.bias))
+        return (layer_norm(x.astype(jnp.float32), self.eps) * scale + bias).astype(x.dtype)
+
+
+def biased_attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S N H"],
+    v: Float[Array, "B S N H"],
+    bias: Float[Array, "#N T S"],
+    *,
+    scale: float,
+) -> Float[Array, "B T N H"]:
+    """`softmax(scale * q k + bias) v`; scores and softmax in float32, every score in memory (prompts are short)."""
+    precision = matmul_precision(q.dtype)
+    scores = jnp.einsum("BTNH,BSNH->BNTS", q, k, precision=precision, preferred_element_type=jnp.float32)
+    weights = jax.nn.softmax(scale * scores + bias[None], axis=-1).astype(q.dtype)
+    return jnp.einsum("BNTS,BSNH->BTNH", weights, v, precision=precision)

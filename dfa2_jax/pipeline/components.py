@@ -1,0 +1,55 @@
+"""The networks and tokenizers of a checkpoint, loaded when first needed, each a jitted program."""
+
+from functools import partial
+from typing import Any
+
+import jax
+from flax import nnx
+
+from dfa2_jax.encoders.tokenizers import Tokenizer, load_tokenizer
+from dfa2_jax.weights.checkpoint import Checkpoint
+
+
+@partial(jax.jit, static_argnames=("graph", "method"))
+def call(graph: nnx.GraphDef, params: Any, *args: Any, method: str = "__call__") -> Any:
+    """A method of an NNX module as one program, shared by all modules of the same structure."""
+    return getattr(nnx.merge(graph, params), method)(*args)
+
+
+class Component:
+    """One network of a pipeline, split into its static graph and its parameters."""
+
+    def __init__(self, module: nnx.Module):
+        self.graph, self.params = nnx.split(module)
+
+    def __call__(self, *args: Any, method: str = "__call__") -> Any:
+        return call(self.graph, self.params, *args, method=method)
+
+
+class Networks:
+    """A checkpoint's networks and tokenizers by name, each loaded once."""
+
+    def __init__(self, checkpoint: Checkpoint, dtype: Any):
+        self.configs = checkpoint.configs
+        self._checkpoint, self._dtype = checkpoint, dtype
+        self._loaded: dict[str, Component] = {}
+        self._tokenizers: dict[str, Tokenizer] = {}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.configs
+
+    def __getitem__(self, name: str) -> Component:
+        if name not in self._loaded:
+            self._loaded[name] = Component(self._checkpoint.load(name, self._dtype))
+        return self._loaded[name]
+
+    def encode(self, encoder: str, tokenizer: str, prompts: list[str], length: int | None, *args: Any) -> Any:
+        """States of prompts, cut or padded to `length` tokens; None if the folder has no such encoder."""
+        if encoder not in self:
+            return None
+        return self[encoder](self.tokenizer(tokenizer).encode(prompts, length), *args)
+
+    def tokenizer(self, name: str) -> Tokenizer:
+        if name not in self._tokenizers:
+            self._tokenizers[name] = load_tokenizer(self._checkpoint.tokenizer_folder(name))
+        return self._tokenizers[name]

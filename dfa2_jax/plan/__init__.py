@@ -1,0 +1,1 @@
+"""Plans as data, as files and as pictures."""

@@ -1,0 +1,107 @@
+"""A plan for people: a summary, and a picture of every step, layer and head."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dfa2_jax.io.atomic import replacing
+from dfa2_jax.plan.plan import Method, Plan
+from pallas_kernels.layout import CACHED, FULL
+from pallas_kernels.mask import density
+
+
+def summary(plan: Plan) -> str:
+    """What it is for, how it was found, and what it does, in a dozen lines."""
+    setting, found = plan.setting, plan.calibration
+    counts = np.bincount(plan.choices.ravel(), minlength=len(plan.methods))
+    shares = [f"{method} {count / plan.choices.size:.1%}" for method, count in zip(plan.methods, counts, strict=True)]
+    densities = density_table(plan).mean(1)
+    layers = f"{len(setting.layers)} layers x {setting.num_heads} heads"
+    guided = ", guided" if setting.doubled_batch else ""
+    lines = {
+        "model": f"{setting.pipeline_class}, {layers}, weights {setting.weights[:12]}",
+        "image": f"{setting.height} x {setting.width}, {setting.num_inference_steps} steps{guided}",
+        "methods": ", ".join(shares),
+        "density": f"{plan.density():.3f} of query-key pairs; a step {densities.min():.3f} to {densities.max():.3f}",
+        "digest": plan.digest + (", edited by hand" if plan.edited else ""),
+    }
+    if found is not None:
+        rows, keys = found.tiles
+        lines["density"] += f"; {plan.density(found.tiles):.3f} of tiles of {rows} x {keys}"
+        lines["found with"] = f"{found.num_prompts} prompts, seed {found.seed}, delta {found.delta}, c {found.c}"
+        spent = np.array(found.errors)[1:]
+        if spent.size:
+            edited = ", before it was edited" if plan.edited else ""
+            lines["errors"] = (
+                f"{spent.mean():.4f} of delta {found.delta} on average in a layer, {spent.max():.4f} at most{edited}"
+            )
+    return "\n".join(f"{name:11s} {line}" for name, line in lines.items())
+
+
+def density_table(plan: Plan) -> np.ndarray:
+    """Kept share of query-key pairs, [steps, layers]."""
+    windows = plan.half_windows()
+    columns = [
+        density(windows[:, number].ravel(), layer.layout).reshape(len(windows), -1).mean(1)
+        for number, layer in enumerate(plan.setting.layers)
+    ]
+    return np.stack(columns, axis=1)
+
+
+def draw(plan: Plan, path: Path) -> None:
+    """A PNG: the method of every head, steps from left to right, layers from top to bottom, heads side by side within;
+    and the kept share of each step and layer."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.colors import ListedColormap
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+    from matplotlib.ticker import MaxNLocator
+
+    steps, layers, heads = plan.choices.shape
+    ranks, names, colours = ranked(plan)
+    picture = ranks.transpose(1, 0, 2).reshape(layers, steps * heads)
+
+    figure = Figure(figsize=(3 + min(0.35 * steps, 15), 2 + min(0.2 * layers, 14)), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(2, 2, sharex="col", sharey="row", width_ratios=(5, 1), height_ratios=(1, 6))
+    table, (top, corner), (atlas, side) = density_table(plan), axes[0], axes[1]
+    atlas.imshow(
+        picture, ListedColormap(colours), aspect="auto", interpolation="nearest", vmin=-0.5, vmax=len(names) - 0.5,
+        extent=(-0.5, steps - 0.5, layers - 0.5, -0.5),
+    )  # fmt: skip
+    for step in range(steps - 1):
+        atlas.axvline(step + 0.5, color="white", linewidth=0.6)
+    shown = range(0, layers, max(1, layers // 40))
+    atlas.set_yticks([*shown], [plan.setting.layers[number].name for number in shown], fontsize=7)
+    atlas.xaxis.set_major_locator(MaxNLocator(integer=True))
+    atlas.set(xlabel="step (within it, heads from left to right)", ylabel="layer")
+    top.bar(np.arange(steps), table.mean(1), color="grey")
+    top.set(ylim=(0, 1), ylabel="kept")
+    side.barh(np.arange(layers), table.mean(0), color="grey")
+    side.set(xlim=(0, 1), xlabel="kept")
+    handles = [Patch(color=colour, label=name) for name, colour in zip(names, colours, strict=True)]
+    corner.axis("off")
+    corner.legend(handles=handles, loc="center", fontsize=7)
+    figure.suptitle(f"{plan.setting.pipeline_class}: {plan.density():.2f} of query-key pairs kept", fontsize=10)
+    with replacing(Path(path)) as file:
+        figure.savefig(file, format="png", dpi=110)
+
+
+def ranked(plan: Plan) -> tuple[np.ndarray, list[str], list[Any]]:
+    """For pictures: the rank [steps, layers, heads] of every choice, and names and colours of the methods by rank, from
+    most work to least."""
+    from matplotlib import colormaps
+
+    order = sorted(range(len(plan.methods)), key=lambda number: _work(plan.methods[number]), reverse=True)
+    names = [str(plan.methods[number]) for number in order]
+    arrows = sum(name not in ("full", "cached") for name in names)
+    shades = iter(colormaps["YlGnBu"](np.linspace(0.75, 0.3, max(arrows, 1))))
+    fixed = {"full": "#20124d", "cached": "#f4a259"}
+    return np.argsort(order)[plan.choices], names, [fixed.get(name) or tuple(next(shades)) for name in names]
+
+
+def _work(method: Method) -> int:
+    """Larger for methods that compute more."""
+    window = method.half_window(1 << 20)
+    return {FULL: 1 << 30, CACHED: -1}.get(window, window)

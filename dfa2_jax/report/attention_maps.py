@@ -1,0 +1,181 @@
+"""What heads look at in dense sampling, next to what a plan gives them: attention on text, and near the diagonal."""
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
+from tqdm import trange
+
+from dfa2_jax.nn.attention import Heads, PlanRow, Project, arrow_attention
+from dfa2_jax.pipeline.pipeline import Pipeline, Prepared
+from dfa2_jax.plan.plan import Plan
+from dfa2_jax.plan.view import ranked
+from dfa2_jax.sampling.loop import Inputs, by_segment, denoise_step, in_order, rounding_to
+from pallas_kernels.layout import Layout
+
+WEIGHT_BYTES = 2**26
+"""Float32 weights held at once, of a chunk of one head's queries. FLUX at 2048 px has 27 GB of them in a layer."""
+
+
+@dataclass(frozen=True)
+class Masses:
+    """Where the visual queries' attention goes, on average over them and the images.
+
+    text: [steps, layers, heads], on text keys; 0 where a layer sees no text.
+    near: [windows, steps, layers, heads], on visual keys within each half-window; the rest is on visual keys beyond.
+    half_windows: tokens on each side of the diagonal, increasing.
+    """
+
+    text: Float[np.ndarray, "steps layers N"]
+    near: Float[np.ndarray, "windows steps layers N"]
+    half_windows: tuple[int, ...]
+
+    @property
+    def locality(self) -> Float[np.ndarray, "steps layers N"]:
+        """The share within the widest window of what visual keys get."""
+        return self.near[-1] / np.maximum(1 - self.text, 1e-6)
+
+
+def masses(q: Heads, k: Heads, half_windows: tuple[int, ...], layout: Layout) -> Float[Array, "N masses"]:
+    """Per head, over batch and visual queries: the mean weight on text keys, then on visual keys in each half-window.
+
+    One head and one chunk of its queries at a time: the weights never exist as a whole.
+    """
+    batch, visual = q.shape[0], layout.num_visual
+    rows = min(visual, max(1, WEIGHT_BYTES // (4 * batch * layout.length)))
+    chunks = -(-visual // rows)
+    places = jnp.arange(chunks * rows).reshape(chunks, rows)
+    keys = jnp.arange(visual)
+
+    def of_head(qk: tuple[Array, Array]) -> Float[Array, " masses"]:
+        queries, keys_of_head = (x.astype(jnp.float32) for x in qk)  # [B, V, H] and [B, S, H]
+        padded = jnp.pad(queries, ((0, 0), (0, chunks * rows - visual), (0, 0)))
+
+        def add(total: Array, chunk: tuple[Array, Array]) -> tuple[Array, None]:
+            part, place = chunk
+            scores = jnp.einsum("BTH,BSH->BTS", part, keys_of_head, precision="highest") * part.shape[-1] ** -0.5
+            weights = jax.nn.softmax(scores, axis=-1)
+            distance = jnp.abs(place[:, None] - keys[None, :])
+            on_visual = weights[:, :, layout.visual]
+            found = [weights[:, :, layout.text].sum(-1)]
+            found += [jnp.where((distance <= window)[None], on_visual, 0).sum(-1) for window in half_windows]
+            return total + jnp.where((place < visual)[None, None], jnp.stack(found), 0).sum((1, 2)), None
+
+        parts = jnp.moveaxis(padded.reshape(batch, chunks, rows, -1), 1, 0)
+        total, _ = jax.lax.scan(add, jnp.zeros(1 + len(half_windows)), (parts, places))
+        return total / (batch * visual)
+
+    return jax.lax.map(of_head, tuple(jnp.moveaxis(x, 2, 0) for x in (q[:, layout.visual], k)))
+
+
+@dataclass(frozen=True)
+class Watching:
+    """Dense attention that remembers every layer's `masses`."""
+
+    half_windows: tuple[int, ...]
+    implementation: str | None = None
+
+    def __call__(
+        self, project: Project, layout: Layout, memory: Float[Array, "L N masses"], row: PlanRow
+    ) -> tuple[Heads, Float[Array, "L N masses"]]:
+        q, k, v = project()
+        out = arrow_attention(q, k, v, layout=layout, implementation=self.implementation)
+        return out, memory.at[row.layer].set(masses(q, k, self.half_windows, layout))
+
+
+@partial(jax.jit, static_argnames=("graph", "heads", "half_windows", "rounding"))
+def watched_step(
+    graph: nnx.GraphDef,
+    params: Any,
+    latents: Float[Array, "B V C"],
+    inputs: Inputs,
+    i: Int[Array, ""] | int,
+    *,
+    heads: int,
+    half_windows: tuple[int, ...],
+    rounding: str | None = None,
+) -> tuple[Float[Array, "B V C"], Float[Array, "layers N masses"]]:
+    """One dense step, and the masses of every layer in order of execution."""
+    model = nnx.merge(graph, params)
+
+    def empty(numbers: tuple[int, ...]) -> Array | None:
+        return jnp.zeros((len(numbers), heads, 1 + len(half_windows))) if numbers else None
+
+    memory = tuple((empty(first), empty(second)) for first, second in model.attention_rows)
+    rows = by_segment(model.attention_rows, None)
+    step = partial(denoise_step, model.velocity, Watching(half_windows), inputs, rounding_to(rounding))
+    out, memory = step(i, latents, memory, rows)
+    return jnp.asarray(out), in_order(model.attention_rows, memory)
+
+
+def watch(pipeline: Pipeline, call: Prepared, half_windows: Sequence[int], *, progress: bool = True) -> Masses:
+    """Sample densely, and see where attention goes.
+
+    Args:
+        call: one prompt or a few: what is found is their average.
+        half_windows: visual tokens on each side of the diagonal, increasing.
+    """
+    transformer, inputs = pipeline.transformer, jax.device_put(call.inputs)
+    options: dict[str, Any] = {"half_windows": tuple(half_windows), "rounding": pipeline.rounding}
+    options["heads"] = pipeline.config.num_attention_heads
+    latents, found = jnp.asarray(call.tokens), []
+    for i in trange(call.request.steps, desc="heads", disable=not progress):
+        latents, masses = watched_step(transformer.graph, transformer.params, latents, inputs, i, **options)
+        found.append(np.asarray(masses))
+    text, *near = np.moveaxis(np.stack(found), -1, 0)
+    return Masses(text, np.stack(near), tuple(half_windows))
+
+
+def windows_of(plans: Sequence[Plan]) -> tuple[int, ...]:
+    """Half-windows of every arrow that these plans of one setting know; an eighth of the visual tokens if none."""
+    visual = plans[0].setting.layers[0].num_visual
+    known = {method.half_window(visual) for plan in plans for method in plan.methods}
+    return tuple(sorted(window for window in known if window >= 0)) or (max(1, visual // 16),)
+
+
+def draw(plan: Plan, masses: Masses) -> bytes:
+    """A PNG, layers from top to bottom, heads within, steps from left to right: locality, text, method."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.colors import ListedColormap
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
+    steps, layers, heads = plan.choices.shape
+    ranks, names, colours = ranked(plan)
+    tall = layers * min(max(0.35, 0.06 * heads), 0.8)
+    size = 4.5 + 3 * min(0.12 * steps, 3), tall + 1.8
+    figure = Figure(figsize=size, layout="constrained")
+    FigureCanvasAgg(figure)
+    (local_scale, text_scale, legend), (local, text, method) = figure.subplots(2, 3, height_ratios=(0.15, tall))
+
+    def show(axes: Any, values: np.ndarray, title: str, **options: Any) -> Any:
+        picture = values.transpose(1, 2, 0).reshape(layers * heads, steps)
+        extent = (-0.5, steps - 0.5, layers - 0.5, -0.5)
+        shown = axes.imshow(picture, aspect="auto", interpolation="nearest", extent=extent, **options)
+        for layer in range(layers - 1):
+            axes.axhline(layer + 0.5, color="silver", linewidth=1.5)
+        axes.set_yticks([])
+        axes.set_xlabel("step", fontsize=8)
+        axes.set_title(title, fontsize=8)
+        axes.tick_params(labelsize=7)
+        return shown
+
+    scale = {"vmin": 0, "vmax": 1, "cmap": "magma"}
+    near = show(local, masses.locality, f"locality: within {masses.half_windows[-1]} tokens", **scale)
+    figure.colorbar(near, cax=local_scale, orientation="horizontal").ax.tick_params(labelsize=7)
+    on_text = show(text, masses.text, "on text", **scale)
+    figure.colorbar(on_text, cax=text_scale, orientation="horizontal").ax.tick_params(labelsize=7)
+    show(method, ranks, "method", cmap=ListedColormap(colours), vmin=-0.5, vmax=len(names) - 0.5)
+    legend.axis("off")
+    handles = [Patch(color=colour, label=name) for name, colour in zip(names, colours, strict=True)]
+    legend.legend(handles=handles, loc="lower center", fontsize=7, ncols=2, frameon=False)
+    local.set_yticks([*range(layers)], [layer.name for layer in plan.setting.layers])
+    figure.savefig(file := io.BytesIO(), format="png", dpi=110)
+    return file.getvalue()

@@ -1,0 +1,298 @@
+"""A quality report: images of plans against dense ones, next to what mere rounding changes and what another seed does.
+
+Rows of the noise floor are dense too: the same sums in another order (another implementation of attention), and another
+dtype. They say how much a change that nobody calls a loss moves each metric; another seed says what no likeness at all
+is worth. Networks, prompts and seeds are the same in all rows.
+"""
+
+import math
+import platform
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from importlib.metadata import version
+from os import PathLike, cpu_count
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from dfa2_jax.calibration.calibrate import PLANNING_TILES
+from dfa2_jax.nn.attention import dense_implementation
+from dfa2_jax.pipeline.pipeline import Pipeline, Prepared
+from dfa2_jax.plan.plan import Plan, PlanError
+from dfa2_jax.report import metrics as quality
+from dfa2_jax.report.attention_maps import watch, windows_of
+from dfa2_jax.report.attention_share import attention_share
+from dfa2_jax.report.table import Judges, Report, Row, Shot
+
+OTHER_SEED = 1000
+"""Added to an image's seed for the ceiling."""
+
+ROUNDS = 3
+"""Timed at least, where there are fewer batches."""
+
+
+@dataclass
+class Sampler:
+    """A pipeline's images in batches of one size, and the seconds of a step that they take.
+
+    arguments: of the pipeline, the same for all; a plan among them says size and steps.
+    """
+
+    pipeline: Pipeline
+    arguments: dict[str, Any]
+    batch: int
+    compiled: set[tuple[bool, str | None]] = field(default_factory=set)
+
+    def prepare(self, shots: Sequence[Shot], offset: int = 0) -> Prepared:
+        """Of `batch` images; the last prompt fills up: another size would compile anew."""
+        filled = [*shots, *[shots[-1]] * (self.batch - len(shots))]
+        prompts, seeds = [shot.prompt for shot in filled], [shot.seed + offset for shot in filled]
+        return self.pipeline.prepare(prompt=prompts, seed=seeds, output_type="np", **self.arguments)
+
+    def denoise(
+        self, call: Prepared, plan: Plan | None = None, implementation: str | None = None
+    ) -> tuple[np.ndarray, float]:
+        """Patchified latents, and seconds of a step, compilation apart."""
+        program = plan is None, implementation
+        if program not in self.compiled:  # one step is a call of the same program as all steps
+            run, tokens, caches = self.pipeline.denoiser(call, plan, implementation)
+            jax.block_until_ready(run(tokens, caches, 0, 1))
+            self.compiled.add(program)
+        run, tokens, caches = self.pipeline.denoiser(call, plan, implementation)
+        started = perf_counter()
+        tokens, _ = jax.block_until_ready(run(tokens, caches, 0, call.request.steps))
+        return np.asarray(tokens), (perf_counter() - started) / call.request.steps
+
+    @property
+    def other_implementation(self) -> str:
+        """Another one of dense attention than the best: the same sums in another order."""
+        config = self.pipeline.config
+        best = dense_implementation(self.pipeline.dtype, config.attention_head_dim).implementation
+        return {"mosaic": "cudnn", "cudnn": "blockwise"}.get(best, "reference")
+
+
+class Study:
+    """The rows of a report, and the sampling that fills them: in the plans' dtype first, in the other one after it.
+
+    exact: the dense images by batch, kept for the other dtype: 13 MB each at 1024 px.
+    """
+
+    def __init__(self, plans: Mapping[str, Plan], judges: Judges, batches: list[list[Shot]], dtype: str, quick: bool):
+        self.judges, self.batches, self.quick = judges, batches, quick
+        other = "bfloat16" if dtype == "float32" else "float32"
+        self.wide, self.narrow = (dtype, other) if dtype == "float32" else (other, dtype)
+        self.dtype, self.exact = dtype, list[np.ndarray]()
+        self.dense, self.ceiling = Row("dense", "dense"), Row("another seed", "ceiling", "dense")
+        self.plans = [Row(name, "plan", "dense", plan) for name, plan in plans.items()]
+        self.reordered = {one: Row(f"{one}, sums reordered", "floor", f"{one} dense") for one in (dtype, other)}
+        self.rounded = Row(f"{self.narrow} against {self.wide}", "floor", f"{self.wide} dense")
+
+    @property
+    def rows(self) -> list[Row]:
+        if self.quick:
+            return [self.dense, *self.plans]
+        floor = self.reordered[self.wide], self.rounded, self.reordered[self.narrow]
+        return [self.dense, *floor, *self.plans, self.ceiling]
+
+    def own(self, sampler: Sampler, bar: tqdm) -> None:
+        """Dense and plans in turn, so that a busy machine slows both; the floor of this dtype; the ceiling."""
+        call = None
+        for shots in self.batches:
+            call = sampler.prepare(shots)
+            exact = self._take(sampler, call, shots, self.dense, None, bar)
+            assert exact is not None
+            if not np.isfinite(exact).all():
+                raise ValueError(
+                    f"The dense image of {shots[0].prompt!r:.200} is not finite in {self.dtype}: try another."
+                )
+            for row in self.plans:
+                self._take(sampler, call, shots, row, exact, bar)
+            if not self.quick:
+                self.exact.append(exact)
+                self._reorder(sampler, call, shots, self.reordered[self.dtype], exact, bar)
+                self._take(sampler, sampler.prepare(shots, OTHER_SEED), shots, self.ceiling, exact, bar)
+        assert call is not None
+        for _ in range(len(self.batches), ROUNDS):
+            for row in (self.dense, *self.plans):
+                row.seconds.append(sampler.denoise(call, row.plan)[1])
+
+    def other(self, sampler: Sampler, bar: tqdm) -> None:
+        other = self.narrow if self.dtype == self.wide else self.wide
+        for shots, exact in zip(self.batches, self.exact, strict=True):
+            call = sampler.prepare(shots)
+            images = self._take(sampler, call, shots, self.rounded, exact, bar)
+            if images is not None:
+                self._reorder(sampler, call, shots, self.reordered[other], images, bar)
+
+    def _take(
+        self, sampler: Sampler, call: Prepared, shots: list[Shot], row: Row, exact: np.ndarray | None, bar: tqdm,
+        implementation: str | None = None,
+    ) -> np.ndarray | None:  # fmt: skip
+        """A batch's images, scored in their row; None where a row of the floor does not fit in memory."""
+        if row.left_out:
+            return None
+        with fitting(row):
+            tokens, seconds = sampler.denoise(call, row.plan, implementation)
+            images = sampler.pipeline.images(tokens, call)[: len(shots)]
+            if row.kind in ("dense", "plan"):
+                row.seconds.append(seconds)
+            if exact is not None and row is self.rounded and self.dtype == self.narrow:
+                row.add(self.judges, shots, exact, images)  # the narrow one's, against the wide one's
+            else:
+                row.add(self.judges, shots, images, exact)
+            bar.update()
+            return images
+
+    def _reorder(self, sampler: Sampler, call: Prepared, shots: list[Shot], row: Row, exact: Any, bar: tqdm) -> None:
+        self._take(sampler, call, shots, row, exact, bar, sampler.other_implementation)
+
+
+@contextmanager
+def fitting(*rows: Row) -> Iterator[None]:
+    """Rows of the floor that do not fit in memory are left out, and say so; for others the report ends."""
+    try:
+        yield
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+        exhausted = isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
+        if not exhausted or any(row.kind != "floor" for row in rows):
+            raise
+        for row in rows:
+            row.left_out = f"does not fit in memory: {error!s:.200}"
+
+
+def quality_report(
+    folder: str | PathLike[str],
+    plans: Mapping[str, Plan],
+    prompts: Sequence[str],
+    *,
+    seed: int | Sequence[int] = 0,
+    negative_prompt: str | None = None,
+    guidance_scale: float | None = None,
+    batch: int = 1,
+    dtype: str | None = None,
+    limits: Mapping[str, float] | None = None,
+    lpips: str | PathLike[str] | None = None,
+    clip: str | PathLike[str] | None = None,
+    image_reward: str | PathLike[str] | None = None,
+    quick: bool = False,
+    progress: bool = True,
+) -> Report:
+    """Measure plans against dense sampling. `Report.save` writes it, `Report.failures` is the gate.
+
+    Args:
+        folder: of the model, as `Pipeline.from_pretrained` takes it: it is loaded in two dtypes, one after the other.
+        plans: by the names that the report gives them, all for the same size and steps.
+        seed: one or several: every prompt is sampled from each.
+        negative_prompt: for all prompts.
+        guidance_scale: None: the first plan's.
+        batch: images at a time.
+        dtype: of the plans' images. None: the checkpoint's; float32 on CPU.
+        limits: of a plan's mean: at least so much "psnr" (dB) and "ssim", at most so much "lpips".
+        lpips, clip: weights on disk, see `quality`. image_reward is refused there.
+        quick: no noise floor and no heads, for a gate.
+
+    Raises:
+        ValueError: an argument out of range, metrics that cannot be had, or dense images that are not finite.
+        PlanError: a plan is for another model, size or number of steps.
+        MemoryError: what a plan keeps from step to step does not fit.
+    """
+    prompts, seeds = list(prompts), [seed] if isinstance(seed, int) else list(seed)
+    limits = {} if limits is None else dict(limits)
+    _check(prompts, seeds, batch, plans, limits, lpips)
+    judges = _judges(lpips, clip, image_reward)
+    shots = [Shot(prompt, one) for prompt in prompts for one in seeds]
+    batch = min(batch, len(shots))
+    arguments = {"negative_prompt": negative_prompt, "guidance_scale": guidance_scale}
+    arguments["plan"] = next(iter(plans.values()))
+    sampler = Sampler(Pipeline.from_pretrained(folder, dtype=dtype), arguments, batch)
+    first = replace(sampler, batch=1).prepare(shots[:1])
+    for name, plan in plans.items():
+        try:
+            plan.check(sampler.pipeline.setting_of(first))
+        except PlanError as error:
+            raise PlanError(f"plan {name}: {error}") from error
+    facts = _facts(sampler, folder, first) | {"negative_prompt": negative_prompt}
+
+    batches = [shots[i : i + batch] for i in range(0, len(shots), batch)]
+    study = Study(plans, judges, batches, sampler.pipeline.dtype.name, quick)
+    masses = None
+    with tqdm(total=len(batches) * len(study.rows), desc="report", disable=not progress) as bar:
+        study.own(sampler, bar)
+        if not quick:
+            masses = watch(sampler.pipeline, first, windows_of([*plans.values()]), progress=progress)
+            del sampler  # two sets of weights need not fit
+            other = study.narrow if study.dtype == study.wide else study.wide
+            with fitting(study.rounded, study.reordered[other]):
+                study.other(Sampler(Pipeline.from_pretrained(folder, dtype=other), arguments, batch), bar)
+    return Report(tuple(study.rows), tuple(prompts), tuple(seeds), limits, masses, facts)
+
+
+def _check(
+    prompts: list[str], seeds: list[int], batch: int, plans: Mapping[str, Plan], limits: dict[str, float], lpips: Any
+) -> None:
+    if not prompts or not all(prompt.strip() for prompt in prompts):
+        raise ValueError(f"prompts must be texts, one at least, got {prompts!r:.200}.")
+    if not seeds or len({*seeds}) < len(seeds):
+        raise ValueError(f"seeds={seeds} must be different ones, one at least.")
+    if batch < 1:
+        raise ValueError(f"{batch=} must be at least 1.")
+    if not plans:
+        raise ValueError("A report needs a plan at least.")
+    for metric, limit in limits.items():
+        if metric not in ("psnr", "ssim", "lpips") or not math.isfinite(limit):
+            raise ValueError(f"limits has {metric}={limit}: limits are finite, of psnr, ssim and lpips.")
+    if "lpips" in limits and lpips is None:
+        raise ValueError(f"A limit of {limits['lpips']} on LPIPS needs the metric's weights: give lpips too.")
+
+
+def _judges(lpips: Any, clip: Any, image_reward: Any) -> Judges:
+    near: dict[str, Any] = {"psnr": quality.psnr, "ssim": quality.ssim}
+    if lpips is not None:
+        near["lpips"] = quality.lpips(Path(lpips))
+    if image_reward is not None:
+        quality.image_reward(Path(image_reward))
+    return Judges(near, {} if clip is None else {"clip": quality.clip_score(Path(clip))})
+
+
+def _facts(sampler: Sampler, folder: str | PathLike[str], call: Prepared) -> dict[str, Any]:
+    pipeline, request, device = sampler.pipeline, call.request, jax.devices()[0]
+    return {
+        "format": "dfa2-report",
+        "version": 1,
+        "model": {
+            "folder": Path(folder).resolve().name,
+            "pipeline": pipeline.pipeline_class,
+            "fingerprint": pipeline.fingerprint,
+            "dtype": pipeline.dtype.name,
+        },
+        "machine": {
+            "device": f"{device.device_kind} ({device.platform})",
+            "processor": processor(),
+            "cores": cpu_count(),
+            "python": platform.python_version(),
+        },
+        "versions": {name: version(name) for name in ("dfa2-jax", "jax", "jaxlib", "flax", "numpy", "scikit-image")},
+        "arguments": {
+            "height": request.height,
+            "width": request.width,
+            "num_inference_steps": request.steps,
+            "guidance_scale": float(request.guidance_scale),
+            "max_sequence_length": request.length,
+            "batch": sampler.batch,
+        },
+        "attention_share": attention_share(pipeline.transformer, *jax.device_put((call.tokens, call.inputs))),
+        "tiles": list(PLANNING_TILES.get(pipeline.config.attention_head_dim, (128, 128))),
+    }
+
+
+def processor() -> str:
+    """The CPU's name: times mean little without it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    named = re.search(r"model name\s*: (.+)", cpuinfo.read_text()) if cpuinfo.is_file() else None
+    return named[1] if named else platform.processor()

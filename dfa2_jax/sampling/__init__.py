@@ -1,0 +1,1 @@
+"""The denoising loop, and the numbers that it needs."""

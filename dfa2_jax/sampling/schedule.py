@@ -1,0 +1,139 @@
+"""Flow-matching schedules and the noise they start from: host-side numbers, equal to diffusers' without torch."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import Float
+
+UNSUPPORTED = (
+    "invert_sigmas",
+    "shift_terminal",
+    "use_karras_sigmas",
+    "use_exponential_sigmas",
+    "use_beta_sigmas",
+    "stochastic_sampling",
+)
+
+
+def flow_match_sigmas(
+    config: dict[str, Any], sigmas: Sequence[float] | np.ndarray | int, num_visual: int
+) -> Float[np.ndarray, " steps_plus_1"]:
+    """Noise levels of every step and a final 0, float32 (diffusers `FlowMatchEulerDiscreteScheduler.set_timesteps`).
+
+    Args:
+        config: scheduler_config.json.
+        sigmas: unshifted noise levels, or a number of steps for the scheduler's own: evenly spaced between its
+            largest and smallest sigma, which a static shift has moved once already (SD3; the shift hits them twice).
+        num_visual: visual tokens, on which a dynamic shift depends (FLUX.1-dev).
+
+    Raises:
+        ValueError: the config asks for what is not implemented or lacks a number, or a sigma is outside (0, 1].
+    """
+    if config.get("_class_name", "FlowMatchEulerDiscreteScheduler") != "FlowMatchEulerDiscreteScheduler":
+        raise ValueError(f"scheduler {config['_class_name']!r} is not supported, only FlowMatchEulerDiscreteScheduler.")
+    if asked := [name for name in UNSUPPORTED if config.get(name)]:
+        raise ValueError(f"scheduler_config.json sets {asked}, which is not supported: unset it.")
+    dynamic, shift = config.get("use_dynamic_shifting", False), _positive(config, "shift", 1.0)
+
+    if isinstance(sigmas, int):
+        steps = _positive(config, "num_train_timesteps", 1000)
+        ends = np.array([1.0, 1 / steps], np.float32)
+        ends = (ends if dynamic else _shift(ends, shift)).astype(np.float64)
+        levels = np.linspace(ends[0] * steps, ends[1] * steps, sigmas) / steps
+    else:
+        levels = np.asarray(sigmas, np.float32)
+        if levels.ndim != 1 or levels.size == 0 or not np.all((levels > 0) & (levels <= 1)):
+            raise ValueError(f"sigmas must be a list of numbers in (0, 1], got {sigmas}.")
+
+    if dynamic:
+        mu = _dynamic_shift(config, num_visual)
+        kind = config.get("time_shift_type", "exponential")
+        if kind not in ("exponential", "linear"):
+            raise ValueError(f"scheduler_config.json: time_shift_type={kind!r} is neither 'exponential' nor 'linear'.")
+        factor = math.exp(mu) if kind == "exponential" else mu
+        levels = factor / (factor + (1 / levels - 1))
+    else:
+        levels = _shift(levels, shift)
+    return np.append(levels.astype(np.float32), np.float32(0))
+
+
+def check_flow_match(config: dict[str, Any]) -> None:
+    """Make schedules, so that a scheduler_config.json that cannot is seen before any weight is.
+
+    Raises:
+        ValueError: as `flow_match_sigmas`, or its sigmas are not finite.
+    """
+    for sigmas in (2, [1.0, 0.5]):
+        made = flow_match_sigmas(config, sigmas, 4096)
+        if not np.isfinite(made).all():
+            raise ValueError(f"its sigmas are {made.tolist()}")
+
+
+def _positive(config: dict[str, Any], name: str, default: int | float) -> Any:
+    value = config.get(name, default)
+    if type(value) not in (int, float) or not 0 < value < math.inf:
+        raise ValueError(f"scheduler_config.json: {name}={value!r:.100} is not a positive number.")
+    return value
+
+
+def _shift(sigma: np.ndarray, shift: float) -> np.ndarray:
+    """Resolution-dependent shift of Stable Diffusion 3 (arXiv 2403.03206, equation 23)."""
+    return shift * sigma / (1 + (shift - 1) * sigma)
+
+
+def _dynamic_shift(config: dict[str, Any], num_visual: int) -> float:
+    """mu, linear in the number of visual tokens; not clamped (3.23 for 2048 px)."""
+    base_tokens, max_tokens = (
+        _positive(config, f"{end}_image_seq_len", of) for end, of in (("base", 256), ("max", 4096))
+    )
+    base, top = _positive(config, "base_shift", 0.5), _positive(config, "max_shift", 1.15)
+    if base_tokens == max_tokens:
+        raise ValueError(f"scheduler_config.json: base_image_seq_len and max_image_seq_len are both {max_tokens}.")
+    slope = (top - base) / (max_tokens - base_tokens)
+    return num_visual * slope + (base - slope * base_tokens)
+
+
+def embedded_scalar(x: Float[np.ndarray, " steps"], dtype: DTypeLike = np.float32) -> Float[np.ndarray, " steps"]:
+    """`x * 1000` as FLUX rounds it before its sinusoid, in `dtype`.
+
+    torch multiplies in the model's dtype: in bfloat16 guidance 3.5 becomes 3504. XLA drops such roundings inside jit,
+    so whoever wants bfloat16 diffusers' numbers asks for them here, on the host.
+    """
+    return (x.astype(dtype) * np.asarray(1000, dtype)).astype(np.float32)
+
+
+def torch_randn(seed: int, shape: tuple[int, ...]) -> Float[np.ndarray, "*shape"]:
+    """`torch.randn(shape, generator=torch.Generator().manual_seed(seed))` on a CPU, without torch.
+
+    The Mersenne Twister's stream is the same bit for bit, and so are the uniforms; logarithm and cosine of the
+    Box-Muller transform differ from torch's vectorised ones: by 7.2e-7 at most in 5 million draws.
+
+    Raises:
+        ValueError: a negative seed, or fewer than 16 numbers (torch draws those differently).
+    """
+    count = math.prod(shape)
+    if seed < 0 or count < 16:
+        raise ValueError(f"{seed=} must not be negative, and {shape=} must hold 16 numbers or more.")
+    stream = np.random.RandomState(seed & 0xFFFFFFFF)  # as torch: the low 32 bits seed the twister
+
+    def uniform(size: int) -> np.ndarray:
+        bits = stream.randint(0, 2**32, size=size, dtype=np.uint32) & np.uint32(2**24 - 1)
+        return bits.astype(np.float32) * np.float32(2**-24)
+
+    def box_muller(u: np.ndarray) -> np.ndarray:
+        """Blocks of 16: eight radii, then eight angles; cosines fill the first half, sines the second."""
+        u = u.reshape(-1, 2, 8)
+        radius = np.sqrt(np.float32(-2) * np.log(np.float32(1) - u[:, 0]))
+        angle = np.float32(2 * np.pi) * u[:, 1]  # rounded to float32, as torch's is: cosines of it move by 5e-7
+        return np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1).ravel()
+
+    whole = count // 16 * 16
+    draws = uniform(count)
+    noise = np.empty(count, np.float32)
+    noise[:whole] = box_muller(draws[:whole])
+    if whole != count:  # torch draws the last 16 numbers afresh, over some of the ones before
+        noise[-16:] = box_muller(uniform(16))
+    return noise.reshape(shape)

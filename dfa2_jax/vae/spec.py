@@ -1,0 +1,13 @@
+"""The autoencoder as a component of a pipeline."""
+
+from dfa2_jax.vae.image import AutoencoderConfig, AutoencoderKL
+from dfa2_jax.vae.rules import RULES
+from dfa2_jax.weights.spec import ComponentSpec
+
+AUTOENCODER = ComponentSpec(
+    class_name="AutoencoderKL",
+    config=AutoencoderConfig.from_json,
+    build=AutoencoderKL,
+    rules=RULES,
+    float16_becomes="float32",  # activations leave float16's range in the last decoder blocks
+)

@@ -1,0 +1,132 @@
+"""Opened checkpoints: what a diffusers folder and a converted one have in common, and loading either into a model."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from flax import nnx
+from jax.typing import DTypeLike
+
+from dfa2_jax.io.errors import CheckpointError, blame, check_fields
+from dfa2_jax.weights.leaf import Leaf, load_leaf
+from dfa2_jax.weights.spec import REQUIRED, ComponentSpec, PipelineSpec, class_names
+
+FLOAT_DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
+
+
+def compute_dtype(spec: ComponentSpec, stored: DTypeLike, requested: DTypeLike | None, platform: str) -> np.dtype:
+    """The dtype that a component is loaded in.
+
+    Without a request it is the stored one, and float32 on CPU. Where float16 would overflow (T5, autoencoder) the
+    component takes another dtype instead, asked for or not.
+
+    Raises:
+        CheckpointError: the dtype is none of `FLOAT_DTYPES`.
+    """
+    try:
+        dtype = jnp.dtype(requested if requested is not None else "float32" if platform == "cpu" else stored)
+    except TypeError as error:
+        raise CheckpointError(f"dtype={requested!r} is not supported: use one of {sorted(FLOAT_DTYPES)}.") from error
+    if dtype.name not in FLOAT_DTYPES:
+        raise CheckpointError(f"dtype={dtype.name} is not supported: use one of {sorted(FLOAT_DTYPES)}.")
+    return jnp.dtype(spec.float16_becomes or dtype) if dtype == jnp.float16 else dtype
+
+
+class Checkpoint(ABC):
+    """A pipeline's weights and configs, in whichever of the two folder formats.
+
+    Attributes:
+        classes: of each component that the folder has, the scheduler among them.
+        configs: each component's config.json, parsed.
+    """
+
+    def __init__(self, folder: Path, spec: PipelineSpec, classes: Mapping[str, str], configs: Mapping[str, Any]):
+        self.folder = folder
+        self.spec = spec
+        self.classes = dict(classes)
+        self.configs = dict(configs)
+
+    @property
+    def pipeline_class(self) -> str:
+        return self.spec.pipeline_class
+
+    @property
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Hexadecimal sha256 that names the transformer's source weights; both formats and all dtypes agree."""
+
+    @abstractmethod
+    def stored_dtype(self, component: str) -> np.dtype:
+        """The dtype of the component's weights as stored (of most of them, where they differ)."""
+
+    @abstractmethod
+    def leaves(self, component: str) -> dict[tuple[Any, ...], Leaf]:
+        """Every parameter of the component by its path in the model, all shapes checked."""
+
+    def check_component(self, component: str) -> None:
+        if component not in self.classes:
+            raise CheckpointError(f"{self.folder} has no component '{component}'; it has {sorted(self.classes)}.")
+
+    def tokenizer_folder(self, name: str) -> Path:
+        path = self.folder / name
+        if not path.is_dir():
+            raise CheckpointError(f"{path} is missing: the pipeline cannot read prompts without this tokenizer.")
+        return path
+
+    def check_scheduler(self) -> None:
+        """A scheduler_config.json that is of no use is seen before any weight is."""
+        with blame(f"The scheduler in {self.folder} has an unusable scheduler_config.json"):
+            self.spec.check_scheduler(self.configs["scheduler"])
+
+    def config(self, component: str) -> Any:
+        """The component's config.json as the model's own type, every field of the type that it declares."""
+        self.check_component(component)
+        with blame(f"The {component} in {self.folder} has an unusable config.json"):
+            config = self.spec.components[component].config(self.configs[component])
+            check_fields(config)
+            return config
+
+    def abstract(self, component: str, dtype: DTypeLike) -> nnx.Module:
+        """The component's model with shapes in place of arrays."""
+        config, build = self.config(component), self.spec.components[component].build
+        with blame(f"The {component} in {self.folder} has an unusable config.json"):
+            return nnx.eval_shape(lambda: build(config, dtype=dtype, rngs=nnx.Rngs(0)))
+
+    def load(self, component: str, dtype: DTypeLike | None = None) -> nnx.Module:
+        """The component's model with its weights on the default device (see `compute_dtype` for `dtype`).
+
+        Raises:
+            CheckpointError: weights are missing, unknown or misshapen, or not finite in float16.
+        """
+        self.check_component(component)
+        spec, stored = self.spec.components[component], self.stored_dtype(component)
+        dtype = compute_dtype(spec, stored, dtype, jax.default_backend())
+        graph, state = nnx.split(self.abstract(component, dtype))
+        leaves = self.leaves(component)
+        filled = []
+        for path, variable in nnx.to_flat_state(state):
+            # Only trainable parameters live on the device: SD3's position table (452 MB) is cropped on the host.
+            on_device = isinstance(variable, nnx.Param)
+            filled.append((path, variable.replace(load_leaf(leaves[path], variable.dtype, on_device=on_device))))
+        return nnx.merge(graph, nnx.from_flat_state(filled))
+
+
+def check_pipeline(
+    path: Path, pipeline_class: Any, classes: Mapping[str, str], specs: Mapping[str, PipelineSpec]
+) -> PipelineSpec:
+    """The spec of a folder's pipeline; refuses pipelines and components of other classes, by name."""
+    if not isinstance(pipeline_class, str) or pipeline_class not in specs:
+        raise CheckpointError(f"{path} is of a {pipeline_class!r:.200}; supported are {sorted(specs)}.")
+    spec = specs[pipeline_class]
+    for component, wanted in class_names(spec).items():
+        named = classes.get(component)
+        if named is None and component in REQUIRED:
+            raise CheckpointError(f"{path} names no {component}: a {pipeline_class} needs {wanted}.")
+        if named is not None and named != wanted:
+            raise CheckpointError(f"{path} has {component}={named!r:.200}; a {pipeline_class} needs {wanted}.")
+    return spec

@@ -1,0 +1,1 @@
+"""Implementations of the two ops; `devices` says which serves what."""

@@ -1,0 +1,1 @@
+"""Kernels in Pallas's Mosaic GPU dialect, for Hopper."""

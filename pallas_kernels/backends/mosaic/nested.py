@@ -1,0 +1,164 @@
+"""Arrow attention under every window of a list in one pass, as a Pallas kernel on the Mosaic GPU backend.
+
+A job takes one tile of queries of one head, text keys first and then ring after ring of visual keys outwards from the
+diagonal; after each ring, what it has so far is the output under that ring's window. A tile that holds text queries
+and visual ones walks the rings of the visual ones; its text queries have seen every key after the last.
+"""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Bool, Float, Int
+
+from pallas_kernels.backends.mosaic import block as common
+from pallas_kernels.backends.mosaic.block import KEYS, ROWS, across
+from pallas_kernels.backends.mosaic.jobs import Jobs
+from pallas_kernels.layout import Layout
+from pallas_kernels.mask import EVERYTHING, Band, Segment, band, ring, steps, tile_at
+
+
+def nested_arrow_attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T N H"],
+    v: Float[Array, "B T N H"],
+    half_windows: Int[Array, " W"],
+    layout: Layout,
+    *,
+    interpret: bool,
+) -> Float[Array, "W+1 B T N H"]:
+    batch, _, heads, dim = q.shape
+    jobs = Jobs(layout, common.warpgroups(dim, interpret) * ROWS, heads, batch)
+    windows = jnp.append(half_windows, jnp.int32(EVERYTHING))
+    body = partial(_attend, jobs=jobs, count=len(windows), interpret=interpret)
+    outputs = jax.ShapeDtypeStruct((len(windows), *q.shape), q.dtype)
+    name = "nested_arrow_attention_mosaic"
+    call = common.kernel(body, jobs, q.dtype, dim, name, interpret, out_type=outputs)
+    out = call(windows, q, k, v)
+    text = layout.text
+    mixed = (
+        slice(text.stop // jobs.rows * jobs.rows, text.stop)
+        if layout.text_first
+        else slice(text.start, min(pl.cdiv(text.start, jobs.rows) * jobs.rows, text.stop))
+    )
+    of_all_keys = jnp.broadcast_to(out[-1, :, mixed], out[:-1, :, mixed].shape)
+    return out.at[:-1, :, mixed].set(of_all_keys)
+
+
+class Edges(NamedTuple):
+    """Steps of a ring that need a mask: text at its end, if `text_steps`, then visual keys on the ring's edges."""
+
+    segments: tuple[Segment, ...]
+    text_steps: Any
+    left_steps: Any
+    """Of those that follow: they keep the ring's keys on the left of the diagonal, the rest those on its right."""
+    inner: Any
+    """-1: none. Then there is one side, from edge to edge."""
+    outer: Any
+
+
+class Rings:
+    """The keys of one job, ring after ring; text comes with the first."""
+
+    def __init__(self, layout: Layout, rows: int, first: Any, windows: Any):
+        last = first + rows - 1
+        self.layout, self.windows = layout, windows
+        self.is_text = (last < layout.visual.start) | (first >= layout.visual.stop)
+        self.first = first - layout.visual.start
+        self.band = partial(band, self.first, last - layout.visual.start, num_visual=layout.num_visual, keys=KEYS)
+
+    def __call__(self, index: Any) -> tuple[tuple[Segment, ...], Edges]:
+        """Steps without and with masks. Text queries see everything in the first ring and nothing in those after."""
+        inner, outer = self.windows[jnp.maximum(index - 1, 0)], self.windows[index]
+        inner, outer = (jnp.where(self.is_text, jnp.int32(EVERYTHING), window) for window in (inner, outer))
+        kept, before = self.band(half_window=outer), self.band(half_window=inner)
+        before = Band(*(jnp.where(index == 0, kept.inner_start, edge) for edge in before))
+        here = ring(before, kept)
+        # Tiles that both inner edges cut count for both sides: an interval is one comparison, a ring would be two.
+        right = jnp.clip((self.first + inner + 1) // KEYS, before.start, before.stop)
+        masked = *here.masked[:2], (right, before.stop), here.masked[3]
+        whole, ragged = divmod(self.layout.num_text, KEYS)
+        text = self.layout.text.start
+        whole_steps, ragged_steps = (jnp.where(index == 0, jnp.int32(n), 0) for n in (whole, int(ragged > 0)))
+        clean, masked = (
+            (of_text, *(Segment(self.layout.visual.start + start * KEYS, stop - start) for start, stop in ranges))
+            for of_text, ranges in (
+                (Segment(text, whole_steps), here.clean),
+                (Segment(text + whole * KEYS, ragged_steps), masked),
+            )
+        )
+        inner = jnp.where(index == 0, jnp.int32(-1), inner)
+        return clean, Edges(masked, ragged_steps, steps(masked[1:3]), inner, outer)
+
+
+def _attend(windows, q, k, v, out, shared, *, jobs: Jobs, count: int, interpret: bool):
+    layout = jobs.layout
+
+    def compute(number, passed):
+        warpgroup = lax.axis_index("warpgroup")
+        head, b, first = jobs(number)
+        row, queries = first + warpgroup * ROWS, shared.queries.tiles.at[warpgroup]
+        plgpu.barrier_wait(shared.queries.filled.at[warpgroup])
+        rings = Rings(layout, jobs.rows, first, windows)
+        attend = partial(common.attend_tile, queries=queries, ring=shared.ring, interpret=interpret)
+
+        def attend_ring(index, carry):
+            running, passed = carry
+            clean, edges = rings(index)
+
+            def masked(step, running):
+                return attend(running, step=passed + step, kept=partial(_kept, layout, row, edges, step))
+
+            running = lax.fori_loop(
+                jnp.int32(0), steps(clean), lambda step, running: attend(running, step=passed + step), running
+            )
+            passed = passed + steps(clean)
+            running = lax.fori_loop(jnp.int32(0), steps(edges.segments), masked, running)
+            common.store(running.output, shared.staging.at[warpgroup], out.at[index], b, row, head, interpret)
+            return running, passed + steps(edges.segments)
+
+        start = common.nothing(queries.shape[0]), passed
+        passed = lax.fori_loop(jnp.int32(0), jnp.int32(count), attend_ring, start)[1]
+        plgpu.barrier_arrive(shared.queries.free.at[warpgroup])
+        return passed
+
+    def fetch(number, passed):
+        head, b, first = jobs(number)
+        rings = Rings(layout, jobs.rows, first, windows)
+
+        def fetch_ring(index, passed):
+            clean, edges = rings(index)
+            segments = *clean, *edges.segments
+
+            @pl.loop(jnp.int32(0), steps(segments))
+            def ahead(step):
+                shared.ring.send(k, v, b, head, tile_at(step, segments, KEYS), passed + step, interpret)
+
+                @pl.when((index == 0) & (step == 0))
+                def queries():
+                    shared.queries.send(q, b, head, first, interpret)
+
+            return passed + steps(segments)
+
+        return lax.fori_loop(jnp.int32(0), jnp.int32(count), fetch_ring, passed)
+
+    return jobs, compute, fetch
+
+
+def _kept(layout: Layout, row: Any, edges: Edges, step: Any) -> Bool[Array, "64 128"]:
+    first_key, inner, outer, stop = tile_at(step, edges.segments, KEYS), edges.inner, edges.outer, layout.visual.stop
+    is_left = step < edges.text_steps + edges.left_steps
+    low = jnp.where(is_left | (inner < 0), -outer, inner + 1)
+    high = jnp.where(is_left & (inner >= 0), -inner - 1, outer)
+    if layout.num_text % KEYS:
+        of_text = step < edges.text_steps
+        low, high = jnp.where(of_text, jnp.int32(-EVERYTHING), low), jnp.where(of_text, jnp.int32(EVERYTHING), high)
+        stop = jnp.where(of_text, jnp.int32(layout.text.stop), jnp.int32(stop))
+    rows = common.rows_from(row - first_key)
+    least, most = rows + low, jnp.minimum(rows + high, stop - 1 - first_key)
+    count = jnp.maximum(most - least + 1, 0).astype(jnp.uint32)
+    return (common.key_index() - across(least, KEYS)).astype(jnp.uint32) < across(count, KEYS)

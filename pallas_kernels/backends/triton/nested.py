@@ -1,0 +1,101 @@
+"""Arrow attention under every window of a list in one pass, as a Pallas kernel on the Triton backend.
+
+A program takes one tile of queries of one head, text keys first and then ring after ring of visual keys outwards from
+the diagonal; after each ring, what it has so far is the output under that ring's window. Tiles that lie in a ring as a
+whole need no mask; those on its edges do, and are visited by both of the rings that share them.
+"""
+
+import math
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.backends.triton.softmax import Running, attend_tile, nothing, queries
+from pallas_kernels.backends.triton.tiles import Tiles
+from pallas_kernels.layout import Layout
+from pallas_kernels.mask import EVERYTHING, Band, Segment, band, ring, steps, tile_at
+
+WHOLE = pl.BlockSpec(memory_space=pl.ANY)
+
+
+def nested_arrow_attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T N H"],
+    v: Float[Array, "B T N H"],
+    half_windows: Int[Array, " W"],
+    layout: Layout,
+    tiles: Tiles,
+    *,
+    interpret: bool,
+) -> Float[Array, "W+1 B T N H"]:
+    windows = jnp.append(half_windows, jnp.int32(EVERYTHING))
+    return pl.pallas_call(
+        partial(_attend, layout=layout, tiles=tiles, scale=q.shape[-1] ** -0.5, inline_asm=not interpret),
+        grid=(pl.cdiv(layout.num_text, tiles.rows) + pl.cdiv(layout.num_visual, tiles.rows), q.shape[0], q.shape[2]),
+        in_specs=[WHOLE] * 4,
+        out_specs=WHOLE,
+        out_shape=jax.ShapeDtypeStruct((len(windows), *q.shape), q.dtype),
+        compiler_params=plgpu.CompilerParams(num_warps=tiles.warps, num_stages=tiles.stages),
+        interpret=interpret,
+        name="nested_arrow_attention",
+    )(windows, q, k, v)
+
+
+def _attend(windows, q, k, v, out, *, layout: Layout, tiles: Tiles, scale: float, inline_asm: bool):
+    text_tiles = pl.cdiv(layout.num_text, tiles.rows)
+    program, b, head = pl.program_id(0), pl.program_id(1), pl.program_id(2)
+    is_text = program < text_tiles
+    mine = queries(layout, is_text, jnp.where(is_text, program, program - text_tiles), tiles.rows)
+    q_tile = plgpu.load(q.at[b, pl.ds(mine.first, tiles.rows), head, :], mask=mine.exist, other=0.0)
+    attend = partial(attend_tile, q=q_tile, scale=scale * math.log2(math.e), inline_asm=inline_asm)
+
+    def tile(ref, first):
+        return ref.at[b, pl.ds(first, tiles.keys), head, :]
+
+    def clean(segments, step, running: Running) -> Running:
+        first = tile_at(step, segments, tiles.keys)
+        return attend(running, k=plgpu.load(tile(k, first)), v=plgpu.load(tile(v, first)))
+
+    def masked(segments, stop, inner, outer, step, running: Running) -> Running:
+        first = tile_at(step, segments, tiles.keys)
+        keys = first + jnp.arange(tiles.keys, dtype=jnp.int32)
+        exist = keys < stop
+        keys = jnp.where(exist, keys, jnp.int32(2 * EVERYTHING - 1))  # out of every window
+        distance = jnp.abs(mine.rows[:, None] - keys[None, :])
+        k_tile, v_tile = (plgpu.load(tile(ref, first), mask=exist[:, None], other=0.0) for ref in (k, v))
+        return attend(running, k=k_tile, v=v_tile, kept=(distance > inner) & (distance <= outer))
+
+    def visual(ranges) -> tuple[Segment, ...]:
+        return tuple(Segment(layout.visual.start + start * tiles.keys, stop - start) for start, stop in ranges)
+
+    def attend_ring(index, running: Running) -> Running:
+        """Text queries see everything in the first ring and nothing in those after."""
+        inner, outer = windows[jnp.maximum(index - 1, 0)], windows[index]
+        inner, outer = (jnp.where(is_text, jnp.int32(EVERYTHING), window) for window in (inner, outer))
+        of_rows = partial(band, mine.tile * tiles.rows, mine.tile * tiles.rows + tiles.rows - 1)
+        kept = of_rows(outer, layout.num_visual, tiles.keys)
+        before = Band(
+            *(jnp.where(index == 0, kept.inner_start, n) for n in of_rows(inner, layout.num_visual, tiles.keys))
+        )
+        inner = jnp.where(index == 0, jnp.int32(-1), inner)
+        here = ring(before, kept)
+        running = lax.fori_loop(0, steps(visual(here.clean)), partial(clean, visual(here.clean)), running)
+        edges = partial(masked, visual(here.masked), layout.visual.stop, inner, outer)
+        running = lax.fori_loop(0, steps(visual(here.masked)), edges, running)
+        result = (running.values / running.total[:, None]).astype(out.dtype)
+        plgpu.store(out.at[index, b, pl.ds(mine.first, tiles.rows), head, :], result, mask=mine.exist)
+        return running
+
+    running = nothing(tiles.rows, q.shape[-1])
+    whole, ragged = divmod(layout.num_text, tiles.keys)
+    text = (Segment(layout.text.start, whole),)
+    running = lax.fori_loop(0, whole, partial(clean, text), running)
+    if ragged:
+        text = (Segment(layout.text.start + whole * tiles.keys, 1),)
+        running = lax.fori_loop(0, 1, partial(masked, text, layout.text.stop, -1, EVERYTHING), running)
+    lax.fori_loop(0, len(windows), attend_ring, running)
