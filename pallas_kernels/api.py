@@ -188,7 +188,13 @@ def nested_arrow_attention(
 
 def _backend(name: str) -> ModuleType:
     """Imported when it is used: each works where another is missing, or needs another version of JAX."""
-    return import_module(f".{name}", __package__)
+    kernel = {
+        "triton": "triton.arrow",
+        "triton_nested": "triton.nested",
+        "mosaic": "mosaic.arrow",
+        "mosaic_nested": "mosaic.nested",
+    }
+    return import_module(f"pallas_kernels.backends.{kernel.get(name, name)}")
 
 
 def _apart(q: Array, half_windows: np.ndarray | None, count: int, layout: Layout) -> bool:
