@@ -23,6 +23,7 @@ WINGS = (
     "dfa2_jax.pipeline",
     "dfa2_jax.families",
     "dfa2_jax.sampling",
+    "dfa2_jax.options",
     "dfa2_jax.encoders",
     "dfa2_jax.vae",
     "dfa2_jax.nn",

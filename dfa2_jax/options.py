@@ -1,0 +1,176 @@
+"""Every argument of a call, typed, described once: the signatures, `help`, and the command line's flags follow from it.
+
+Imports neither JAX nor NumPy, so that `dfa2 --help` answers at once.
+"""
+
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
+from functools import wraps
+from inspect import signature
+from os import PathLike
+from textwrap import fill
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:  # annotations only: these import JAX
+    from dfa2_jax.nn.attention import Attend
+    from dfa2_jax.plan.plan import Plan
+
+Prompt = str | list[str] | None
+Values = TypeVar("Values")
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def option(default: Any, description: str, **flag: Any) -> Any:
+    """A field with its description; `flag` holds argparse's own words for it, `flag=True` for none but the field's."""
+    return field(default=default, metadata={"description": description, "flag": flag})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """The arguments of `Pipeline.__call__`. Those that diffusers has mean what they mean there."""
+
+    prompt: Prompt = option(None, "text, or a list of texts: one image each", flag=True)
+    prompt_2: Prompt = option(None, "for the second text encoder; None: `prompt`")
+    prompt_3: Prompt = option(None, "for the third text encoder (SD3); None: `prompt`")
+    negative_prompt: Prompt = option(None, "what guidance moves away from; one for all prompts, or one each", flag=True)
+    negative_prompt_2: Prompt = option(None, "for the second text encoder; None: `negative_prompt`")
+    negative_prompt_3: Prompt = option(None, "for the third text encoder (SD3); None: `negative_prompt`")
+    height: int | None = option(None, "pixels; None: the model's own size", flag=True, metavar="PX")
+    width: int | None = option(None, "pixels; None: the model's own size", flag=True, metavar="PX")
+    num_inference_steps: int | None = option(
+        None, "steps of the sampling loop; None: 28, or 4 for FLUX.1-schnell", flag="--steps"
+    )
+    sigmas: Sequence[float] | Any | None = option(None, "noise levels in (0, 1], one per step, before the shift")
+    guidance_scale: float | None = option(None, "SD3: classifier-free; FLUX.1-dev: embedded. None: 7, 3.5", flag=True)
+    true_cfg_scale: float = option(1.0, "classifier-free guidance for FLUX.1; needs a negative prompt", flag=True)
+    num_images_per_prompt: int = option(1, "images of each prompt", flag=True)
+    seed: int | list[int] = option(
+        0,
+        "an int draws the whole batch, as one CPU generator does in diffusers; a list gives each image its own",
+        flag=True,
+    )
+    latents: Any = option(None, "latents to start from, as diffusers takes them, in place of noise")
+    prompt_embeds: Any = option(None, "text states [B, T, E] in place of `prompt`")
+    pooled_prompt_embeds: Any = option(None, "pooled text [B, P], together with `prompt_embeds`")
+    negative_prompt_embeds: Any = option(None, "text states [B, T, E] in place of `negative_prompt`")
+    negative_pooled_prompt_embeds: Any = option(None, "pooled text [B, P], together with `negative_prompt_embeds`")
+    max_sequence_length: int | None = option(
+        None, "tokens of T5, at most 512; None: 256 (SD3, schnell) or 512 (dev)", flag=True, metavar="TOKENS"
+    )
+    clip_skip: int | None = option(None, "last layers of CLIP to leave out (SD3)")
+    skip_guidance_layers: list[int] | None = option(
+        None, "blocks that skip-layer guidance leaves out; SD3.5-medium: 7 8 9", flag=True, metavar="LAYER"
+    )
+    skip_layer_guidance_scale: float = option(2.8, "strength of skip-layer guidance")
+    skip_layer_guidance_start: float = option(0.01, "share of the steps before skip-layer guidance starts")
+    skip_layer_guidance_stop: float = option(0.2, "share of the steps after which skip-layer guidance ends")
+    plan: "Plan | None" = option(
+        None,
+        "what each head does at each step (`calibrate`). It decides size, steps, sequence length and guidance scale "
+        "where those are None; only the last may differ",
+        flag=True,
+        metavar="FILE",
+    )
+    attend: "Attend | None" = option(
+        None, "your own attention in place of ours (`nn.attention.Attend`); not with `plan`"
+    )
+    callback_on_step_end: Callable[..., Any] | None = option(
+        None, 'called as (pipeline, step, timestep, {"latents": ...}); may return other latents'
+    )
+    output_type: str = option("pil", '"pil", "np" or "latent"')
+    progress: bool = option(True, "show a bar, one step at a time; the numbers are those of the whole loop")
+
+    def __post_init__(self) -> None:
+        if self.plan is not None and self.attend is not None:
+            raise ValueError("plan and attend both say what attention does: pass one of them.")
+
+
+CALL = ("negative_prompt", "num_inference_steps", "height", "width", "guidance_scale", "max_sequence_length")
+"""Of `Options`, what a plan is found for: `calibrate` takes them too."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationOptions:
+    """The arguments of `calibrate` beside those of a call (`CALL`)."""
+
+    delta: float = option(
+        0.4, "error budget of a layer at a step; the paper tries 0.2 to 1.0. Larger: faster", flag=True
+    )
+    c: float | None = option(
+        1.5, "a head's error stays below c * delta / heads; None (0 in a shell): no bound", flag=True
+    )
+    windows: tuple[int, ...] = option(
+        (8, 16, 32), "arrows to try, 1/f of the visual tokens wide", flag=True, metavar="F"
+    )
+    cache: bool = option(True, "whether heads may reuse their output of the step before", flag="--no-cache")
+    seed: int = option(0, "of the noise of all prompts, one batch", flag=True)
+    attention_chunk: int | None = option(
+        None, "images whose candidate outputs a layer holds at once, to save memory", flag=True, metavar="IMAGES"
+    )
+    tiles: tuple[int, int] | None = option(
+        None, "queries and keys of the tiles whose savings count; None: the paper's kernel's", flag=True
+    )
+    progress: bool = option(True, "show a bar")
+    resume: str | PathLike[str] | None = option(None, "a file that keeps findings after every step, to go on from")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportOptions:
+    """The arguments of `quality_report` beside folder, plans, prompts and limits."""
+
+    seed: int | Sequence[int] = option(0, "every prompt is sampled from each seed", flag=True)
+    negative_prompt: str | None = option(None, "for all prompts", flag=True)
+    guidance_scale: float | None = option(None, "None: the first plan's", flag=True)
+    batch: int = option(1, "images at a time", flag=True, metavar="N")
+    dtype: Any = option(None, "None: the checkpoint's; float32 on CPU", flag=True)
+    lpips: Any = option(None, "a .safetensors file of an lpips.LPIPS; needs dfa2-jax[quality]", flag=True)
+    clip: Any = option(None, "a folder of a transformers CLIPModel; needs dfa2-jax[quality]", flag=True)
+    image_reward: Any = option(None, "not supported: says why", flag=True)
+    quick: bool = option(False, "no noise floor and no heads, for a gate", flag=True)
+    progress: bool = option(True, "show a bar")
+
+
+def of_names(cls: type[Values], arguments: Mapping[str, Any]) -> Values:
+    """`cls(**arguments)`.
+
+    Raises:
+        TypeError: a name that `cls` has not, with the nearest one that it has.
+    """
+    check_names(cls.__name__, arguments, [one.name for one in fields(cls)])  # type: ignore[arg-type]
+    return cls(**arguments)
+
+
+def check_names(owner: str, given: Iterable[str], known: Collection[str]) -> None:
+    for name in given:
+        if name not in known:
+            nearest = get_close_matches(name, known, 1)
+            advice = f"did you mean {nearest[0]!r}?" if nearest else f"it has {', '.join(known)}."
+            raise TypeError(f"{owner} has no argument {name!r}: {advice}")
+
+
+def suggests_names(function: Function) -> Function:
+    """The function, whose error for a misspelt argument names the nearest one."""
+    known = [name for name in signature(function).parameters if name != "self"]
+
+    @wraps(function)
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        check_names(function.__name__.replace("__call__", "Pipeline"), kwargs, known)
+        return function(*args, **kwargs)
+
+    return checked  # type: ignore[return-value]
+
+
+def described(*groups: type) -> Callable[[Function], Function]:
+    """Puts the fields' descriptions in a docstring, in place of its line `{options}`."""
+
+    def decorate(function: Function) -> Function:
+        lines = []
+        for group in groups:
+            for one in fields(group):
+                text = f"{one.name}: {one.metadata['description']}."
+                lines.append(fill(text, 112, initial_indent=" " * 12, subsequent_indent=" " * 16))
+        function.__doc__ = (function.__doc__ or "").replace("            {options}", "\n".join(lines))
+        return function
+
+    return decorate
