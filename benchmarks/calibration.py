@@ -27,7 +27,7 @@ from dfa2_jax import Method
 from dfa2_jax.calibration import calibrate as calibration
 from dfa2_jax.calibration.search import choose
 from dfa2_jax.nn.attention import arrow_attention
-from dfa2_jax.nn.layers import XLA_OPTIONS
+from dfa2_jax.nn.linear import XLA_OPTIONS
 from dfa2_jax.sampling.loop import denoise
 from pallas_kernels.layout import FULL
 

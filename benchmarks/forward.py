@@ -26,7 +26,7 @@ from flax import nnx
 from benchmarks.machine import describe_machine
 from dfa2_jax.families.registry import open_checkpoint
 from dfa2_jax.families.sd3.transformer import PositionTable
-from dfa2_jax.nn.layers import sinusoid
+from dfa2_jax.sampling.sinusoid import sinusoid
 from dfa2_jax.sampling.tokens import CHANNEL_ROW_COLUMN, ROW_COLUMN_CHANNEL, crop_positions, patchify, rope_table
 
 MODELS = {

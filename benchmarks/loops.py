@@ -15,11 +15,13 @@ from flax import nnx
 from dfa2_jax import Method, Plan
 from dfa2_jax.families.registry import networks
 from dfa2_jax.families.sd3.transformer import PositionTable
-from dfa2_jax.nn.layers import XLA_OPTIONS, sinusoid
+from dfa2_jax.nn.linear import XLA_OPTIONS
 from dfa2_jax.plan.plan import FULL_METHOD
 from dfa2_jax.plan.setting import AttentionLayer, Setting
-from dfa2_jax.sampling.loop import Inputs, PlanRows, denoise, denoise_planned, denoise_step, pad_steps
+from dfa2_jax.sampling.inputs import Inputs, pad_steps
+from dfa2_jax.sampling.loop import PlanRows, denoise, denoise_planned, denoise_step
 from dfa2_jax.sampling.memory import cache_shapes
+from dfa2_jax.sampling.sinusoid import sinusoid
 from dfa2_jax.sampling.tokens import crop_positions, rope_table
 from pallas_kernels.mask import density
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from dfa2_jax.io.errors import CheckpointError
 from dfa2_jax.plan.plan import Method, Plan, PlanError
-from dfa2_jax.plan.setting import AttentionLayer, Calibration, Density, Setting
+from dfa2_jax.plan.setting import AttentionLayer, CalibrationRecord, Density, Setting
 from dfa2_jax.weights.safetensors import open_weights
 
 INDEX = "diffusion_pytorch_model.safetensors.index.json"
@@ -274,7 +274,7 @@ def sample_plan(seed: int, steps: int = 3) -> Plan:
         sigmas=tuple(np.linspace(1, 0, steps + 1).tolist()), height=128, width=128, doubled_batch=True, num_heads=4,
         layers=layers,
     )  # fmt: skip
-    calibration = Calibration(
+    calibration = CalibrationRecord(
         dtype="float32",
         prompts_sha256="sha256:0", num_prompts=2, seed=0, guidance_scale=7.0, delta=0.4, c=None,
         candidates=("cached", "arrow(1/8)"), tiles=(16, 16), versions={"jax": "0.10.2"},

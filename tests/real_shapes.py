@@ -8,7 +8,8 @@ from flax import nnx
 
 from dfa2_jax.families.registry import networks
 from dfa2_jax.families.sd3.transformer import PositionTable
-from dfa2_jax.sampling.loop import STEP_BLOCK, Inputs, PlanRows
+from dfa2_jax.sampling.inputs import STEP_BLOCK, Inputs
+from dfa2_jax.sampling.loop import PlanRows
 from dfa2_jax.sampling.memory import cache_shapes
 
 

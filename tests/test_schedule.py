@@ -6,10 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dfa2_jax.families.base import SD3, Flux
-from dfa2_jax.families.flux.transformer import FluxConfig
-from dfa2_jax.families.sd3.transformer import SD3Config
-from dfa2_jax.nn.layers import sinusoid
-from dfa2_jax.sampling.schedule import embedded_scalar, flow_match_sigmas, torch_randn
+from dfa2_jax.families.flux.config import FluxConfig
+from dfa2_jax.families.sd3.config import SD3Config
+from dfa2_jax.sampling.noise import torch_randn
+from dfa2_jax.sampling.sinusoid import sinusoid
+from dfa2_jax.sampling.solvers.flow_euler import embedded_scalar, flow_match_sigmas
 
 SD3_SCHEDULER = {"shift": 3.0}
 FLUX_DEV = {"shift": 3.0, "use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15}

@@ -68,7 +68,7 @@ def test_schedule():
 
 def test_the_training_step_computes_what_the_library_does(whole):
     """Patches and timesteps are written anew for tracers, text is put together in a batch."""
-    from dfa2_jax.nn.layers import sinusoid
+    from dfa2_jax.sampling.sinusoid import sinusoid
     from dfa2_jax.sampling.tokens import ROW_COLUMN_CHANNEL, patchify
 
     latents = np.random.RandomState(0).normal(size=(2, 4, 6, 16)).astype(np.float32)

@@ -12,7 +12,7 @@ from lowering import assert_highest_precision
 
 from dfa2_jax.families.registry import open_checkpoint
 from dfa2_jax.families.sd3.transformer import PositionTable
-from dfa2_jax.nn.layers import sinusoid
+from dfa2_jax.sampling.sinusoid import sinusoid
 from dfa2_jax.sampling.tokens import (
     CHANNEL_ROW_COLUMN,
     ROW_COLUMN_CHANNEL,

@@ -5,7 +5,7 @@ For quality, not for speed: every step computes all that its scheme may choose f
 
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,13 +14,15 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 from tqdm import trange
 
-from dfa2_jax.calibration.calibrate import Budget, moments, relative_errors
+from dfa2_jax.calibration.attends import Budget, moments, relative_errors
 from dfa2_jax.calibration.search import choose
-from dfa2_jax.nn.attention import Heads, Project, arrow_attention
+from dfa2_jax.nn.attention import Heads, Project, arrow_attention, by_stack, in_order
+from dfa2_jax.nn.carrier import carrier
+from dfa2_jax.options import Options, of_names
 from dfa2_jax.pipeline.pipeline import Pipeline
 from dfa2_jax.plan.plan import CACHED_METHOD, FULL_METHOD, Method
-from dfa2_jax.sampling.loop import Inputs, euler_step, guided_velocity, in_order, rounding_to
-from dfa2_jax.sampling.memory import empty_caches
+from dfa2_jax.sampling.inputs import Inputs
+from dfa2_jax.sampling.loop import State, denoise_step
 from pallas_kernels.layout import CACHED, FULL, Layout
 from pallas_kernels.mask import kept_pairs
 
@@ -64,20 +66,20 @@ class Scheme:
 
 
 CACHE = Option(CACHED_METHOD)
-SHARED = Option(FULL_METHOD, share_guidance=True)
+SHARE_CFG = Option(FULL_METHOD, share_guidance=True)
 BAND, ARROW = (Option(Method.arrow(8), band=band, residual=True) for band in (True, False))
 SCHEMES = {
     "arrows, caching, CFG sharing": Scheme(
         (
             CACHE,
             *(Option(Method.arrow(f), share_guidance=share) for share in (False, True) for f in (8, 16, 32)),
-            SHARED,
+            SHARE_CFG,
         ),
         per_head=True,
     ),
     "attention caching": Scheme((CACHE,)),
-    "DiTFastAttn": Scheme((CACHE, replace(BAND, share_guidance=True), BAND, SHARED)),
-    "DiTFastAttn, arrows": Scheme((CACHE, replace(ARROW, share_guidance=True), ARROW, SHARED)),
+    "DiTFastAttn": Scheme((CACHE, replace(BAND, share_guidance=True), BAND, SHARE_CFG)),
+    "DiTFastAttn, arrows": Scheme((CACHE, replace(ARROW, share_guidance=True), ARROW, SHARE_CFG)),
 }
 """By the names of the paper's tables. Without a guided batch, options that share it are left out."""
 
@@ -85,8 +87,9 @@ FREE, IN_FULL = -2, -1
 """In the place of an option's number: to be chosen; full attention."""
 
 
-class Kept(NamedTuple):
-    """Of one kind of layer in a segment."""
+@carrier
+class SchemeMemory:
+    """Of one stack of layers."""
 
     outputs: Float[Array, "L B T N H"]
     residuals: Float[Array, "L B T N H"] | None
@@ -94,86 +97,94 @@ class Kept(NamedTuple):
     picks: Int[Array, "L N"]
 
 
-class Row(NamedTuple):
-    layer: Int[Array, ""]
-    picks: Int[Array, " N"]
+@carrier
+class Choice:
+    """What a layer takes at a step; with a leading axis, a stack of layers."""
+
+    place: Int[Array, "*layers"]
+    picks: Int[Array, "*layers N"]
 
 
 @dataclass(frozen=True)
-class Sharing:
-    """Attention under a scheme; what `Row.picks` leaves free is chosen head by head."""
+class FollowScheme:
+    """Attention under a scheme; what `Choice.picks` leaves free is chosen head by head."""
 
     options: tuple[Option, ...]
     budget: Budget
     implementation: str | None = None
 
-    def __call__(self, project: Project, layout: Layout, memory: Kept, row: Row) -> tuple[Heads, Kept]:
+    def memory(self, stack: jax.ShapeDtypeStruct) -> SchemeMemory:
+        outputs = jnp.zeros(stack.shape, stack.dtype)
+        residuals = jnp.zeros_like(outputs) if any(option.residual for option in self.options) else None
+        return SchemeMemory(outputs, residuals, jnp.zeros((len(outputs), outputs.shape[3]), jnp.int32))
+
+    def __call__(
+        self, project: Project, layout: Layout, memory: SchemeMemory, plan: Choice
+    ) -> tuple[Heads, SchemeMemory]:
         q, k, v = project()
         dense = arrow_attention(q, k, v, layout=layout, implementation=self.implementation)
         outputs, residuals = [], memory.residuals
         for option in self.options:
             half_window, seen = option.window(layout)
             if half_window == CACHED:
-                out = memory.outputs[row.layer]
+                out = memory.outputs[plan.place]
             elif half_window == FULL:
                 out = dense
             else:
                 every_head = jnp.full(q.shape[2], half_window, jnp.int32)
                 out = window = arrow_attention(q, k, v, every_head, layout=seen, implementation=self.implementation)
                 if option.residual and memory.residuals is not None:
-                    out = window + memory.residuals[row.layer]
-                    residuals = memory.residuals.at[row.layer].set(dense - window)
+                    out = window + memory.residuals[plan.place]
+                    residuals = memory.residuals.at[plan.place].set(dense - window)
             half = len(out) // 2
             outputs.append(jnp.concatenate([out[:half]] * 2) if option.share_guidance else out)
         units = 16  # coarse, so that like savings are one: eight different ones of 24 heads are 10 million states
         saved = tuple(round(units * (1 - option.pairs(layout))) for option in self.options)
         errors = relative_errors(jax.tree.map(lambda x: x[None], moments(outputs, dense)))
-        picks = jnp.where(row.picks == FREE, choose(errors, saved, *self.budget), row.picks)
+        picks = jnp.where(plan.picks == FREE, choose(errors, saved, self.budget.delta, self.budget.bound), plan.picks)
         full, out = picks == IN_FULL, dense
         for number, option_out in enumerate(outputs):
             out = jnp.where((picks == number)[:, None], option_out, out)
         if residuals is not None and memory.residuals is not None:
             residuals = jnp.where(full[:, None], residuals, memory.residuals)
-        kept = memory.outputs.at[row.layer].set(out), residuals, memory.picks.at[row.layer].set(picks)
-        return out, Kept(*kept)
+        kept = memory.outputs.at[plan.place].set(out), residuals, memory.picks.at[plan.place].set(picks)
+        return out, SchemeMemory(*kept)
 
 
 @partial(jax.jit, static_argnames=("graph", "options", "rounding"))
-def shared_step(
+def scheme_step(
     graph: nnx.GraphDef,
     params: Any,
-    latents: Float[Array, "B V C"],
-    memory: Any,
+    state: State,
     inputs: Inputs,
-    picks: Int[Array, "layers N"],
+    picks: dict[str, Int[Array, "L N"]],
     i: Int[Array, ""] | int,
     budget: Budget,
     *,
     options: tuple[Option, ...],
     rounding: str | None = None,
-) -> tuple[Float[Array, "B V C"], Any, Int[Array, "layers N"], Array]:
-    """One step: latents, memory, the picks made and the model's own output [B or 2B, V, C]."""
-    model, outputs = nnx.merge(graph, params), []
+) -> tuple[State, Array]:
+    """One step, and the model's own output [B or 2B, V, C]; the picks made are in the state's memory."""
+    model = Recorded(nnx.merge(graph, params))
+    plans: dict[str, Any] = {stack: Choice(jnp.arange(len(chosen)), chosen) for stack, chosen in picks.items()}
+    after = denoise_step(model, FollowScheme(options, budget), inputs, i, state, plans, rounding=rounding)
+    return after, model.outputs[0]
 
-    def rows(numbers: tuple[int, ...]) -> Row | None:
-        return Row(jnp.arange(len(numbers)), picks[np.array(numbers)]) if numbers else None
 
-    def watched(*args: Any, **kwargs: Any) -> tuple[Array, Any]:
-        out, memory = model.velocity(*args, **kwargs)
-        outputs.append(out)
+class Recorded:
+    """A transformer that keeps its predictions, before guidance."""
+
+    def __init__(self, model: Any):
+        self.model, self.outputs = model, []
+
+    def __call__(self, *args: Any, **kwargs: Any) -> tuple[Array, Any]:
+        out, memory = self.model(*args, **kwargs)
+        self.outputs.append(out)
         return out, memory
-
-    by_segment = tuple((rows(first), rows(second)) for first, second in model.attention_rows)
-    rounded = rounding_to(rounding)
-    attend = Sharing(options, budget)
-    velocity, memory = guided_velocity(watched, attend, inputs, rounded, i, latents, memory, by_segment)
-    latents = jnp.asarray(rounded(euler_step(latents, velocity, inputs.sigmas[i], inputs.sigmas[i + 1])))
-    made = in_order(model.attention_rows, tuple(tuple(kept and kept.picks for kept in pair) for pair in memory))
-    return latents, memory, made, outputs[0]
 
 
 @dataclass(frozen=True)
-class Shared:
+class SchemeChoices:
     """What a scheme chose: the numbers of its options by step, layer and head, -1 for full attention."""
 
     options: tuple[Option, ...]
@@ -196,33 +207,27 @@ class Loop:
     """A pipeline's call, step by step, with these options."""
 
     def __init__(self, pipeline: Pipeline, options: tuple[Option, ...], arguments: dict[str, Any]):
-        self.pipeline, self.call, self.options = pipeline, pipeline.prepare(**arguments), options
-        self.setting = pipeline.setting_of(self.call)
+        self.pipeline, self.call, self.options = pipeline, pipeline.prepare(of_names(Options, arguments)), options
+        self.setting = self.call.setting
         if not self.setting.doubled_batch and any(option.share_guidance for option in options):
             raise ValueError("This call has no unconditional half of the batch to share: take no options that do.")
         self.shape = self.call.request.steps, len(self.setting.layers), self.setting.num_heads
-        self.inputs, self.tokens = jax.device_put(self.call.inputs), jnp.asarray(self.call.tokens)
-        text, images = self.call.inputs.text, self.call.request.batch
-        size = text.shape[1], self.tokens.shape[1], len(text)
-        caches = empty_caches(pipeline.config, *size, pipeline.dtype, images=images)
-        residual = any(option.residual for option in options)
-        self.memory = jax.tree.map(
-            lambda x: Kept(x, jnp.zeros_like(x) if residual else None, jnp.zeros((len(x), x.shape[3]), jnp.int32)),
-            caches,
-        )
+        self.inputs = jax.device_put(self.call.inputs)
+        self.state = self.call.start(FollowScheme(options, Budget.of(0.0, None, self.setting.num_heads)))
 
-    def trial(self, i: int, picks: Int[np.ndarray, "layers N"], budget: Budget) -> tuple[Any, ...]:
-        """What `shared_step` gives; nothing moves."""
+    def trial(self, i: int, picks: Int[np.ndarray, "layers N"], budget: Budget) -> tuple[State, Array]:
+        """What `scheme_step` gives; nothing moves."""
         transformer, options = self.pipeline.transformer, {"options": self.options, "rounding": self.pipeline.rounding}
-        state = self.tokens, self.memory, self.inputs
-        return shared_step(transformer.graph, transformer.params, *state, jnp.asarray(picks), i, budget, **options)
+        chosen = by_stack(self.call.layers, picks)
+        return scheme_step(transformer.graph, transformer.params, self.state, self.inputs, chosen, i, budget, **options)
 
     def advance(self, i: int, picks: Int[np.ndarray, "layers N"], budget: Budget) -> Int[np.ndarray, "layers N"]:
-        self.tokens, self.memory, made, _ = self.trial(i, picks, budget)
-        return np.asarray(made)
+        """Goes on by one step; the picks made."""
+        self.state, _ = self.trial(i, picks, budget)
+        return in_order(self.call.layers, {stack: kept.picks for stack, kept in self.state.memory.items()})
 
 
-def calibrate_shared(
+def calibrate_scheme(
     pipeline: Pipeline,
     scheme: Scheme,
     threshold: float,
@@ -230,7 +235,7 @@ def calibrate_shared(
     c: float | None = 1.5,
     progress: bool = True,
     **arguments: Any,
-) -> Shared:
+) -> SchemeChoices:
     """Choose on one batch of prompts.
 
     Args:
@@ -239,7 +244,7 @@ def calibrate_shared(
         c: `calibrate`'s.
         arguments: of the pipeline.
     """
-    guided = pipeline.prepare(**arguments).request.scale is not None
+    guided = pipeline.prepare(of_names(Options, arguments)).request.cfg_scale is not None
     options = tuple(option for option in scheme.options if guided or not option.share_guidance)
     loop = Loop(pipeline, options, arguments)
     steps, layers, heads = loop.shape
@@ -257,18 +262,18 @@ def calibrate_shared(
                 else:
                     picks[i, layer] = IN_FULL
         picks[i] = loop.advance(i, picks[i], budget)
-    return Shared(options, picks, tuple(layer.layout for layer in loop.setting.layers))
+    return SchemeChoices(options, picks, tuple(layer.layout for layer in loop.setting.layers))
 
 
-def sample_shared(pipeline: Pipeline, shared: Shared, **arguments: Any) -> Any:
+def sample_scheme(pipeline: Pipeline, choices: SchemeChoices, **arguments: Any) -> Any:
     """Images in the form that the arguments, a pipeline's, ask for, under what a scheme chose."""
-    loop = Loop(pipeline, shared.options, arguments)
-    if loop.shape != shared.picks.shape:
-        raise ValueError(f"The choice is of steps, layers, heads {shared.picks.shape}, the call of {loop.shape}.")
+    loop = Loop(pipeline, choices.options, arguments)
+    if loop.shape != choices.picks.shape:
+        raise ValueError(f"The choice is of steps, layers, heads {choices.picks.shape}, the call of {loop.shape}.")
     budget = Budget.of(0.0, None, loop.shape[2])
-    for i, picks in enumerate(shared.picks):
+    for i, picks in enumerate(choices.picks):
         loop.advance(i, picks, budget)
-    return pipeline.images(np.asarray(loop.tokens), loop.call)
+    return loop.call.images(np.asarray(loop.state.latents))
 
 
 @jax.jit

@@ -1,4 +1,4 @@
-"""What a calibration has found so far, kept in a file so that it can be gone on with."""
+"""The findings of a calibration so far, in a file, so that an interrupted one goes on."""
 
 import hashlib
 import json
@@ -16,7 +16,7 @@ from dfa2_jax.plan.plan import Plan
 
 
 @dataclass
-class Progress:
+class Checkpointed:
     """Findings by step from the second on; in a file if they have one, written after each step."""
 
     path: Path | None
@@ -28,7 +28,7 @@ class Progress:
     """By step and layer: the chosen methods' errors, added up over the heads."""
 
     @classmethod
-    def read(cls, path: str | PathLike[str] | None, digest: str, empty: Plan) -> "Progress":
+    def read(cls, path: str | PathLike[str] | None, digest: str, empty: Plan) -> "Checkpointed":
         """Of `path`, or fresh.
 
         Args:
@@ -71,7 +71,7 @@ class Progress:
             with replacing(self.path) as file:
                 file.write(json.dumps(content).encode())
 
-    def plan(self, empty: Plan) -> Plan:
+    def filled(self, empty: Plan) -> Plan:
         """With what is found; later steps stay as they are."""
         choices = empty.choices.copy()
         if self.picks:

@@ -13,8 +13,11 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from dfa2_jax.nn.layers import MLP, gelu_tanh, linear, merge_heads, run_blocks, split_heads, stack
-from dfa2_jax.nn.text import LayerNorm, biased_attention, config_from_json, embedding
+from dfa2_jax.nn.config import config_from_json
+from dfa2_jax.nn.linear import MLP, Linear, gelu_tanh
+from dfa2_jax.nn.scan import run_blocks, stack
+from dfa2_jax.nn.text import LayerNorm, biased_attention, embedding
+from dfa2_jax.nn.weights import merge_heads, split_heads
 
 
 def quick_gelu(x: Float[Array, "*dims"]) -> Float[Array, "*dims"]:
@@ -81,7 +84,7 @@ class CLIPAttention(nnx.Module):
     def __init__(self, config: CLIPTextConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         width = config.hidden_size
         self.q_proj, self.k_proj, self.v_proj, self.out_proj = (
-            linear(width, width, dtype=dtype, rngs=rngs) for _ in range(4)
+            Linear(width, width, dtype=dtype, rngs=rngs) for _ in range(4)
         )
         self.num_heads = config.num_attention_heads
 
@@ -118,7 +121,7 @@ class CLIPTextModel(nnx.Module):
         )
         self.final_layer_norm = LayerNorm(width, eps=config.layer_norm_eps, dtype=dtype)
         self.text_projection = (
-            linear(width, config.projection_dim, use_bias=False, dtype=dtype, rngs=rngs) if projection else None
+            Linear(width, config.projection_dim, use_bias=False, dtype=dtype, rngs=rngs) if projection else None
         )
         self.config = config
 

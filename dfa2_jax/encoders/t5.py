@@ -15,8 +15,12 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from dfa2_jax.nn.layers import RMSNorm, gelu_tanh, linear, merge_heads, run_blocks, split_heads, stack
-from dfa2_jax.nn.text import biased_attention, config_from_json, embedding
+from dfa2_jax.nn.config import config_from_json
+from dfa2_jax.nn.linear import Linear, gelu_tanh
+from dfa2_jax.nn.norms import RMSNorm
+from dfa2_jax.nn.scan import run_blocks, stack
+from dfa2_jax.nn.text import biased_attention, embedding
+from dfa2_jax.nn.weights import merge_heads, split_heads
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,8 +71,8 @@ class T5Attention(nnx.Module):
 
     def __init__(self, config: T5Config, *, dtype: DTypeLike, rngs: nnx.Rngs):
         width, inner = config.d_model, config.num_heads * config.d_kv
-        self.q, self.k, self.v = (linear(width, inner, use_bias=False, dtype=dtype, rngs=rngs) for _ in range(3))
-        self.o = linear(inner, width, use_bias=False, dtype=dtype, rngs=rngs)
+        self.q, self.k, self.v = (Linear(width, inner, use_bias=False, dtype=dtype, rngs=rngs) for _ in range(3))
+        self.o = Linear(inner, width, use_bias=False, dtype=dtype, rngs=rngs)
         self.num_heads = config.num_heads
 
     def __call__(self, x: Float[Array, "B T D"], bias: Float[Array, "N T T"]) -> Float[Array, "B T D"]:
@@ -84,8 +88,8 @@ class T5Layer(nnx.Module):
         self.attention_norm = RMSNorm(width, eps=eps, dtype=dtype)
         self.attention = T5Attention(config, dtype=dtype, rngs=rngs)
         self.ff_norm = RMSNorm(width, eps=eps, dtype=dtype)
-        self.wi_0, self.wi_1 = (linear(width, hidden, use_bias=False, dtype=dtype, rngs=rngs) for _ in range(2))
-        self.wo = linear(hidden, width, use_bias=False, dtype=dtype, rngs=rngs)
+        self.wi_0, self.wi_1 = (Linear(width, hidden, use_bias=False, dtype=dtype, rngs=rngs) for _ in range(2))
+        self.wo = Linear(hidden, width, use_bias=False, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "B T D"], bias: Float[Array, "N T T"]) -> Float[Array, "B T D"]:
         x = x + self.attention(self.attention_norm(x), bias)

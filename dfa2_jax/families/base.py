@@ -1,9 +1,22 @@
-"""What every family of models has: defaults, prompt encoding, token order, timesteps."""
+"""What a family of models is: all that differs between pipelines, and nothing else.
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+A family is a folder with a transformer, rules for its weights and a `Family`; `registry.register` makes it known.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float
+
+from dfa2_jax.nn.attention import Attend, AttentionCall, LayerPlan
+from dfa2_jax.options import Options
+from dfa2_jax.sampling.guidance import Guidance
+from dfa2_jax.sampling.solvers.base import Solver
+from dfa2_jax.sampling.tokens import Grid, Tokens
+from dfa2_jax.weights.spec import ComponentSpec
 
 Encode = Callable[..., Any]
 """`encode(encoder, tokenizer, prompts, length, *args)`: the encoder's output, None if the folder has none."""
@@ -17,9 +30,125 @@ class Embeddings(NamedTuple):
 
 
 class Defaults(NamedTuple):
+    """What a call takes where it says nothing."""
+
     num_inference_steps: int
     guidance_scale: float
     max_sequence_length: int
+    latent_size: int
+    """Latent pixels along a side."""
+
+
+class Schedule(NamedTuple):
+    """The steps of a call.
+
+    sigmas: noise levels [steps + 1], the last one 0.
+    times: [steps], whose sinusoids the transformer takes.
+    """
+
+    sigmas: np.ndarray
+    times: np.ndarray
+    solver: Solver
+
+
+@runtime_checkable
+class Conditions(Protocol):
+    """What a transformer is told beside latents and time: the family's own pytree."""
+
+    def last(self, count: int) -> "Conditions":
+        """Those of the last `count` rows of the batch: guidance's conditional side."""
+        ...
+
+
+@runtime_checkable
+class Transformer(Protocol):
+    """One forward; scan, memory and plans come from outside."""
+
+    def calls(self, num_text: int, num_visual: int) -> tuple[AttentionCall, ...]:
+        """Every attention call in order of execution."""
+        ...
+
+    def __call__(
+        self,
+        tokens: Float[Array, "B V C"],
+        timestep: Float[Array, "#B 256"],
+        conditions: Any,
+        attend: Attend | None = None,
+        *,
+        memory: dict[str, Any] | None = None,
+        plans: dict[str, LayerPlan] | None = None,
+        skipped_blocks: Bool[Array, " blocks"] | None = None,
+        unroll: int | bool = 1,
+    ) -> tuple[Float[Array, "B V C"], dict[str, Any]]:
+        """The prediction, and what attention remembers, by stack of layers.
+
+        Args:
+            attend: None: dense.
+            memory: by stack, what `attend` remembers so far; a stack without an entry remembers nothing.
+            plans: by stack, with a leading axis of layers; None: all heads dense.
+            skipped_blocks: blocks to leave out.
+            unroll: blocks compiled per iteration of a scan over layers.
+        """
+        ...
+
+
+@runtime_checkable
+class Family(Protocol):
+    """A pipeline class of diffusers.
+
+    Made by `Family(config, scheduler, transformer)`: the transformer's config, scheduler_config.json, and the loaded
+    transformer, from which it may take what belongs on the host.
+    """
+
+    pipeline_class: str
+    scheduler_class: str
+    components: Mapping[str, ComponentSpec]
+    num_prompts: int
+    """Text encoders, each with a prompt argument of its own."""
+    tokens: Tokens
+    latent_channels: int
+    defaults: Defaults
+
+    def check_scheduler(self, config: Mapping[str, Any], /) -> None: ...
+
+    def check(self, options: Options) -> None:
+        """Raises ValueError for options that the family has not."""
+        ...
+
+    def size(self, height: int, width: int, multiple: int) -> tuple[int, int]:
+        """Pixels of the image; raises ValueError or rounds where they are not multiples of a token's pixels."""
+        ...
+
+    def extra_text_tokens(self, encoders: Any) -> int:
+        """Text tokens of the joint sequence beside those that `max_sequence_length` counts."""
+        ...
+
+    def cfg_scale(self, options: Options, guidance_scale: float) -> float | None:
+        """The scale of a doubled batch, or None for one forward per image."""
+        ...
+
+    def encode(self, encode: Encode, prompts: list[list[str]], length: int, clip_skip: int) -> Embeddings: ...
+
+    def conditions(self, text: Embeddings, grid: Grid, guidance_scale: float, dtype: DTypeLike) -> Conditions:
+        """Args: `dtype`: that scalars are rounded to, as torch does."""
+        ...
+
+    def guidance(self, options: Options, cfg_scale: float | None, steps: int) -> Guidance: ...
+
+    def schedule(
+        self, sigmas: Sequence[float] | np.ndarray | None, steps: int, num_visual: int, dtype: DTypeLike
+    ) -> Schedule: ...
+
+    def output_latents(self, tokens: np.ndarray, grid: Grid) -> np.ndarray:
+        """Latents as diffusers' pipeline takes and returns them."""
+        ...
+
+    def input_tokens(self, latents: np.ndarray, grid: Grid) -> np.ndarray:
+        """The inverse; raises ValueError where the shape is another."""
+        ...
+
+
+FamilyClass = Callable[[Any, Mapping[str, Any], nnx.Module], Family]
 
 
 def expect_shape(name: str, x: np.ndarray, want: tuple[int | None, ...]) -> None:

@@ -9,7 +9,17 @@ from dfa2_jax.weights.checkpoint import Checkpoint
 from dfa2_jax.weights.open import open_folder
 from dfa2_jax.weights.spec import ComponentSpec
 
-FAMILIES: dict[str, Any] = {family.pipeline_class: family for family in (SD3, Flux)}
+FAMILIES: dict[str, Any] = {}
+"""Classes that make a `families.base.Family`."""
+
+
+def register(family: Any) -> None:
+    """Make a family known: `Pipeline.from_pretrained` and `dfa2-convert` open its folders from now on."""
+    FAMILIES[family.pipeline_class] = family
+
+
+for known in (SD3, Flux):
+    register(known)
 
 
 def networks() -> dict[str, ComponentSpec]:

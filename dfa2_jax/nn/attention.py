@@ -6,9 +6,12 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from dfa2_jax.nn.layers import MANY_ROWS, take_heads
+from dfa2_jax.nn.carrier import carrier
+from dfa2_jax.nn.linear import MANY_ROWS
+from dfa2_jax.nn.weights import take_heads
 from pallas_kernels import CACHED, Layout
 from pallas_kernels import arrow_attention as arrow_attention
 from pallas_kernels import arrow_implementation as arrow_implementation
@@ -17,39 +20,94 @@ from pallas_kernels import gpu_kind as gpu_kind
 from pallas_kernels import nested_arrow_attention as nested_arrow_attention
 
 Heads = Float[Array, "B T N H"]
+QKV = tuple[Heads, Heads, Heads]
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """One attention call of a network; in order of execution they are the layers of a plan."""
+
+    name: str
+    """The plan's key: "attn2.7"."""
+    block: int
+    """Of the network: 7."""
+    stack: str
+    """Whose blocks it is stacked with: "segments.0.attn2"; memory and plans of the call lie under this name."""
+    place: int
+    """In the stack's leading axis."""
+    layout: Layout
 
 
 @runtime_checkable
 class Project(Protocol):
     """Makes q, k and v of every token, of all heads or of those named, at the price of their projections."""
 
-    def __call__(self, heads: Int[Array, " n"] | None = None, /) -> tuple[Heads, Heads, Heads]: ...
+    def __call__(self, heads: Int[Array, " n"] | None = None, /) -> QKV: ...
 
 
-Memory = tuple[Any, Any]
-"""Of one segment of equal blocks: for their first attention and for their second, if they have one."""
+@carrier
+class LayerPlan:
+    """What a layer knows of itself at a step; with a leading axis, a stack of layers."""
 
-NOTHING = (None, None)
+    place: Int[Array, "*layers"]
+    """In its stack: the index of its entry in the stack's memory."""
+    step: Int[Array, "*layers"]
+    """Number of the sampling step."""
+    half_window: Int[Array, "*layers N"] | None = None
+    """As in `arrow_attention`; None: all heads are dense."""
+    head_order: Int[Array, "*layers N"] | None = None
 
-Rows = tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
-"""By segment, then for the first and the second attention of its blocks: their numbers in order of execution."""
+    @classmethod
+    def of_stack(
+        cls,
+        count: int,
+        step: Int[Array, ""] | int,
+        half_window: Int[Array, "L N"] | None = None,
+        head_order: Int[Array, "L N"] | None = None,
+    ) -> "LayerPlan":
+        return cls(jnp.arange(count), jnp.full(count, step, jnp.int32), half_window, head_order)
 
 
 @runtime_checkable
 class Attend(Protocol):
-    """Attention of one layer, by a named implementation or the best (`pallas_kernels.arrow_attention`)."""
+    """Attention of one layer. An own class is a frozen dataclass: `jax.jit` takes it as a static argument."""
 
-    @property
-    def implementation(self) -> str | None: ...
-
-    def __call__(self, project: Project, layout: Layout, memory: Any, row: Any) -> tuple[Heads, Any]:
-        """The output, and what the loop over layers remembers.
+    def memory(self, stack: jax.ShapeDtypeStruct) -> Any:
+        """What it remembers of a stack of layers before the first step; None: nothing.
 
         Args:
-            memory: state of all layers of this kind in a segment, carried through the loop over them.
-            row: this layer's own data.
+            stack: shape [L, B, T, N, H] and dtype of the outputs of L layers.
         """
         ...
+
+    def __call__(self, project: Project, layout: Layout, memory: Any, plan: Any) -> tuple[Heads, Any]:
+        """The output [B, T, N, H], and what is remembered from now on.
+
+        Args:
+            project: `project()` gives q, k and v [B, T, N, H].
+            layout: which tokens are text.
+            memory: of all layers of the stack, in the form that `Attend.memory` gave it.
+            plan: a `LayerPlan`: this layer's place in the stack, and the step.
+        """
+        ...
+
+
+class BlockAttention:
+    """The attention calls of one block: hands each its memory and its plan, and keeps what it remembers.
+
+    Args:
+        prefix: of the block's stacks ("segments.0."); a call's name in the block follows it.
+    """
+
+    def __init__(self, attend: Attend, prefix: str, memory: dict[str, Any], plans: dict[str, Any]):
+        self.attend, self.prefix, self.memory, self.plans = attend, prefix, dict(memory), plans
+
+    def __call__(self, name: str, project: Project, layout: Layout) -> Heads:
+        stack = self.prefix + name
+        out, remembered = self.attend(project, layout, self.memory.get(stack), self.plans[stack])
+        if stack in self.memory:
+            self.memory[stack] = remembered
+        return out
 
 
 @dataclass(frozen=True)
@@ -58,98 +116,116 @@ class Dense:
 
     implementation: str | None = None
 
-    def __call__(self, project: Project, layout: Layout, memory: None, row: None) -> tuple[Heads, None]:
+    def memory(self, stack: jax.ShapeDtypeStruct) -> None:
+        return None
+
+    def __call__(self, project: Project, layout: Layout, memory: None, plan: LayerPlan) -> tuple[Heads, None]:
         return arrow_attention(*project(), layout=layout, implementation=self.implementation), None
 
 
-class PlanRow(NamedTuple):
-    """What a plan says of one layer at one step."""
-
-    layer: Int[Array, ""]
-    """Its place in the stack of cached outputs."""
-    half_window: Int[Array, " N"] | None
-    """As in `arrow_attention`; None at the first step, which is dense."""
-    head_order: Int[Array, " N"] | None
-
-
-class Branches(NamedTuple):
+class ProjectionBranches(NamedTuple):
     """Ways to make no more of a layer's queries, keys and values than its plan asks for.
 
-    On an H100 a step of FLUX.1-dev at 2048 px that spares a sixth of its heads is 1 to 3 % faster, one of SD3.5-medium
-    as fast as without branches. At 1024 px, where the weights that branches read are first taken out of their stack,
-    they pay if whole layers are idle from 0.15 of the layers on; if all layers spare some heads, from 0.3 of the heads
-    on for FLUX.1-dev and SD3.5-large, and 0.55 for SD3.5-medium (at 0.5 it loses 1.5 %).
+    On an H100 a step of FLUX.1-dev at 2048 px that spares a sixth of its heads is 1 to 3 % faster. One of SD3.5-medium
+    is as fast as without branches. At 1024 px branches first copy their weights out of the stack of layers. There they
+    pay off above these shares: 0.15 of the layers, if whole layers are idle; 0.3 of the heads for FLUX.1-dev and
+    SD3.5-large, if all layers spare some; 0.55 for SD3.5-medium (at 0.5 it loses 1.5 %).
     """
 
     parts: int
-    """A layer makes none, one, ... or all of so many parts of its heads. Each is a branch to compile."""
-    worth: float
+    """A layer makes none, one, ... or all of this many parts of its heads. Each is a branch to compile."""
+    threshold: float
     """A step takes the branches if they spare more than this share of all heads; at 1024 px a compromise."""
 
     @classmethod
-    def of(cls, num_rows: int) -> "Branches":
+    def for_length(cls, num_rows: int) -> "ProjectionBranches":
         return cls(6, 1 / 8) if num_rows >= MANY_ROWS else cls(2, 1 / 4)
 
     def counts(self, num_heads: int) -> tuple[int, ...]:
         """How many heads each branch makes."""
         return tuple(sorted({-(-num_heads * part // self.parts) for part in range(self.parts + 1)}))
 
-    def choose(self, half_window: Int[Array, "*layers N"]) -> Int[Array, "*layers"]:
+    def branch(self, half_window: Int[Array, "*layers N"]) -> Int[Array, "*layers"]:
         """The branch that makes no more heads than it must: all that are not cached."""
         counts = jnp.array(self.counts(half_window.shape[-1]))
         needed = jnp.sum(half_window != CACHED, axis=-1)
         return jnp.searchsorted(counts, needed, method="compare_all").astype(jnp.int32)  # by default it is a loop
 
-    def pay(self, half_window: Int[Array, "layers N"]) -> Bool[Array, ""]:
+    def worthwhile(self, half_window: Int[Array, "layers N"]) -> Bool[Array, ""]:
         """Whether a step takes them."""
         num_heads = half_window.shape[-1]
-        made = jnp.array(self.counts(num_heads))[self.choose(half_window)]
-        return 1 - made.mean() / num_heads > self.worth
+        made = jnp.array(self.counts(num_heads))[self.branch(half_window)]
+        return 1 - made.mean() / num_heads > self.threshold
 
-    def take(self, project: Project, half_window: Int[Array, " N"]) -> tuple[Heads, Heads, Heads]:
+    def qkv(self, project: Project, half_window: Int[Array, " N"]) -> QKV:
         """Queries, keys and values, with anything at the places of cached heads."""
         cached = half_window == CACHED
 
-        def first(count: int) -> tuple[Heads, Heads, Heads]:
+        def first(count: int) -> QKV:
             if count == len(cached):
                 return project()
             if not count:
                 return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(project))
             order = jnp.argsort(cached)  # stable: those that are not cached come first
-            # Last: done before norms and rotary embedding, in their fusions, FLUX.1-dev's steps at 2048 px by plans
-            # that keep 0.32 took 2 and 3 % longer (mixed, by reuse) than with a pass of its own.
+            # Gather heads in a separate last pass. Fused into the norms and RoPE, the gather made FLUX.1-dev's steps at
+            # 2048 px 2 to 3 % slower.
             place = jnp.minimum(jnp.argsort(order), count - 1)
             q, k, v = (take_heads(x, place) for x in project(order[:count]))
             return q, k, v
 
-        return jax.lax.switch(self.choose(half_window), [partial(first, n) for n in self.counts(len(cached))])
+        return jax.lax.switch(self.branch(half_window), [partial(first, n) for n in self.counts(len(cached))])
 
 
 @dataclass(frozen=True)
 class Planned:
     """Each head in full, inside an arrow or reused (DiTFastAttnV2, section 3). Remembers every layer's output.
 
-    `skip`: a layer takes one of `Branches`, which leaves out cached heads' queries, keys and values.
+    skip_projections: leave out cached heads' queries, keys and values (`ProjectionBranches`).
     """
 
     implementation: str | None = None
-    skip: bool = True
+    skip_projections: bool = True
+
+    def memory(self, stack: jax.ShapeDtypeStruct) -> Float[Array, "L B T N H"]:
+        return jnp.zeros(stack.shape, stack.dtype)
 
     def __call__(
-        self, project: Project, layout: Layout, memory: Float[Array, "L B T N H"], row: PlanRow
+        self, project: Project, layout: Layout, memory: Float[Array, "L B T N H"], plan: LayerPlan
     ) -> tuple[Heads, Float[Array, "L B T N H"]]:
-        if row.half_window is None or not self.skip:
+        if plan.half_window is None or not self.skip_projections:
             qkv = project()
         else:
             _, batch, length, *_ = memory.shape
-            qkv = Branches.of(batch * length).take(project, row.half_window)
+            qkv = ProjectionBranches.for_length(batch * length).qkv(project, plan.half_window)
         memory = arrow_attention(
             *qkv,
-            row.half_window,
+            plan.half_window,
             layout=layout,
             cache=memory,
-            layer=row.layer,
-            head_order=row.head_order,
+            layer=plan.place,
+            head_order=plan.head_order,
             implementation=self.implementation,
         )
-        return memory[row.layer], memory
+        return memory[plan.place], memory
+
+
+def stacks(calls: tuple[AttentionCall, ...]) -> dict[str, np.ndarray]:
+    """By stack, the numbers of its calls in order of execution."""
+    names = dict.fromkeys(call.stack for call in calls)
+    return {name: np.array([i for i, call in enumerate(calls) if call.stack == name]) for name in names}
+
+
+def by_stack(calls: tuple[AttentionCall, ...], x: Any, axis: int = 0) -> dict[str, Any]:
+    """An array of all calls, cut along `axis` into one for each stack."""
+    return {name: np.take(np.asarray(x), numbers, axis) for name, numbers in stacks(calls).items()}
+
+
+def in_order(calls: tuple[AttentionCall, ...], x: dict[str, Any]) -> np.ndarray:
+    """The inverse of `by_stack`, along the first axis."""
+    numbers = stacks(calls)
+    return np.concatenate([np.asarray(x[name]) for name in numbers])[np.argsort(np.concatenate([*numbers.values()]))]
+
+
+def dense_plans(calls: tuple[AttentionCall, ...], step: Int[Array, ""] | int = 0) -> dict[str, LayerPlan]:
+    """Of every stack: its layers' places and the step; all heads dense."""
+    return {name: LayerPlan.of_stack(len(numbers), step) for name, numbers in stacks(calls).items()}

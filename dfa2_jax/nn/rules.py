@@ -9,15 +9,19 @@ def mlp(key: str, target: str) -> list[Rule]:
 
 
 def joint_blocks(target: str) -> list[Rule]:
-    """SD3's blocks and FLUX's double blocks."""
+    """SD3's blocks and FLUX's double blocks, under `target` of the model."""
     block = r"transformer_blocks\.(?P<layer>\d+)\."
     return [
-        *dense(block + r"(?P<name>norm1|norm1_context)\.linear", target + r"\g<name>.linear"),
-        *dense(block + r"attn\.(?P<name>to_[qkv]|add_[qkv]_proj|to_add_out)", target + r"attn.\g<name>"),
-        *dense(block + r"attn2\.(?P<name>to_[qkv])", target + r"attn2.\g<name>"),
-        *dense(block + r"(?P<name>attn2?)\.to_out\.0", target + r"\g<name>.to_out"),
-        *norm(block + r"(?P<attn>attn2?)\.(?P<name>norm_(added_)?[qk])", target + r"\g<attn>.\g<name>"),
-        *mlp(block + r"(?P<name>ff|ff_context)", target + r"\g<name>"),
+        *dense(block + r"norm1\.linear", target + "visual.norm.linear"),
+        *dense(block + r"norm1_context\.linear", target + "text.norm.linear"),
+        *dense(block + r"(?P<attn>attn2?)\.(?P<name>to_[qkv])", target + r"visual.\g<attn>.\g<name>"),
+        *dense(block + r"(?P<attn>attn2?)\.to_out\.0", target + r"visual.\g<attn>.to_out"),
+        *norm(block + r"(?P<attn>attn2?)\.(?P<name>norm_[qk])", target + r"visual.\g<attn>.\g<name>"),
+        *dense(block + r"attn\.add_(?P<name>[qkv])_proj", target + r"text.attn.to_\g<name>"),
+        *dense(block + r"attn\.to_add_out", target + "text.attn.to_out"),
+        *norm(block + r"attn\.norm_added_(?P<name>[qk])", target + r"text.attn.norm_\g<name>"),
+        *mlp(block + r"ff", target + "visual.ff"),
+        *mlp(block + r"ff_context", target + "text.ff"),
     ]
 
 

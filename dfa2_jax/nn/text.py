@@ -1,8 +1,4 @@
-"""What the text encoders and the autoencoder share: configs from JSON, tables, affine norm, small attention."""
-
-import dataclasses
-from collections.abc import Mapping
-from typing import Any, TypeVar
+"""What the text encoders and the autoencoder share: tables, affine norm, small attention."""
 
 import jax
 import jax.numpy as jnp
@@ -10,24 +6,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from dfa2_jax.nn.layers import layer_norm, matmul_precision
-
-Config = TypeVar("Config")
-
-
-def config_from_json(cls: type[Config], json: Mapping[str, Any]) -> Config:
-    """Fill the dataclass `cls` from a parsed config.json: other keys are ignored, lists become tuples.
-
-    Raises ValueError where a field without a default is missing.
-    """
-    fields = dataclasses.fields(cls)  # pyright: ignore[reportArgumentType]
-    missing = [f.name for f in fields if f.default is dataclasses.MISSING and f.name not in json]
-    if missing:
-        raise ValueError(
-            f"config.json of a {cls.__name__.removesuffix('Config')} lacks {missing}; it has {sorted(json)}"
-        )
-    values = {f.name: json[f.name] for f in fields if f.name in json}
-    return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+from dfa2_jax.nn.norms import layer_norm
+from dfa2_jax.nn.weights import matmul_precision
 
 
 def embedding(rows: int, width: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.Param:

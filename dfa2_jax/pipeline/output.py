@@ -1,17 +1,16 @@
 """What a sampling call returns, and what it says of itself."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from importlib.metadata import version
 from typing import Any
 
 import jax
 import numpy as np
 
-from dfa2_jax.pipeline.request import Request
-from dfa2_jax.plan.plan import Plan
-from dfa2_jax.sampling.loop import SkipGuidance
+from dfa2_jax.pipeline.call import Call
+from dfa2_jax.sampling.guidance import SkipLayer
 
-UNTOLD = ("progress", "callback_on_step_end", "output_type", "seed", "sigmas", "plan")
+LEFT_OUT = ("progress", "callback_on_step_end", "output_type", "seed", "sigmas", "plan", "attend")
 """Arguments that metadata leaves out, or gives in another form."""
 
 
@@ -31,28 +30,31 @@ class Output:
     metadata: dict[str, Any] = field(repr=False)
 
 
-def density(plan: Plan | None, skip: SkipGuidance | None) -> float:
-    """The kept share of a call's query-key pairs: of the plan, and of skip-layer guidance's forwards, dense ones of
-    the conditional half of the batch without some blocks."""
+def density(call: Call) -> float:
+    """The kept share of a call's query-key pairs: of its plan, and of skip-layer guidance's forwards.
+
+    Those are dense, of the conditional half of the batch, without some blocks.
+    """
+    plan, guidance = call.options.plan, call.inputs.guidance
     if plan is None:
         return 1.0
-    if skip is None:
+    if not isinstance(guidance, SkipLayer):
         return plan.density()
-    pairs = [layer.layout.length**2 for layer in plan.setting.layers]
-    skipped = [bool(skip.layers[int(layer.name.split(".")[1])]) for layer in plan.setting.layers]
-    more = int(np.sum(skip.active)) * sum(np.array(pairs)[~np.array(skipped)].tolist())
-    every = 2 * plan.setting.num_inference_steps * sum(pairs)
+    pairs = np.array([layer.layout.length**2 for layer in call.layers])
+    skipped = np.asarray(guidance.blocks)[[layer.block for layer in call.layers]]
+    more = int(np.sum(guidance.active)) * int(pairs[~skipped].sum())
+    every = 2 * call.request.steps * int(pairs.sum())
     return (plan.density() * every + more) / (every + more)
 
 
-def metadata(
-    pipeline: Any, args: dict[str, Any], request: Request, seeds: list[int | None], density: float
-) -> dict[str, Any]:
-    """Arguments as resolved; arrays only by their shape."""
+def metadata(call: Call, density: float) -> dict[str, Any]:
+    """Options as resolved; arrays only by their shape."""
+    options, request, pipeline = call.options, call.request, call.pipeline
+    values = {one.name: getattr(options, one.name) for one in fields(options)}
     given = {
         name: f"array{list(np.shape(value))}" if name.endswith(("embeds", "latents")) else plain(value)
-        for name, value in args.items()
-        if value is not None and name not in UNTOLD
+        for name, value in values.items()
+        if value is not None and name not in LEFT_OUT
     }
     resolved = {
         "height": request.height,
@@ -60,8 +62,8 @@ def metadata(
         "num_inference_steps": request.steps,
         "guidance_scale": plain(request.guidance_scale),
         "max_sequence_length": request.length,
-        "seed": plain(args["seed"]) if seeds[0] is not None else None,
-        "plan": None if args["plan"] is None else args["plan"].digest,
+        "seed": plain(options.seed) if call.seeds[0] is not None else None,
+        "plan": None if options.plan is None else options.plan.digest,
         "density": density,
         "sigmas": None if request.sigmas is None else [float(sigma) for sigma in request.sigmas],
         "pipeline": pipeline.pipeline_class,
@@ -70,6 +72,8 @@ def metadata(
         "torch_rounding": pipeline.torch_rounding,
         "versions": {"dfa2_jax": version("dfa2-jax"), "jax": jax.__version__},
     }
+    if options.attend is not None:
+        resolved["attend"] = repr(options.attend)
     return given | resolved
 
 

@@ -15,7 +15,7 @@ from pydantic import Field, ValidationError
 
 from dfa2_jax.io.atomic import replacing
 from dfa2_jax.io.errors import CheckpointError, read_json
-from dfa2_jax.plan.setting import Calibration, Record, Setting
+from dfa2_jax.plan.setting import CalibrationRecord, Record, Setting
 from pallas_kernels.layout import CACHED, FULL
 from pallas_kernels.mask import count_tiles, kept_pairs
 
@@ -69,7 +69,7 @@ class _File(Record):
     digest: str
     edited: bool
     setting: Setting
-    calibration: Calibration | None
+    calibration: CalibrationRecord | None
     methods: Annotated[dict[Annotated[str, Field(min_length=1, max_length=1)], str], Field(min_length=1, max_length=64)]
     steps: Annotated[list[dict[str, str]], Field(max_length=1000)]
 
@@ -89,7 +89,7 @@ class Plan:
     setting: Setting
     methods: tuple[Method, ...]
     choices: UInt8[np.ndarray, "steps layers heads"]
-    calibration: Calibration | None = None
+    calibration: CalibrationRecord | None = None
     edited: bool = False
 
     def __post_init__(self) -> None:

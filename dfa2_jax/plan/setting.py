@@ -55,7 +55,7 @@ class Density(Record):
     tiles: Number
 
 
-class Calibration(Record):
+class CalibrationRecord(Record):
     """How a plan was found."""
 
     prompts_sha256: str

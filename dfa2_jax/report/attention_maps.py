@@ -2,22 +2,19 @@
 
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 from tqdm import trange
 
-from dfa2_jax.nn.attention import Heads, PlanRow, Project, arrow_attention
-from dfa2_jax.pipeline.pipeline import Pipeline, Prepared
+from dfa2_jax.nn.attention import Heads, LayerPlan, Project, arrow_attention, in_order
+from dfa2_jax.pipeline.call import Call
 from dfa2_jax.plan.plan import Plan
 from dfa2_jax.plan.view import ranked
-from dfa2_jax.sampling.loop import Inputs, by_segment, denoise_step, in_order, rounding_to
 from pallas_kernels.layout import Layout
 
 WEIGHT_BYTES = 2**26
@@ -82,54 +79,31 @@ class Watching:
     half_windows: tuple[int, ...]
     implementation: str | None = None
 
+    def memory(self, stack: jax.ShapeDtypeStruct) -> Float[Array, "L N masses"]:
+        return jnp.zeros((stack.shape[0], stack.shape[3], 1 + len(self.half_windows)))
+
     def __call__(
-        self, project: Project, layout: Layout, memory: Float[Array, "L N masses"], row: PlanRow
+        self, project: Project, layout: Layout, memory: Float[Array, "L N masses"], plan: LayerPlan
     ) -> tuple[Heads, Float[Array, "L N masses"]]:
         q, k, v = project()
         out = arrow_attention(q, k, v, layout=layout, implementation=self.implementation)
-        return out, memory.at[row.layer].set(masses(q, k, self.half_windows, layout))
+        return out, memory.at[plan.place].set(masses(q, k, self.half_windows, layout))
 
 
-@partial(jax.jit, static_argnames=("graph", "heads", "half_windows", "rounding"))
-def watched_step(
-    graph: nnx.GraphDef,
-    params: Any,
-    latents: Float[Array, "B V C"],
-    inputs: Inputs,
-    i: Int[Array, ""] | int,
-    *,
-    heads: int,
-    half_windows: tuple[int, ...],
-    rounding: str | None = None,
-) -> tuple[Float[Array, "B V C"], Float[Array, "layers N masses"]]:
-    """One dense step, and the masses of every layer in order of execution."""
-    model = nnx.merge(graph, params)
-
-    def empty(numbers: tuple[int, ...]) -> Array | None:
-        return jnp.zeros((len(numbers), heads, 1 + len(half_windows))) if numbers else None
-
-    memory = tuple((empty(first), empty(second)) for first, second in model.attention_rows)
-    rows = by_segment(model.attention_rows, None)
-    step = partial(denoise_step, model.velocity, Watching(half_windows), inputs, rounding_to(rounding))
-    out, memory = step(i, latents, memory, rows)
-    return jnp.asarray(out), in_order(model.attention_rows, memory)
-
-
-def watch(pipeline: Pipeline, call: Prepared, half_windows: Sequence[int], *, progress: bool = True) -> Masses:
+def watch(call: Call, half_windows: Sequence[int], *, progress: bool = True) -> Masses:
     """Sample densely, and see where attention goes.
 
     Args:
-        call: one prompt or a few: what is found is their average.
+        call: one prompt or a few: the masses are their average.
         half_windows: visual tokens on each side of the diagonal, increasing.
     """
-    transformer, inputs = pipeline.transformer, jax.device_put(call.inputs)
-    options: dict[str, Any] = {"half_windows": tuple(half_windows), "rounding": pipeline.rounding}
-    options["heads"] = pipeline.config.num_attention_heads
-    latents, found = jnp.asarray(call.tokens), []
+    watched = replace(call, options=replace(call.options, plan=None, attend=Watching(tuple(half_windows))))
+    run, state = watched.program()
+    by_step = []
     for i in trange(call.request.steps, desc="heads", disable=not progress):
-        latents, masses = watched_step(transformer.graph, transformer.params, latents, inputs, i, **options)
-        found.append(np.asarray(masses))
-    text, *near = np.moveaxis(np.stack(found), -1, 0)
+        state = run(state, i, i + 1)
+        by_step.append(in_order(call.layers, state.memory))
+    text, *near = np.moveaxis(np.stack(by_step), -1, 0)
     return Masses(text, np.stack(near), tuple(half_windows))
 
 

@@ -7,11 +7,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
 
-from dfa2_jax.nn.attention import Heads, Project
-from dfa2_jax.pipeline.components import Component
-from dfa2_jax.sampling.loop import Inputs, denoise_step
+from dfa2_jax.nn.attention import Heads, LayerPlan, Project
+from dfa2_jax.pipeline.call import Call
+from dfa2_jax.sampling.inputs import Inputs
+from dfa2_jax.sampling.loop import State, denoise_step
 from pallas_kernels.layout import Layout
 
 
@@ -22,22 +22,25 @@ class Products:
     kept: bool
     implementation: str | None = None
 
-    def __call__(self, project: Project, layout: Layout, memory: None, row: None) -> tuple[Heads, None]:
+    def memory(self, stack: jax.ShapeDtypeStruct) -> None:
+        return None
+
+    def __call__(self, project: Project, layout: Layout, memory: None, plan: LayerPlan) -> tuple[Heads, None]:
         q, k, v = project()
         if not self.kept:
             return q + k + v, None
         return jnp.einsum("BNTS,BSNH->BTNH", jnp.einsum("BTNH,BSNH->BNTS", q, k), v), None
 
 
-def attention_share(transformer: Component, latents: Float[Array, "B V C"], inputs: Inputs) -> float:
+def attention_share(call: Call) -> float:
     """Of the multiplications of a dense step's matrix products, those of queries with keys and weights with values."""
+    transformer = call.pipeline.transformer
 
     def count(kept: bool) -> int:
-        def step(params: Any, latents: Array, inputs: Inputs) -> Any:
-            model: Any = nnx.merge(transformer.graph, params)
-            return denoise_step(model.velocity, Products(kept), inputs, lambda x: x, 0, latents, None, None)[0]
+        def step(params: Any, state: State, inputs: Inputs) -> State:
+            return denoise_step(nnx.merge(transformer.graph, params), Products(kept), inputs, 0, state)
 
-        return multiplications(jax.make_jaxpr(step)(transformer.params, latents, inputs).jaxpr)
+        return multiplications(jax.make_jaxpr(step)(transformer.params, call.start(), call.inputs).jaxpr)
 
     rest, whole = map(count, (False, True))
     return 1 - rest / whole

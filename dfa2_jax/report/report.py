@@ -23,7 +23,9 @@ from tqdm import tqdm
 
 from dfa2_jax.calibration.calibrate import PLANNING_TILES
 from dfa2_jax.nn.attention import dense_implementation
-from dfa2_jax.pipeline.pipeline import Pipeline, Prepared
+from dfa2_jax.options import Options
+from dfa2_jax.pipeline.call import Call
+from dfa2_jax.pipeline.pipeline import Pipeline
 from dfa2_jax.plan.plan import Plan, PlanError
 from dfa2_jax.report import metrics as quality
 from dfa2_jax.report.attention_maps import watch, windows_of
@@ -49,25 +51,25 @@ class Sampler:
     batch: int
     compiled: set[tuple[bool, str | None]] = field(default_factory=set)
 
-    def prepare(self, shots: Sequence[Shot], offset: int = 0) -> Prepared:
+    def prepare(self, shots: Sequence[Shot], offset: int = 0) -> Call:
         """Of `batch` images; the last prompt fills up: another size would compile anew."""
         filled = [*shots, *[shots[-1]] * (self.batch - len(shots))]
         prompts, seeds = [shot.prompt for shot in filled], [shot.seed + offset for shot in filled]
-        return self.pipeline.prepare(prompt=prompts, seed=seeds, output_type="np", **self.arguments)
+        return self.pipeline.prepare(Options(prompt=prompts, seed=seeds, output_type="np", **self.arguments))
 
     def denoise(
-        self, call: Prepared, plan: Plan | None = None, implementation: str | None = None
+        self, call: Call, plan: Plan | None = None, implementation: str | None = None
     ) -> tuple[np.ndarray, float]:
         """Patchified latents, and seconds of a step, compilation apart."""
         program = plan is None, implementation
         if program not in self.compiled:  # one step is a call of the same program as all steps
-            run, tokens, caches = self.pipeline.denoiser(call, plan, implementation)
-            jax.block_until_ready(run(tokens, caches, 0, 1))
+            run, state = call.program(plan, implementation=implementation)
+            jax.block_until_ready(run(state, 0, 1))
             self.compiled.add(program)
-        run, tokens, caches = self.pipeline.denoiser(call, plan, implementation)
+        run, state = call.program(plan, implementation=implementation)
         started = perf_counter()
-        tokens, _ = jax.block_until_ready(run(tokens, caches, 0, call.request.steps))
-        return np.asarray(tokens), (perf_counter() - started) / call.request.steps
+        state = jax.block_until_ready(run(state, 0, call.request.steps))
+        return np.asarray(state.latents), (perf_counter() - started) / call.request.steps
 
     @property
     def other_implementation(self) -> str:
@@ -131,7 +133,7 @@ class Study:
                 self._reorder(sampler, call, shots, self.reordered[other], images, bar)
 
     def _take(
-        self, sampler: Sampler, call: Prepared, shots: list[Shot], row: Row, exact: np.ndarray | None, bar: tqdm,
+        self, sampler: Sampler, call: Call, shots: list[Shot], row: Row, exact: np.ndarray | None, bar: tqdm,
         implementation: str | None = None,
     ) -> np.ndarray | None:  # fmt: skip
         """A batch's images, scored in their row; None where a row of the floor does not fit in memory."""
@@ -139,7 +141,7 @@ class Study:
             return None
         with fitting(row):
             tokens, seconds = sampler.denoise(call, row.plan, implementation)
-            images = sampler.pipeline.images(tokens, call)[: len(shots)]
+            images = call.images(tokens)[: len(shots)]
             if row.kind in ("dense", "plan"):
                 row.seconds.append(seconds)
             if exact is not None and row is self.rounded and self.dtype == self.narrow:
@@ -149,7 +151,7 @@ class Study:
             bar.update()
             return images
 
-    def _reorder(self, sampler: Sampler, call: Prepared, shots: list[Shot], row: Row, exact: Any, bar: tqdm) -> None:
+    def _reorder(self, sampler: Sampler, call: Call, shots: list[Shot], row: Row, exact: Any, bar: tqdm) -> None:
         self._take(sampler, call, shots, row, exact, bar, sampler.other_implementation)
 
 
@@ -214,7 +216,7 @@ def quality_report(
     first = replace(sampler, batch=1).prepare(shots[:1])
     for name, plan in plans.items():
         try:
-            plan.check(sampler.pipeline.setting_of(first))
+            plan.check(first.setting)
         except PlanError as error:
             raise PlanError(f"plan {name}: {error}") from error
     facts = _facts(sampler, folder, first) | {"negative_prompt": negative_prompt}
@@ -225,7 +227,7 @@ def quality_report(
     with tqdm(total=len(batches) * len(study.rows), desc="report", disable=not progress) as bar:
         study.own(sampler, bar)
         if not quick:
-            masses = watch(sampler.pipeline, first, windows_of([*plans.values()]), progress=progress)
+            masses = watch(first, windows_of([*plans.values()]), progress=progress)
             del sampler  # two sets of weights need not fit
             other = study.narrow if study.dtype == study.wide else study.wide
             with fitting(study.rounded, study.reordered[other]):
@@ -260,7 +262,7 @@ def _judges(lpips: Any, clip: Any, image_reward: Any) -> Judges:
     return Judges(near, {} if clip is None else {"clip": quality.clip_score(Path(clip))})
 
 
-def _facts(sampler: Sampler, folder: str | PathLike[str], call: Prepared) -> dict[str, Any]:
+def _facts(sampler: Sampler, folder: str | PathLike[str], call: Call) -> dict[str, Any]:
     pipeline, request, device = sampler.pipeline, call.request, jax.devices()[0]
     return {
         "format": "dfa2-report",
@@ -286,7 +288,7 @@ def _facts(sampler: Sampler, folder: str | PathLike[str], call: Prepared) -> dic
             "max_sequence_length": request.length,
             "batch": sampler.batch,
         },
-        "attention_share": attention_share(pipeline.transformer, *jax.device_put((call.tokens, call.inputs))),
+        "attention_share": attention_share(call),
         "tiles": list(PLANNING_TILES.get(pipeline.config.attention_head_dim, (128, 128))),
     }
 

@@ -1,227 +1,198 @@
 """The denoising loop: one jitted program for every prompt, seed, guidance value, plan and step count of a shape."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from dfa2_jax.nn.attention import Attend, Branches, Dense, Memory, Planned, PlanRow, Rows, gpu_kind
-from dfa2_jax.nn.layers import XLA_OPTIONS
-
-Array = jax.Array | np.ndarray
-
-STEP_BLOCK = 64
-"""Per-step inputs are padded to a multiple of this many steps, so that up to 64 steps share one program."""
+from dfa2_jax.nn.attention import Attend, Dense, LayerPlan, Planned, ProjectionBranches, dense_plans, gpu_kind
+from dfa2_jax.nn.carrier import carrier
+from dfa2_jax.nn.linear import XLA_OPTIONS
+from dfa2_jax.sampling.inputs import Inputs
 
 
-class SkipGuidance(NamedTuple):
-    """Skip-layer guidance (SD3.5-medium): push away from the model without some of its blocks."""
+@carrier
+class State:
+    """What the loop carries from step to step.
 
-    layers: Bool[Array, " layers"]
-    scale: Float[Array, ""]
-    active: Bool[Array, " padded_steps"]
-
-
-class Inputs(NamedTuple):
-    """All that a step needs beside the latents. Every field is data: other values compile nothing.
-
-    `guidance_scale` None: one forward per image. Otherwise the batch of `text` and `pooled` is doubled,
-    [unconditional, conditional].
+    latents: patchified, float32.
+    solver: the solver's own state, None where it has none.
+    memory: what attention remembers, by stack of layers.
     """
 
-    text: Float[Array, "B T E"]
-    pooled: Float[Array, "B P"]
-    positions: Any
-    sigmas: Float[Array, " padded_steps_plus_1"]
-    timesteps: Float[Array, "padded_steps 256"]
-    guidance: Float[Array, "1 256"] | None
-    guidance_scale: Float[Array, ""] | None
-    skip: SkipGuidance | None
+    latents: Float[Array | np.ndarray, "B V C"]
+    solver: Any = None
+    memory: Any = None
 
 
-def pad_steps(x: np.ndarray, extra: int = 0) -> np.ndarray:
-    """Pad the first axis, of `steps + extra` entries, to the next multiple of `STEP_BLOCK` steps (+ extra)."""
-    steps = len(x) - extra
-    padding = -steps % STEP_BLOCK
-    return np.concatenate([x, np.zeros((padding, *x.shape[1:]), x.dtype)])
+@carrier
+class StepPlans:
+    """A plan as the loop reads it: by stack of layers, padded like every per-step input.
+
+    first: the step that runs dense and fills the memory, whatever the plan says of it.
+    """
+
+    half_window: dict[str, Int[Array | np.ndarray, "padded_steps L N"]]
+    head_order: dict[str, Int[Array | np.ndarray, "padded_steps L N"]]
+    first: Int[Array | np.ndarray, ""]
+
+    def at(self, i: Int[Array, ""] | int) -> dict[str, LayerPlan]:
+        """One step's plan of every stack."""
+        return {
+            stack: LayerPlan.of_stack(half_window.shape[1], i, half_window[i], self.head_order[stack][i])
+            for stack, half_window in jax.tree.map(jnp.asarray, self.half_window).items()
+        }
 
 
-def euler_step(
-    x: Float[Array, "*dims"], velocity: Float[Array, "*dims"], sigma: Float[Array, ""], sigma_next: Float[Array, ""]
-) -> Float[Array, "*dims"]:
-    """Algorithm 1 of flow matching with an Euler solver (arXiv 2210.02747): dx/dsigma is the velocity."""
-    return x + (sigma_next - sigma) * velocity
+@dataclass(frozen=True)
+class StepModel:
+    """The transformer at one step, under one kind of attention (`sampling.guidance.Model`).
+
+    transformer: `families.base.Transformer`.
+    plans: what each layer knows of itself, by stack.
+    implementation: of the dense attention that skip-layer guidance runs.
+    """
+
+    transformer: Any
+    attend: Attend
+    conditions: Any
+    timestep: Float[Array, "1 256"]
+    plans: dict[str, LayerPlan]
+    implementation: str | None = None
+    unroll: int | bool = 1
+
+    def __call__(self, x: Float[Array, "B V C"], memory: Any) -> tuple[Float[Array, "B V C"], Any]:
+        options = {"memory": memory, "plans": self.plans, "unroll": self.unroll}
+        prediction, memory = self.transformer(x, self.timestep, self.conditions, self.attend, **options)
+        return prediction.astype(jnp.float32), memory
+
+    def without(self, blocks: Bool[Array, " blocks"], x: Float[Array, "B V C"]) -> Float[Array, "B V C"]:
+        conditions, dense = self.conditions.last(x.shape[0]), Dense(self.implementation)
+        options = {"plans": self.plans, "skipped_blocks": blocks, "unroll": self.unroll}
+        return self.transformer(x, self.timestep, conditions, dense, **options)[0].astype(jnp.float32)
 
 
-class PlanRows(NamedTuple):
-    """A plan as the loop reads it (`dfa2_jax.plan`): padded like every per-step input."""
-
-    half_window: Int[Array, "padded_steps layers heads"]
-    head_order: Int[Array, "padded_steps layers heads"]
-
-
-@partial(jax.jit, static_argnames=("graph", "unroll", "implementation", "rounding"), compiler_options=XLA_OPTIONS)
-def denoise(
-    graph: nnx.GraphDef,
-    params: Any,
-    latents: Float[Array, "B V C"],
+def denoise_step(
+    model: Any,
+    attend: Attend,
     inputs: Inputs,
-    start: Int[Array, ""] | int,
-    stop: Int[Array, ""] | int,
+    i: Int[Array, ""] | int,
+    state: State,
+    plans: dict[str, LayerPlan] | None = None,
     *,
-    unroll: int | bool = 1,
-    implementation: str | None = None,
     rounding: str | None = None,
-) -> Float[Array, "B V C"]:
-    """Steps `start` to `stop` of the sampling loop on patchified latents, in float32.
-
-    The whole loop and a single step are calls of this same program, so that progress and callbacks change no number.
-    Inside another jit, scan or map, where JAX allows no compiler options, call `denoise.__wrapped__` (so too
-    `denoise_planned`), and give the outermost jit `models.layers.XLA_OPTIONS`.
+    **options: Any,
+) -> State:
+    """One step of the solver.
 
     Args:
-        unroll: blocks compiled per iteration of a scan over layers.
-        implementation: of attention (`pallas_kernels.arrow_attention`).
-        rounding: a dtype's name: round to it where torch does between operations, to reproduce diffusers' images in
-            that dtype (XLA keeps such values in float32). None keeps float32.
+        model: the transformer.
+        plans: of every stack; None: all heads dense.
+        rounding: as in `denoise`.
+        options: of `StepModel`.
     """
-    model = partial(nnx.merge(graph, params).velocity, unroll=unroll)
-    step = partial(denoise_step, model, Dense(implementation), inputs, rounding_to(rounding))
-    return jax.lax.fori_loop(start, stop, lambda i, latents: step(i, latents, None, None)[0], latents)
+    rounded, timestep = rounding_to(rounding), jnp.asarray(inputs.timesteps)[i][None]
+    plans = dense_plans(model.calls(1, 1), i) if plans is None else plans
+    step_model = StepModel(model, attend, inputs.conditions, timestep, plans, **options)
+    prediction, memory = inputs.guidance(step_model, state.latents, i, state.memory or {}, rounded)
+    latents, solver = inputs.solver.step(state.latents, prediction, i, state.solver)
+    return State(rounded(latents), solver, memory if state.memory is not None else None)
 
 
 @partial(
     jax.jit,
-    static_argnames=("graph", "skip", "unroll", "implementation", "rounding"),
-    donate_argnames=("latents", "caches"),
+    static_argnames=("graph", "attend", "unroll", "implementation", "rounding"),
+    donate_argnames=("state",),
+    compiler_options=XLA_OPTIONS,
+)
+def denoise(
+    graph: nnx.GraphDef,
+    params: Any,
+    state: State,
+    inputs: Inputs,
+    start: Int[Array, ""] | int,
+    stop: Int[Array, ""] | int,
+    *,
+    attend: Attend | None = None,
+    unroll: int | bool = 1,
+    implementation: str | None = None,
+    rounding: str | None = None,
+) -> State:
+    """Steps `start` to `stop` of the sampling loop.
+
+    The whole loop and a single step are calls of this same program, so progress and callbacks change no number. Inside
+    another jit, scan or map, where JAX allows no compiler options, call `denoise.__wrapped__` (so too
+    `denoise_planned`), and give the outermost jit `nn.linear.XLA_OPTIONS`.
+
+    Args:
+        state: given away, and returned.
+        attend: attention in place of dense attention; its memory is in `state`.
+        unroll: blocks compiled per iteration of a scan over layers.
+        implementation: of dense attention (`pallas_kernels.arrow_attention`).
+        rounding: a dtype's name: round to it where torch does between operations, to reproduce diffusers' images in
+            that dtype (XLA keeps such values in float32). None keeps float32.
+    """
+    model, attend = nnx.merge(graph, params), Dense(implementation) if attend is None else attend
+    options = {"rounding": rounding, "implementation": implementation, "unroll": unroll}
+    step = partial(denoise_step, model, attend, inputs, **options)
+    return jax.lax.fori_loop(start, stop, step, state)
+
+
+@partial(
+    jax.jit,
+    static_argnames=("graph", "skip_projections", "unroll", "implementation", "rounding"),
+    donate_argnames=("state",),
     compiler_options=XLA_OPTIONS,
 )
 def denoise_planned(
     graph: nnx.GraphDef,
     params: Any,
-    latents: Float[Array, "B V C"],
-    caches: tuple[Memory, ...],
+    state: State,
     inputs: Inputs,
-    plan: PlanRows,
+    plans: StepPlans,
     start: Int[Array, ""] | int,
     stop: Int[Array, ""] | int,
     *,
-    skip: bool = True,
+    skip_projections: bool = True,
     unroll: int | bool = 1,
     implementation: str | None = None,
     rounding: str | None = None,
-) -> tuple[Float[Array, "B V C"], tuple[Memory, ...]]:
+) -> State:
     """As `denoise`, with each head's attention by a plan (DiTFastAttnV2, arXiv 2503.22796, section 3).
 
     Args:
-        caches: every attention call's last output, at first from `caches.empty_caches`; given away, and returned.
-            Step 0 is dense and fills them.
-        plan: data: another plan of the shape compiles nothing.
-        skip: cached heads' projections, in steps where that pays. False: with the sums of steps that make all.
+        state: its memory holds every attention call's last output (`memory.empty_memory`).
+        plans: data: another plan of the shape compiles nothing.
+        skip_projections: do not compute q, k, v of cached heads where that is faster. False: keep the summation order
+            of a step that computes every head.
     """
     model = nnx.merge(graph, params)
-    rows = partial(by_segment, model.attention_rows)
-    branches = Branches.of(max(cache.shape[1] * cache.shape[2] for cache in jax.tree.leaves(caches)))
+    branches = ProjectionBranches.for_length(max(x.shape[1] * x.shape[2] for x in jax.tree.leaves(state.memory)))
+    options = {"rounding": rounding, "implementation": implementation, "unroll": unroll}
 
-    def step(branch: bool, i: Array | int, row: PlanRows | None, carry: tuple[Array, Any]) -> tuple[Array, Any]:
-        velocity, attend = partial(model.velocity, unroll=unroll), Planned(implementation, branch)
-        return denoise_step(velocity, attend, inputs, rounding_to(rounding), i, *carry, rows(row))
+    def step(skip: bool, i: Array, plans: dict[str, LayerPlan] | None, state: State) -> State:
+        return denoise_step(model, Planned(implementation, skip), inputs, i, state, plans, **options)
 
-    def first(carry: tuple[Array, Any]) -> tuple[Array, Any]:
-        return step(False, 0, None, carry)
+    def later(i: Array, state: State) -> State:
+        at_step = plans.at(i)
+        if not skip_projections or gpu_kind() is None:  # a CPU's branches cost next to nothing
+            return step(skip_projections, i, at_step, state)
+        half_window = jnp.concatenate([jnp.asarray(plan.half_window) for plan in at_step.values()])
+        taken = branches.worthwhile(half_window).astype(jnp.int32)
+        for skip, times in ((True, taken), (False, 1 - taken)):  # as loops: a branch would copy the memory
+            state = jax.lax.fori_loop(0, times, lambda _, state, skip=skip: step(skip, i, at_step, state), state)
+        return state
 
-    def later(i: Array, carry: tuple[Array, Any]) -> tuple[Array, Any]:
-        row = PlanRows(plan.half_window[i], plan.head_order[i])
-        if not skip or gpu_kind() is None:  # a CPU's branches cost next to nothing
-            return step(skip, i, row, carry)
-        pays = branches.pay(jnp.asarray(row.half_window)).astype(jnp.int32)
-        for value, times in ((True, pays), (False, 1 - pays)):  # as loops: a branch would copy the caches
-            carry = jax.lax.fori_loop(0, times, lambda _, carry, value=value: step(value, i, row, carry), carry)
-        return carry
-
-    is_first = (jnp.asarray(start) == 0) & (stop > 0)
-    carry = jax.lax.cond(is_first, first, lambda carry: carry, (latents, caches))
-    return jax.lax.fori_loop(jnp.maximum(start, 1), stop, later, carry)
-
-
-def by_segment(attention_rows: Rows, row: PlanRows | None) -> tuple[Memory, ...]:
-    """One step's plan [layers, heads] as each segment's scan over its blocks wants it; None: all of it dense."""
-
-    def of(numbers: tuple[int, ...]) -> PlanRow | None:
-        if not numbers:
-            return None
-        place = jnp.arange(len(numbers))
-        if row is None:
-            return PlanRow(place, None, None)
-        half_window, head_order = (jnp.asarray(data)[np.array(numbers)] for data in row)
-        return PlanRow(place, half_window, head_order)
-
-    return tuple((of(first), of(second)) for first, second in attention_rows)
-
-
-def in_order(attention_rows: Rows, found: tuple[Memory, ...]) -> Any:
-    """Arrays that every segment has of its layers, as arrays of all layers in order of execution."""
-    parts = [part for pair in found for part in pair if part is not None]
-    numbers = np.concatenate([numbers for pair in attention_rows for numbers in pair if numbers])
-    return jax.tree.map(lambda *x: jnp.concatenate(x)[np.argsort(numbers)], *parts)
-
-
-def denoise_step(
-    model: Callable[..., tuple[Array, Any]],
-    attend: Attend,
-    inputs: Inputs,
-    rounded: Callable[[Array], Array],
-    i: Int[Array, ""] | int,
-    latents: Float[Array, "B V C"],
-    memory: Any,
-    rows: Any,
-) -> tuple[Float[Array, "B V C"], Any]:
-    """One Euler step, and what attention remembers of it."""
-    velocity, memory = guided_velocity(model, attend, inputs, rounded, i, latents, memory, rows)
-    return rounded(euler_step(latents, velocity, inputs.sigmas[i], inputs.sigmas[i + 1])), memory
-
-
-def guided_velocity(
-    model: Callable[..., tuple[Array, Any]],
-    attend: Attend,
-    inputs: Inputs,
-    rounded: Callable[[Array], Array],
-    i: Int[Array, ""] | int,
-    latents: Float[Array, "B V C"],
-    memory: Any,
-    rows: Any,
-) -> tuple[Array, Any]:
-    """Velocity under classifier-free (arXiv 2207.12598) and skip-layer guidance, combined as in diffusers.
-
-    Both sides of classifier-free guidance are one batch, with one plan and one memory. The forward without some layers
-    is dense and leaves the memory alone.
-    """
-    text, pooled, timestep = inputs.text, inputs.pooled, inputs.timesteps[i][None]
-
-    def velocity(latents: Array, text: Array, pooled: Array, *args: Any, **kwargs: Any) -> tuple[Array, Any]:
-        out, memory = model(latents, text, pooled, inputs.positions, timestep, inputs.guidance, *args, **kwargs)
-        return out.astype(jnp.float32), memory
-
-    if inputs.guidance_scale is None:
-        return velocity(latents, text, pooled, attend, memory, rows)
-    both, memory = velocity(jnp.concatenate([latents, latents]), text, pooled, attend, memory, rows)
-    uncond, cond = jnp.split(both, 2)
-    guided = rounded(uncond + rounded(inputs.guidance_scale * rounded(cond - uncond)))
-    if inputs.skip is None:
-        return guided, memory
-    skip, batch = inputs.skip, latents.shape[0]
-
-    def push(guided: Array) -> Array:
-        dense = Dense(attend.implementation)
-        without, _ = velocity(latents, text[batch:], pooled[batch:], dense, skip=skip.layers)
-        return rounded(guided + rounded(rounded(cond - without) * skip.scale))
-
-    return jax.lax.cond(skip.active[i], push, lambda guided: guided, guided), memory
+    first = jnp.asarray(plans.first)
+    has_first = (jnp.asarray(start) <= first) & (first < stop)
+    state = jax.lax.cond(has_first, lambda state: step(False, first, None, state), lambda state: state, state)
+    return jax.lax.fori_loop(jnp.maximum(start, first + 1), stop, later, state)
 
 
 def rounding_to(dtype: str | None) -> Callable[[Array], Array]:

@@ -1,4 +1,4 @@
-"""Where compressed sampling keeps every head's last output."""
+"""Where attention keeps what it remembers from step to step."""
 
 import re
 import sys
@@ -6,47 +6,44 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from dfa2_jax.nn.attention import Attend, AttentionCall, stacks
 
-def cache_shapes(
-    config: Any, num_text: int, num_visual: int, batch: int, dtype: DTypeLike
-) -> tuple[tuple[jax.ShapeDtypeStruct | None, ...], ...]:
-    """Shapes of `caches` for a model: by segment, a stack of outputs for each of its blocks' attentions.
+
+def stack_shapes(
+    calls: tuple[AttentionCall, ...], batch: int, heads: tuple[int, int], dtype: DTypeLike
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """By stack, the outputs of its attention calls: [L, B, T, N, H].
 
     Args:
-        config: the model's.
         batch: of the transformer, twice the images under classifier-free guidance.
+        heads: their number and their size.
     """
-    lengths = [layout.length for layout in config.attention_layers(num_text, num_visual).values()]
-    heads = config.num_attention_heads, config.attention_head_dim
-
-    def of(numbers: tuple[int, ...]) -> jax.ShapeDtypeStruct | None:
-        return jax.ShapeDtypeStruct((len(numbers), batch, lengths[numbers[0]], *heads), dtype) if numbers else None
-
-    return tuple((of(first), of(second)) for first, second in config.attention_rows)
+    return {
+        name: jax.ShapeDtypeStruct((len(numbers), batch, calls[numbers[0]].layout.length, *heads), dtype)
+        for name, numbers in stacks(calls).items()
+    }
 
 
-def empty_caches(
-    config: Any, num_text: int, num_visual: int, batch: int, dtype: DTypeLike, *, images: int
-) -> tuple[tuple[jax.Array | None, ...], ...]:
-    """Zeros in the shapes of `cache_shapes`, for a batch of this many images.
+def empty_memory(attend: Attend, shapes: dict[str, jax.ShapeDtypeStruct], *, images: int) -> dict[str, Any]:
+    """What an `Attend` remembers before the first step, by stack.
 
     Raises:
-        MemoryError: they do not fit; the message says what would.
+        MemoryError: it does not fit; the message says what would.
     """
-    shapes = cache_shapes(config, num_text, num_visual, batch, dtype)
-    need, free = sum(one.size * one.dtype.itemsize for one in jax.tree.leaves(shapes)), free_bytes()
+    abstract = jax.eval_shape(lambda: {name: attend.memory(shape) for name, shape in shapes.items()})
+    need, free = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(abstract)), free_bytes()
     if need > free:
         fitting = int(free / need * images)
         smaller = f"one image takes {need / images / 1e9:.1f} GB: take a smaller one, or no plan"
         advice = f"a batch of {fitting} would fit" if fitting else smaller
+        tokens = max(shape.shape[2] for shape in shapes.values())
         raise MemoryError(
-            f"The plan keeps {need / 1e9:.1f} GB of attention outputs for {images} images of {num_visual} visual "
-            f"tokens, and {free / 1e9:.1f} GB are free: {advice}."
+            f"The plan keeps {need / 1e9:.1f} GB of attention outputs for {images} images of {tokens} tokens, and "
+            f"{free / 1e9:.1f} GB are free: {advice}."
         )
-    return jax.tree.map(lambda one: jnp.zeros(one.shape, one.dtype), shapes)
+    return {name: remembered for name, shape in shapes.items() if (remembered := attend.memory(shape)) is not None}
 
 
 def free_bytes() -> int:

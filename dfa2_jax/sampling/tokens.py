@@ -1,13 +1,50 @@
-"""The order of visual tokens: latents to tokens and back, and the position table that goes with that order.
+"""The order of visual tokens: latents to tokens and back, and the position tables that go with that order.
 
 Everything here is row-major over patches. A permutation of visual tokens belongs in this file alone.
 """
+
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from jaxtyping import Float
 
 ROW_COLUMN_CHANNEL, CHANNEL_ROW_COLUMN = (3, 5, 1), (1, 3, 5)
 """Order of numbers inside a token, as axes of [B, C, rows, row, columns, column]: SD3's and FLUX's."""
+
+
+class Grid(NamedTuple):
+    """Visual tokens of a picture or a video."""
+
+    frames: int
+    rows: int
+    columns: int
+
+    @property
+    def num_visual(self) -> int:
+        return self.frames * self.rows * self.columns
+
+
+class Tokens(Protocol):
+    """How latents [B, C, F, h, w] become tokens [B, V, P], and back."""
+
+    def pack(self, latents: Float[np.ndarray, "B C F h w"]) -> Float[np.ndarray, "B V P"]: ...
+
+    def unpack(self, tokens: Float[np.ndarray, "B V P"], grid: Grid) -> Float[np.ndarray, "B C F h w"]: ...
+
+
+@dataclass(frozen=True)
+class Patches:
+    """Squares of `patch` x `patch` latent pixels, of one frame."""
+
+    patch: int
+    order: tuple[int, int, int]
+
+    def pack(self, latents: Float[np.ndarray, "B C 1 h w"]) -> Float[np.ndarray, "B V P"]:
+        return patchify(latents[:, :, 0], self.patch, self.order)
+
+    def unpack(self, tokens: Float[np.ndarray, "B V P"], grid: Grid) -> Float[np.ndarray, "B C 1 h w"]:
+        return unpatchify(tokens, self.patch, self.order, grid.rows, grid.columns)[:, :, None]
 
 
 def patchify(latents: Float[np.ndarray, "B C h w"], patch: int, order: tuple[int, ...]) -> Float[np.ndarray, "B V P"]:

@@ -6,7 +6,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from dfa2_jax.nn.layers import linear, matmul_precision
+from dfa2_jax.nn.linear import Linear
+from dfa2_jax.nn.weights import matmul_precision
 
 EPS = 1e-6  # of every group norm; diffusers writes it into the model, not into config.json
 
@@ -105,7 +106,7 @@ class Attention(nnx.Module):
     def __init__(self, channels: int, num_groups: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
         self.group_norm = GroupNorm(channels, num_groups, dtype=dtype)
         self.to_q, self.to_k, self.to_v, self.to_out = (
-            linear(channels, channels, dtype=dtype, rngs=rngs) for _ in range(4)
+            Linear(channels, channels, dtype=dtype, rngs=rngs) for _ in range(4)
         )
 
     def __call__(self, x: Float[Array, "B h w C"]) -> Float[Array, "B h w C"]:

@@ -13,7 +13,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from dfa2_jax.nn.text import config_from_json
+from dfa2_jax.nn.config import config_from_json
 from dfa2_jax.vae.blocks import DownBlock, GroupNorm, MidBlock, UpBlock, conv
 
 # config.json fields with one value that is implemented, which is also diffusers' default: SD3's and FLUX.1's.

@@ -59,7 +59,7 @@ class Rule:
 
 
 def dense(key: str, target: str) -> list[Rule]:
-    return [Rule(rf"{key}\.weight", f"{target}.kernel", linear), Rule(rf"{key}\.bias", f"{target}.bias")]
+    return [Rule(rf"{key}\.weight", f"{target}.weight.kernel", linear), Rule(rf"{key}\.bias", f"{target}.bias")]
 
 
 def norm(key: str, target: str) -> list[Rule]:

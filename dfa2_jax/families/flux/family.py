@@ -1,18 +1,23 @@
 """What FLUX.1 does its own way."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from flax import nnx
 from jax.typing import DTypeLike
 
 from dfa2_jax.encoders.specs import CLIP, T5
-from dfa2_jax.families.base import Defaults, Embeddings, Encode, expect_shape
+from dfa2_jax.families.base import Defaults, Embeddings, Encode, Schedule, expect_shape
+from dfa2_jax.families.flux.config import FluxConfig
 from dfa2_jax.families.flux.rules import RULES
-from dfa2_jax.families.flux.transformer import FluxConfig, FluxTransformer
-from dfa2_jax.sampling.schedule import check_flow_match, embedded_scalar, flow_match_sigmas
-from dfa2_jax.sampling.tokens import CHANNEL_ROW_COLUMN, rope_table
+from dfa2_jax.families.flux.transformer import FluxConditions, FluxTransformer
+from dfa2_jax.options import Options
+from dfa2_jax.sampling.guidance import ClassifierFree, Guidance, NoGuidance
+from dfa2_jax.sampling.sinusoid import sinusoid
+from dfa2_jax.sampling.solvers.flow_euler import FlowEuler, check_flow_match, embedded_scalar, flow_match_sigmas
+from dfa2_jax.sampling.tokens import CHANNEL_ROW_COLUMN, Grid, Patches, rope_table
 from dfa2_jax.vae.spec import AUTOENCODER
 from dfa2_jax.weights.spec import ComponentSpec
 
@@ -28,25 +33,23 @@ class Flux:
 
     pipeline_class = "FluxPipeline"
     scheduler_class = "FlowMatchEulerDiscreteScheduler"
-    components = {
-        "transformer": TRANSFORMER,
-        "text_encoder": CLIP,
-        "text_encoder_2": T5,
-        "vae": AUTOENCODER,
-    }
+    components = {"transformer": TRANSFORMER, "text_encoder": CLIP, "text_encoder_2": T5, "vae": AUTOENCODER}
     check_scheduler = staticmethod(check_flow_match)
     num_prompts = 2
-    order = CHANNEL_ROW_COLUMN
-    default_latent_size = 128
 
-    def __init__(self, config: FluxConfig, scheduler: dict[str, Any], position_table: None = None):
+    def __init__(self, config: FluxConfig, scheduler: Mapping[str, Any], transformer: nnx.Module):
         self.config, self.scheduler = config, scheduler
-        self.latent_channels = config.in_channels // 4
-        self.defaults = (
-            Defaults(num_inference_steps=28, guidance_scale=3.5, max_sequence_length=512)
-            if config.guidance_embeds
-            else Defaults(num_inference_steps=4, guidance_scale=0.0, max_sequence_length=256)
-        )
+        self.tokens = Patches(config.patch_size, CHANNEL_ROW_COLUMN)
+        self.latent_channels = config.in_channels // config.patch_size**2
+        steps, scale, length = (28, 3.5, 512) if config.guidance_embeds else (4, 0.0, 256)
+        self.defaults = Defaults(steps, scale, length, latent_size=128)
+
+    def check(self, options: Options) -> None:
+        if options.clip_skip is not None:
+            raise ValueError(f"clip_skip={options.clip_skip!r} is for SD3 only: FLUX reads CLIP's pooled state.")
+        if options.skip_guidance_layers is not None:
+            layers = options.skip_guidance_layers
+            raise ValueError(f"skip_guidance_layers={layers} is for SD3 only: FLUX has no skip-layer guidance.")
 
     def size(self, height: int, width: int, multiple: int) -> tuple[int, int]:
         floored = height // multiple * multiple, width // multiple * multiple
@@ -59,36 +62,13 @@ class Flux:
             raise ValueError(f"height x width = {height} x {width} must be at least {multiple} each.")
         return floored
 
-    def guidance(self, guidance_scale: float, true_cfg_scale: float, has_negative: bool) -> float | None:
-        """The scale of a doubled batch (true CFG), or None for one forward per image."""
-        return true_cfg_scale if true_cfg_scale > 1 and has_negative else None
-
-    def clip_tokens(self, networks: Any) -> int:
+    def extra_text_tokens(self, encoders: Any) -> int:
         return 0
 
-    def embedded_guidance(self, guidance_scale: float, dtype: DTypeLike) -> np.ndarray | None:
-        if not self.config.guidance_embeds:
-            return None
-        return embedded_scalar(np.array([guidance_scale], np.float32), dtype)
-
-    def positions(self, num_text: int, rows: int, columns: int) -> tuple[np.ndarray, np.ndarray]:
-        return rope_table(self.config.axes_dims_rope, num_text, rows, columns)
-
-    def sigmas(self, sigmas: Sequence[float] | np.ndarray | None, steps: int, num_visual: int) -> np.ndarray:
-        even = np.linspace(1.0, 1 / steps, steps) if sigmas is None else sigmas
-        return flow_match_sigmas(self.scheduler, even, num_visual)
-
-    def model_timesteps(self, timesteps: np.ndarray, dtype: DTypeLike) -> np.ndarray:
-        """diffusers divides by 1000 in the pipeline and multiplies in the model, both in the model's dtype."""
-        return embedded_scalar(timesteps.astype(dtype) / np.asarray(1000, dtype), dtype)
-
-    def output_latents(self, tokens: np.ndarray, rows: int, columns: int) -> np.ndarray:
-        """Latents as diffusers' pipeline takes and returns them: packed, [B, V, 64]."""
-        return tokens
-
-    def input_tokens(self, latents: np.ndarray, rows: int, columns: int) -> np.ndarray:
-        expect_shape("latents", latents, (None, rows * columns, self.config.in_channels))
-        return latents
+    def cfg_scale(self, options: Options, guidance_scale: float) -> float | None:
+        """True CFG: a second forward, where a negative prompt asks for it."""
+        is_negative = options.negative_prompt is not None or options.negative_prompt_embeds is not None
+        return options.true_cfg_scale if options.true_cfg_scale > 1 and is_negative else None
 
     def encode(self, encode: Encode, prompts: list[list[str]], length: int, clip_skip: int) -> Embeddings:
         clip = encode("text_encoder", "tokenizer", prompts[0], None, clip_skip)
@@ -97,3 +77,30 @@ class Flux:
             absent = "text_encoder" if clip is None else "text_encoder_2"
             raise ValueError(f"The folder has no {absent}: pass prompt_embeds and pooled_prompt_embeds.")
         return Embeddings(np.asarray(t5), np.asarray(clip.pooled))
+
+    def conditions(self, text: Embeddings, grid: Grid, guidance_scale: float, dtype: DTypeLike) -> FluxConditions:
+        cos, sin = rope_table(self.config.axes_dims_rope, text.text.shape[1], grid.rows, grid.columns)
+        embedded = None
+        if self.config.guidance_embeds:
+            embedded = sinusoid(embedded_scalar(np.array([guidance_scale], np.float32), dtype))
+        return FluxConditions(text.text, text.pooled, cos, sin, embedded)
+
+    def guidance(self, options: Options, cfg_scale: float | None, steps: int) -> Guidance:
+        return NoGuidance() if cfg_scale is None else ClassifierFree.constant(cfg_scale, steps)
+
+    def schedule(
+        self, sigmas: Sequence[float] | np.ndarray | None, steps: int, num_visual: int, dtype: DTypeLike
+    ) -> Schedule:
+        """diffusers divides times by 1000 in the pipeline and multiplies in the model, both in the model's dtype."""
+        even = np.linspace(1.0, 1 / steps, steps) if sigmas is None else sigmas
+        levels = flow_match_sigmas(self.scheduler, even, num_visual)
+        thousandths = (levels[:-1] * np.float32(1000)).astype(dtype) / np.asarray(1000, dtype)
+        return Schedule(levels, embedded_scalar(thousandths, dtype), FlowEuler.of_sigmas(levels))
+
+    def output_latents(self, tokens: np.ndarray, grid: Grid) -> np.ndarray:
+        """Packed, [B, V, 64]."""
+        return tokens
+
+    def input_tokens(self, latents: np.ndarray, grid: Grid) -> np.ndarray:
+        expect_shape("latents", latents, (None, grid.num_visual, self.config.in_channels))
+        return latents

@@ -25,7 +25,7 @@ RULES = [
     *dense(SINGLE + r"attn\.(?P<name>to_[qkv])", r"single_transformer_blocks.attn.\g<name>"),
     *norm(SINGLE + r"attn\.(?P<name>norm_[qk])", r"single_transformer_blocks.attn.\g<name>"),
     *dense(SINGLE + r"proj_mlp", "single_transformer_blocks.ff.up"),
-    Rule(SINGLE + r"proj_out\.weight", "single_transformer_blocks.attn.to_out.kernel", attention_columns),
-    Rule(SINGLE + r"proj_out\.weight", "single_transformer_blocks.ff.down.kernel", mlp_columns),
+    Rule(SINGLE + r"proj_out\.weight", "single_transformer_blocks.attn.to_out.weight.kernel", attention_columns),
+    Rule(SINGLE + r"proj_out\.weight", "single_transformer_blocks.ff.down.weight.kernel", mlp_columns),
     Rule(SINGLE + r"proj_out\.bias", "single_transformer_blocks.attn.to_out.bias"),
 ]

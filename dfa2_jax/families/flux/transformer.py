@@ -1,120 +1,43 @@
 """FLUX.1 dev and schnell: double-stream then single-stream blocks over [text, visual], rotary positions."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float
 
-from dfa2_jax.nn.attention import NOTHING, Attend, Dense, Heads, Memory, Rows
-from dfa2_jax.nn.blocks import Attention, JointBlock, Rope, rotate
-from dfa2_jax.nn.layers import MLP, AdaLN, AdaLNOut, layer_norm, linear, merge_heads, run_blocks, stack
+from dfa2_jax.families.flux.config import FluxConfig
+from dfa2_jax.nn.attention import Attend, AttentionCall, BlockAttention, Dense, LayerPlan, dense_plans
+from dfa2_jax.nn.blocks import JointBlock, SingleBlock
+from dfa2_jax.nn.carrier import carrier
+from dfa2_jax.nn.linear import MLP, Linear
+from dfa2_jax.nn.norms import AdaLNOut
+from dfa2_jax.nn.scan import run_segment, stack
+from dfa2_jax.nn.streams import Context
 from pallas_kernels.layout import Layout
 
 
-@dataclass(frozen=True, kw_only=True)
-class FluxConfig:
-    """Sizes of a `FluxTransformer2DModel`."""
+@carrier
+class FluxConditions:
+    """What the transformer is told beside latents and time.
 
-    in_channels: int
-    num_layers: int
-    num_single_layers: int
-    attention_head_dim: int
-    num_attention_heads: int
-    joint_attention_dim: int
-    pooled_projection_dim: int
-    guidance_embeds: bool
-    axes_dims_rope: tuple[int, ...]
+    text: T5's states; pooled: CLIP's pooled state.
+    cos, sin: `sampling.tokens.rope_table` for the text and the image's patches.
+    guidance: `sampling.sinusoid` of 1000 guidance; FLUX.1-dev only.
+    """
 
-    def __post_init__(self) -> None:
-        if sum(self.axes_dims_rope) != self.attention_head_dim or len(self.axes_dims_rope) != 3:
-            raise ValueError(f"{self.axes_dims_rope=} must be three sizes that add up to {self.attention_head_dim=}.")
-        if self.in_channels % 4:
-            raise ValueError(f"{self.in_channels=} must be a multiple of 4: latents are packed in 2 x 2 patches.")
+    text: Float[Array | np.ndarray, "B T E"]
+    pooled: Float[Array | np.ndarray, "B P"]
+    cos: Float[Array | np.ndarray, "S half"]
+    sin: Float[Array | np.ndarray, "S half"]
+    guidance: Float[Array | np.ndarray, "1 256"] | None = None
 
-    @classmethod
-    def from_json(cls, config: Mapping[str, Any]) -> "FluxConfig":
-        """From diffusers' config.json; what it omits takes diffusers' defaults, unknown fields are ignored.
-
-        Raises:
-            ValueError: a variant whose input is not its output (FLUX.1-Fill, -Canny, -Depth).
-        """
-        defaults = {
-            "in_channels": 64,
-            "num_layers": 19,
-            "num_single_layers": 38,
-            "attention_head_dim": 128,
-            "num_attention_heads": 24,
-            "joint_attention_dim": 4096,
-            "pooled_projection_dim": 768,
-            "guidance_embeds": False,
-        }
-        known = {name: config.get(name, default) for name, default in defaults.items()}
-        out_channels, patch_size = config.get("out_channels"), config.get("patch_size", 1)
-        if out_channels not in (None, known["in_channels"]) or patch_size != 1:
-            raise ValueError(
-                f"Only text-to-image FLUX.1 is supported: in_channels={known['in_channels']}, {out_channels=}, "
-                f"{patch_size=} must be equal channels and patch size 1."
-            )
-        return cls(**known, axes_dims_rope=tuple(config.get("axes_dims_rope") or (16, 56, 56)))
-
-    @property
-    def width(self) -> int:
-        return self.num_attention_heads * self.attention_head_dim
-
-    @property
-    def patch_size(self) -> int:
-        """Latent pixels along a side of one token; diffusers packs them in the pipeline and says 1 in the config."""
-        return 2
-
-    @property
-    def token_channels(self) -> int:
-        return self.in_channels
-
-    @property
-    def attention_rows(self) -> Rows:
-        double = self.num_layers
-        return (tuple(range(double)), ()), (tuple(range(double, double + self.num_single_layers)), ())
-
-    def attention_layers(self, num_text: int, num_visual: int) -> dict[str, Layout]:
-        """Every attention call by name, in order of execution."""
-        names = [f"double.{i}" for i in range(self.num_layers)] + [f"single.{i}" for i in range(self.num_single_layers)]
-        return dict.fromkeys(names, Layout(num_text, num_visual, text_first=True))
-
-
-class SingleBlock(nnx.Module):
-    """Attention and MLP in parallel from one norm, over the joint sequence (ViT-22B, arXiv 2302.05442, section 2)."""
-
-    def __init__(self, width: int, num_heads: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
-        self.norm = AdaLN(width, 1, dtype=dtype, rngs=rngs)
-        self.attn = Attention(width, num_heads, qk_norm=True, dtype=dtype, rngs=rngs)
-        self.ff = MLP(width, 4 * width, down_bias=False, dtype=dtype, rngs=rngs)  # to_out carries the common bias
-
-    def __call__(
-        self,
-        x: Float[Array, "B S D"],
-        vector: Float[Array, "B D"],
-        layout: Layout,
-        *,
-        rope: Rope,
-        attend: Attend,
-        memory: Memory = NOTHING,
-        rows: Memory = NOTHING,
-    ) -> tuple[Float[Array, "B S D"], Memory]:
-        (modulation,) = self.norm(vector)
-        normed = modulation(layer_norm(x))
-
-        def project(heads: Int[Array, " n"] | None = None) -> tuple[Heads, Heads, Heads]:
-            q, k, v = self.attn.visual(normed, heads)
-            return rotate(q, rope), rotate(k, rope), v
-
-        out, remembered = attend(project, layout, memory[0], rows[0])
-        x = x + modulation.gate * (self.attn.to_out(merge_heads(out)) + self.ff(normed))
-        return x, (remembered, None)
+    def last(self, count: int) -> "FluxConditions":
+        """Those of the last `count` rows of the batch."""
+        return FluxConditions(self.text[-count:], self.pooled[-count:], self.cos, self.sin, self.guidance)
 
 
 def clip_float16(x: Float[Array, "*dims"]) -> Float[Array, "*dims"]:
@@ -125,15 +48,12 @@ def clip_float16(x: Float[Array, "*dims"]) -> Float[Array, "*dims"]:
 class FluxTransformer(nnx.Module):
     """Predicts the velocity of every visual token."""
 
-    text_first = True
-
     def __init__(self, config: FluxConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
-        to = {"dtype": dtype, "rngs": rngs}
+        to: dict[str, Any] = {"dtype": dtype, "rngs": rngs}
         width, heads = config.width, config.num_attention_heads
-        self.dtype = jnp.dtype(dtype)
-        self.attention_rows = config.attention_rows
-        self.x_embedder = linear(config.in_channels, width, **to)
-        self.context_embedder = linear(config.joint_attention_dim, width, **to)
+        self.config, self.dtype = config, jnp.dtype(dtype)
+        self.x_embedder = Linear(config.in_channels, width, **to)
+        self.context_embedder = Linear(config.joint_attention_dim, width, **to)
         self.timestep_embedder = MLP(256, width, width, activation=jax.nn.silu, **to)
         self.guidance_embedder = (
             MLP(256, width, width, activation=jax.nn.silu, **to) if config.guidance_embeds else None
@@ -146,73 +66,60 @@ class FluxTransformer(nnx.Module):
             config.num_single_layers, lambda r: SingleBlock(width, heads, dtype=dtype, rngs=r), rngs
         )
         self.norm_out = AdaLNOut(width, **to)
-        self.proj_out = linear(width, config.in_channels, **to)
+        self.proj_out = Linear(width, config.in_channels, **to)
+
+    def calls(self, num_text: int, num_visual: int) -> tuple[AttentionCall, ...]:
+        """Every attention call in order of execution."""
+        return self.config.calls(num_text, num_visual)
 
     def __call__(
         self,
-        tokens: Float[Array, "B V C"],
-        text: Float[Array, "B T E"],
-        pooled: Float[Array, "B P"],
-        positions: Rope,
-        timestep: Float[Array, "#B 256"],
-        guidance: Float[Array, "#B 256"] | None = None,
+        tokens: Float[Array | np.ndarray, "B V C"],
+        timestep: Float[Array | np.ndarray, "#B 256"],
+        conditions: FluxConditions,
+        attend: Attend | None = None,
         *,
-        skip: None = None,
+        memory: dict[str, Any] | None = None,
+        plans: dict[str, LayerPlan] | None = None,
+        skipped_blocks: Bool[Array, " blocks"] | None = None,
         unroll: int | bool = 1,
-        implementation: str | None = None,
-    ) -> Float[Array, "B V C"]:
-        """Velocity of packed latents, with dense attention.
+    ) -> tuple[Float[Array, "B V C"], dict[str, Any]]:
+        """Velocity of packed latents, and what attention remembers (`families.base.Transformer`).
 
         Args:
-            tokens: latents in patches of (channel, row, column), `patches.patchify`.
-            text: T5 states; pooled: CLIP's pooled state.
-            positions: `patches.rope_table` for the text and the image's patches.
-            timestep, guidance: `layers.sinusoid` of 1000 sigma and 1000 guidance; guidance for FLUX.1-dev only.
+            tokens: latents in patches of (channel, row, column), `sampling.tokens.patchify`.
+            timestep: `sampling.sinusoid` of 1000 sigma.
+            skipped_blocks: blocks to leave out, double-stream ones first.
         """
-        args = tokens, text, pooled, positions, timestep, guidance
-        return self.velocity(*args, Dense(implementation), skip=skip, unroll=unroll)[0]
+        layout = Layout(num_text=conditions.text.shape[1], num_visual=tokens.shape[1], text_first=True)
+        visual = self.x_embedder(jnp.asarray(tokens).astype(self.dtype))
+        text = self.context_embedder(jnp.asarray(conditions.text))
+        rope = jnp.asarray(conditions.cos), jnp.asarray(conditions.sin)
+        context = Context(self.vector(timestep, conditions), layout, rope)
 
-    def velocity(
-        self,
-        tokens: Float[Array, "B V C"],
-        text: Float[Array, "B T E"],
-        pooled: Float[Array, "B P"],
-        positions: Rope,
-        timestep: Float[Array, "#B 256"],
-        guidance: Float[Array, "#B 256"] | None,
-        attend: Attend,
-        memory: tuple[Memory, ...] | None = None,
-        rows: tuple[Memory, ...] | None = None,
-        *,
-        skip: None = None,
-        unroll: int | bool = 1,
-    ) -> tuple[Float[Array, "B V C"], tuple[Memory, ...]]:
-        """As `__call__`, with any attention, and what it remembers: one entry for double blocks, one for single."""
-        if skip is not None:
-            raise NotImplementedError("Skip-layer guidance is defined for SD3, not for FLUX.")
-        layout = Layout(num_text=text.shape[1], num_visual=tokens.shape[1], text_first=self.text_first)
-        visual, context = self.x_embedder(tokens.astype(self.dtype)), self.context_embedder(text)
-        vector = self.timestep_embedder(timestep.astype(self.dtype)) + self.text_embedder(pooled)
-        if self.guidance_embedder is not None:
-            if guidance is None:
-                raise ValueError("This FLUX model embeds its guidance (guidance_embeds): guidance must not be None.")
-            vector = vector + self.guidance_embedder(guidance.astype(self.dtype))
+        def double(block: JointBlock, streams: tuple[Array, Array], attention: BlockAttention) -> tuple[Array, Array]:
+            visual, text = block(*streams, context, attention)
+            return visual, clip_float16(text)
 
-        def double(block: JointBlock, carry: tuple[Array, Array, Memory], rows: Memory) -> tuple[Array, Array, Memory]:
-            visual, context, memory = carry
-            visual, context, memory = block(
-                visual, context, vector, layout, rope=positions, attend=attend, memory=memory, rows=rows
-            )
-            return visual, clip_float16(context), memory
+        def single(block: SingleBlock, x: Array, attention: BlockAttention) -> Array:
+            return clip_float16(block(x, context, attention))
 
-        def single(block: SingleBlock, carry: tuple[Array, Memory], rows: Memory) -> tuple[Array, Memory]:
-            x, memory = carry
-            x, memory = block(x, vector, layout, rope=positions, attend=attend, memory=memory, rows=rows)
-            return clip_float16(x), memory
+        attend = Dense() if attend is None else attend
+        kept, plans, doubles = memory or {}, plans or dense_plans(self.calls(1, 1)), self.config.num_layers
+        skip, skip_single = (None, None) if skipped_blocks is None else jnp.split(skipped_blocks, [doubles])
+        where = "transformer_blocks", self.transformer_blocks, double, (visual, text), attend, kept, plans
+        (visual, text), kept = run_segment(*where, skipped=skip, unroll=unroll)
+        joined = jnp.concatenate([text, visual], axis=1)
+        where = "single_transformer_blocks", self.single_transformer_blocks, single, joined, attend, kept, plans
+        x, kept = run_segment(*where, skipped=skip_single, unroll=unroll)
+        return self.proj_out(self.norm_out(x[:, layout.visual], context.vector)), kept
 
-        memory, rows = memory or (NOTHING, NOTHING), rows or (NOTHING, NOTHING)
-        blocks, streams = self.transformer_blocks, (visual, context, memory[0])
-        visual, context, first = run_blocks(blocks, double, streams, rows[0], unroll=unroll)
-        joined = jnp.concatenate([context, visual], axis=1), memory[1]
-        x, second = run_blocks(self.single_transformer_blocks, single, joined, rows[1], unroll=unroll)
-        return self.proj_out(self.norm_out(x[:, layout.visual], vector)), (first, second)
+    def vector(self, timestep: Float[Array | np.ndarray, "#B 256"], conditions: FluxConditions) -> Float[Array, "B D"]:
+        """What modulates every block: time, pooled text, and the guidance that FLUX.1-dev embeds."""
+        time = self.timestep_embedder(jnp.asarray(timestep).astype(self.dtype))
+        vector = time + self.text_embedder(jnp.asarray(conditions.pooled))
+        if self.guidance_embedder is None:
+            return vector
+        if conditions.guidance is None:
+            raise ValueError("This FLUX model embeds its guidance (guidance_embeds): guidance must not be None.")
+        return vector + self.guidance_embedder(jnp.asarray(conditions.guidance).astype(self.dtype))

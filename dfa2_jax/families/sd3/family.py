@@ -1,17 +1,23 @@
 """What Stable Diffusion 3 and 3.5 do their own way."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
+from flax import nnx
 from jax.typing import DTypeLike
 
 from dfa2_jax.encoders.specs import CLIP_PROJECTED, T5
-from dfa2_jax.families.base import Defaults, Embeddings, Encode, expect_shape
+from dfa2_jax.families.base import Defaults, Embeddings, Encode, Schedule, expect_shape
+from dfa2_jax.families.sd3.config import SD3Config
 from dfa2_jax.families.sd3.rules import RULES
-from dfa2_jax.families.sd3.transformer import SD3Config, SD3Transformer
-from dfa2_jax.sampling.schedule import check_flow_match, flow_match_sigmas
-from dfa2_jax.sampling.tokens import ROW_COLUMN_CHANNEL, crop_positions, patchify, unpatchify
+from dfa2_jax.families.sd3.transformer import PositionTable, SD3Conditions, SD3Transformer
+from dfa2_jax.options import Options
+from dfa2_jax.sampling.guidance import ClassifierFree, Guidance, NoGuidance, SkipLayer
+from dfa2_jax.sampling.inputs import pad_steps
+from dfa2_jax.sampling.solvers.flow_euler import FlowEuler, check_flow_match, flow_match_sigmas
+from dfa2_jax.sampling.tokens import ROW_COLUMN_CHANNEL, Grid, Patches, crop_positions
 from dfa2_jax.vae.spec import AUTOENCODER
 from dfa2_jax.weights.spec import ComponentSpec
 
@@ -25,7 +31,7 @@ TRANSFORMER = ComponentSpec(
 
 
 class SD3:
-    """Stable Diffusion 3 and 3.5: classifier-free guidance, three encoders of which T5 may be absent."""
+    """Classifier-free guidance, three text encoders of which T5 may be absent, a position table on the host."""
 
     pipeline_class = "StableDiffusion3Pipeline"
     scheduler_class = "FlowMatchEulerDiscreteScheduler"
@@ -38,13 +44,20 @@ class SD3:
     }
     check_scheduler = staticmethod(check_flow_match)
     num_prompts = 3
-    order = ROW_COLUMN_CHANNEL
-    defaults = Defaults(num_inference_steps=28, guidance_scale=7.0, max_sequence_length=256)
 
-    def __init__(self, config: SD3Config, scheduler: dict[str, Any], position_table: np.ndarray):
-        self.config, self.scheduler, self.position_table = config, scheduler, position_table
+    def __init__(self, config: SD3Config, scheduler: Mapping[str, Any], transformer: nnx.Module):
+        self.config, self.scheduler = config, scheduler
+        (self.position_table,) = jax.tree.leaves(nnx.pop(transformer, PositionTable))
+        self.tokens = Patches(config.patch_size, ROW_COLUMN_CHANNEL)
         self.latent_channels = config.in_channels
-        self.default_latent_size = config.sample_size
+        self.defaults = Defaults(
+            num_inference_steps=28, guidance_scale=7.0, max_sequence_length=256, latent_size=config.sample_size
+        )
+
+    def check(self, options: Options) -> None:
+        if options.true_cfg_scale != 1.0:
+            scale = options.true_cfg_scale
+            raise ValueError(f"true_cfg_scale={scale} is FLUX's second forward: SD3 takes guidance_scale.")
 
     def size(self, height: int, width: int, multiple: int) -> tuple[int, int]:
         if height % multiple or width % multiple:
@@ -52,36 +65,12 @@ class SD3:
             raise ValueError(f"height x width = {height} x {width} must be multiples of {multiple}: try {down}.")
         return height, width
 
-    def guidance(self, guidance_scale: float, true_cfg_scale: float, has_negative: bool) -> float | None:
-        """The scale of a doubled batch, or None for one forward per image."""
-        if true_cfg_scale != 1.0:
-            raise ValueError(f"{true_cfg_scale=} is FLUX's second forward: SD3 takes guidance_scale.")
+    def extra_text_tokens(self, encoders: Any) -> int:
+        """As many as the first CLIP tokenizer makes."""
+        return encoders.tokenizer("tokenizer").model_max_length if "text_encoder" in encoders else 77
+
+    def cfg_scale(self, options: Options, guidance_scale: float) -> float | None:
         return guidance_scale if guidance_scale > 1 else None
-
-    def clip_tokens(self, networks: Any) -> int:
-        """Of the joint sequence, beside T5's: as many as the first CLIP tokenizer makes."""
-        return networks.tokenizer("tokenizer").model_max_length if "text_encoder" in networks else 77
-
-    def embedded_guidance(self, guidance_scale: float, dtype: DTypeLike) -> None:
-        return None
-
-    def positions(self, num_text: int, rows: int, columns: int) -> np.ndarray:
-        return crop_positions(self.position_table, rows, columns)
-
-    def sigmas(self, sigmas: Sequence[float] | np.ndarray | None, steps: int, num_visual: int) -> np.ndarray:
-        return flow_match_sigmas({"max_shift": 1.16} | self.scheduler, steps if sigmas is None else sigmas, num_visual)
-
-    def model_timesteps(self, timesteps: np.ndarray, dtype: DTypeLike) -> np.ndarray:
-        return timesteps  # float32 whatever the model's dtype is
-
-    def output_latents(self, tokens: np.ndarray, rows: int, columns: int) -> np.ndarray:
-        """Latents as diffusers' pipeline takes and returns them: [B, C, h, w]."""
-        return unpatchify(tokens, self.config.patch_size, self.order, rows, columns)
-
-    def input_tokens(self, latents: np.ndarray, rows: int, columns: int) -> np.ndarray:
-        patch = self.config.patch_size
-        expect_shape("latents", latents, (None, self.latent_channels, rows * patch, columns * patch))
-        return patchify(latents, patch, self.order)
 
     def encode(self, encode: Encode, prompts: list[list[str]], length: int, clip_skip: int) -> Embeddings:
         """CLIP-L and bigG side by side, zero-padded to T5's width, before T5's tokens (pipeline_stable_diffusion_3)."""
@@ -103,3 +92,39 @@ class SD3:
         t5 = np.asarray(t5)
         padded = np.pad(hidden, ((0, 0), (0, 0), (0, t5.shape[-1] - hidden.shape[-1])))
         return Embeddings(np.concatenate([padded.astype(t5.dtype), t5], axis=1), pooled)
+
+    def conditions(self, text: Embeddings, grid: Grid, guidance_scale: float, dtype: DTypeLike) -> SD3Conditions:
+        return SD3Conditions(text.text, text.pooled, crop_positions(self.position_table, grid.rows, grid.columns))
+
+    def guidance(self, options: Options, cfg_scale: float | None, steps: int) -> Guidance:
+        if cfg_scale is None:
+            return NoGuidance()
+        base = ClassifierFree.constant(cfg_scale, steps)
+        if options.skip_guidance_layers is None:
+            return base
+        step = np.arange(steps)
+        late = step > steps * options.skip_layer_guidance_start
+        return SkipLayer(
+            base,
+            blocks=np.isin(np.arange(self.config.num_layers), options.skip_guidance_layers),
+            scale=np.asarray(options.skip_layer_guidance_scale, np.float32),
+            active=pad_steps(late & (step < steps * options.skip_layer_guidance_stop)),
+        )
+
+    def schedule(
+        self, sigmas: Sequence[float] | np.ndarray | None, steps: int, num_visual: int, dtype: DTypeLike
+    ) -> Schedule:
+        """Times are 1000 sigma in float32, whatever the model's dtype is."""
+        levels = flow_match_sigmas(
+            {"max_shift": 1.16, **self.scheduler}, steps if sigmas is None else sigmas, num_visual
+        )
+        return Schedule(levels, levels[:-1] * np.float32(1000), FlowEuler.of_sigmas(levels))
+
+    def output_latents(self, tokens: np.ndarray, grid: Grid) -> np.ndarray:
+        """[B, C, h, w]."""
+        return self.tokens.unpack(tokens, grid)[:, :, 0]
+
+    def input_tokens(self, latents: np.ndarray, grid: Grid) -> np.ndarray:
+        patch = self.config.patch_size
+        expect_shape("latents", latents, (None, self.latent_channels, grid.rows * patch, grid.columns * patch))
+        return self.tokens.pack(latents[:, :, None])

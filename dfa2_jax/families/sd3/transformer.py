@@ -1,117 +1,42 @@
-"""Stable Diffusion 3 and 3.5 (arXiv 2403.03206): joint blocks over [visual, text], learned sizes from a config."""
+"""Stable Diffusion 3 and 3.5 (arXiv 2403.03206): joint blocks over [visual, text]."""
 
-import math
-from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import partial
-from itertools import count as counter
-from itertools import groupby
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
-from dfa2_jax.nn.attention import NOTHING, Attend, Dense, Memory, Rows
-from dfa2_jax.nn.blocks import JointBlock
-from dfa2_jax.nn.layers import MLP, AdaLNOut, linear, matmul_precision, run_blocks, stack
+from dfa2_jax.families.sd3.config import SD3Config, Segment
+from dfa2_jax.nn.attention import Attend, AttentionCall, BlockAttention, Dense, LayerPlan, dense_plans
+from dfa2_jax.nn.blocks import DualBlock, JointBlock
+from dfa2_jax.nn.carrier import carrier
+from dfa2_jax.nn.linear import MLP, Linear
+from dfa2_jax.nn.norms import AdaLNOut
+from dfa2_jax.nn.scan import run_segment, stack
+from dfa2_jax.nn.streams import Context, ReadOnlyStream, Stream
+from dfa2_jax.nn.weights import matmul_precision
 from pallas_kernels.layout import Layout
 
 
-class Segment(NamedTuple):
-    """A run of equal blocks, scanned as one."""
+@carrier
+class SD3Conditions:
+    """What the transformer is told beside latents and time.
 
-    dual: bool
-    last: bool
-    count: int
+    text: CLIP's and T5's states; pooled: both CLIPs' pooled states.
+    positions: `sampling.tokens.crop_positions` for the image's patches.
+    """
 
+    text: Float[Array | np.ndarray, "B T E"]
+    pooled: Float[Array | np.ndarray, "B P"]
+    positions: Float[Array | np.ndarray, "1 V D"]
 
-@dataclass(frozen=True, kw_only=True)
-class SD3Config:
-    """Sizes of an `SD3Transformer2DModel`. diffusers' own defaults match no published model: read config.json."""
-
-    patch_size: int
-    in_channels: int
-    out_channels: int
-    num_layers: int
-    attention_head_dim: int
-    num_attention_heads: int
-    joint_attention_dim: int
-    caption_projection_dim: int
-    pooled_projection_dim: int
-    pos_embed_max_size: int
-    sample_size: int
-    dual_attention_layers: tuple[int, ...] = ()
-    qk_norm: str | None = None
-
-    def __post_init__(self) -> None:
-        if self.qk_norm not in (None, "rms_norm"):
-            raise ValueError(f"{self.qk_norm=} is not supported: None (SD3) or 'rms_norm' (SD3.5).")
-        if self.caption_projection_dim != self.width:
-            raise ValueError(f"{self.caption_projection_dim=} must equal heads x head_dim = {self.width}.")
-        if self.in_channels != self.out_channels:
-            raise ValueError(f"{self.in_channels=} and {self.out_channels=} must be equal to denoise latents.")
-
-    @classmethod
-    def from_json(cls, config: Mapping[str, Any]) -> "SD3Config":
-        """From diffusers' config.json; fields that diffusers may omit take diffusers' defaults, others are ignored."""
-        defaults = {"patch_size": 2, "in_channels": 16, "sample_size": 128, "qk_norm": None}
-        known: dict[str, Any] = {name: config.get(name, defaults.get(name)) for name in cls.__dataclass_fields__}
-        known["out_channels"] = config.get("out_channels") or known["in_channels"]
-        known["dual_attention_layers"] = tuple(config.get("dual_attention_layers") or ())
-        missing = sorted(name for name, value in known.items() if value is None and name != "qk_norm")
-        if missing:
-            raise ValueError(f"The transformer's config.json lacks {missing}.")
-        return cls(**known)
-
-    @property
-    def width(self) -> int:
-        return self.num_attention_heads * self.attention_head_dim
-
-    @property
-    def patch_shape(self) -> tuple[int, int, int]:
-        """Of one visual token's numbers: patch rows, patch columns, channels."""
-        return self.patch_size, self.patch_size, self.in_channels
-
-    @property
-    def token_channels(self) -> int:
-        return math.prod(self.patch_shape)
-
-    @property
-    def segments(self) -> tuple[Segment, ...]:
-        last = self.num_layers - 1
-        kinds = [(i in self.dual_attention_layers, i == last) for i in range(self.num_layers)]
-        return tuple(Segment(*kind, len(list(run))) for kind, run in groupby(kinds))
-
-    @property
-    def attention_rows(self) -> Rows:
-        """A dual block's second attention runs after its joint one."""
-        numbers, rows = counter(), []
-        for segment in self.segments:
-            pairs = [(next(numbers), next(numbers) if segment.dual else None) for _ in range(segment.count)]
-            first, second = zip(*pairs, strict=True)
-            rows.append((first, second if segment.dual else ()))
-        return tuple(rows)
-
-    def attention_layers(self, num_text: int, num_visual: int) -> dict[str, Layout]:
-        """Every attention call by name, in order of execution; the second ones of dual blocks see no text."""
-        layers = {}
-        for i in range(self.num_layers):
-            layers[f"joint.{i}"] = Layout(num_text, num_visual, text_first=False)
-            if i in self.dual_attention_layers:
-                layers[f"attn2.{i}"] = Layout(0, num_visual, text_first=False)
-        return layers
-
-    def place(self, path: str, block: int) -> tuple[str, int]:
-        """Path, with its segment, and place there of a parameter of diffusers' `transformer_blocks.{block}`."""
-        index = block
-        for number, segment in enumerate(self.segments):
-            if index < segment.count:
-                return path.replace("segments.", f"segments.{number}.", 1), index
-            index -= segment.count
-        raise ValueError(f"{block=} is beyond the last transformer block, {self.num_layers - 1}.")
+    def last(self, count: int) -> "SD3Conditions":
+        """Those of the last `count` rows of the batch."""
+        return SD3Conditions(self.text[-count:], self.pooled[-count:], self.positions)
 
 
 class PositionTable(nnx.Variable):
@@ -121,13 +46,10 @@ class PositionTable(nnx.Variable):
 class SD3Transformer(nnx.Module):
     """Predicts the velocity of every visual token."""
 
-    text_first = False
-
     def __init__(self, config: SD3Config, *, dtype: DTypeLike, rngs: nnx.Rngs):
-        to = {"dtype": dtype, "rngs": rngs}
+        to: dict[str, Any] = {"dtype": dtype, "rngs": rngs}
         width = config.width
-        self.dtype = jnp.dtype(dtype)
-        self.patch_shape = config.patch_shape
+        self.config, self.dtype = config, jnp.dtype(dtype)
         self.pos_embed = PositionTable(jnp.zeros((config.pos_embed_max_size**2, width), dtype))
         self.patch_embed = nnx.LinearGeneral(  # diffusers' convolution over whole patches, as a product
             config.patch_shape,
@@ -140,81 +62,56 @@ class SD3Transformer(nnx.Module):
         )
         self.timestep_embedder = MLP(256, width, width, activation=jax.nn.silu, **to)
         self.text_embedder = MLP(config.pooled_projection_dim, width, width, activation=jax.nn.silu, **to)
-        self.context_embedder = linear(config.joint_attention_dim, width, **to)
+        self.context_embedder = Linear(config.joint_attention_dim, width, **to)
 
         def block(segment: Segment, rngs: nnx.Rngs) -> JointBlock:
+            kind, text = DualBlock if segment.dual else JointBlock, ReadOnlyStream if segment.last else Stream
             heads, qk_norm = config.num_attention_heads, config.qk_norm is not None
-            return JointBlock(
-                width, heads, qk_norm=qk_norm, dual=segment.dual, last=segment.last, dtype=dtype, rngs=rngs
-            )
+            return kind(width, heads, qk_norm=qk_norm, text=text, dtype=dtype, rngs=rngs)
 
         self.segments = nnx.List([stack(segment.count, partial(block, segment), rngs) for segment in config.segments])
-        self.counts = tuple(s.count for s in config.segments)
-        self.attention_rows = config.attention_rows
         self.norm_out = AdaLNOut(width, **to)
-        self.proj_out = linear(width, config.token_channels, **to)
+        self.proj_out = Linear(width, config.token_channels, **to)
+
+    def calls(self, num_text: int, num_visual: int) -> tuple[AttentionCall, ...]:
+        """Every attention call in order of execution."""
+        return self.config.calls(num_text, num_visual)
 
     def __call__(
         self,
-        tokens: Float[Array, "B V C"],
-        text: Float[Array, "B T E"],
-        pooled: Float[Array, "B P"],
-        positions: Float[Array, "1 V D"],
-        timestep: Float[Array, "#B 256"],
-        guidance: None = None,
+        tokens: Float[Array | np.ndarray, "B V C"],
+        timestep: Float[Array | np.ndarray, "#B 256"],
+        conditions: SD3Conditions,
+        attend: Attend | None = None,
         *,
-        skip: Bool[Array, " layers"] | None = None,
+        memory: dict[str, Any] | None = None,
+        plans: dict[str, LayerPlan] | None = None,
+        skipped_blocks: Bool[Array, " blocks"] | None = None,
         unroll: int | bool = 1,
-        implementation: str | None = None,
-    ) -> Float[Array, "B V C"]:
-        """Velocity of patchified latents, with dense attention.
+    ) -> tuple[Float[Array, "B V C"], dict[str, Any]]:
+        """Velocity of patchified latents, and what attention remembers (`families.base.Transformer`).
 
         Args:
-            tokens: latents in patches of (row, column, channel), `patches.patchify`.
-            text: T5 and CLIP states; pooled: projected CLIP states.
-            positions: `patches.crop_positions` for the image's patches.
-            timestep: `layers.sinusoid` of 1000 sigma.
-            skip: blocks to leave out (skip-layer guidance); traced, so another choice compiles nothing.
+            tokens: latents in patches of (row, column, channel), `sampling.tokens.patchify`.
+            timestep: `sampling.sinusoid` of 1000 sigma.
+            skipped_blocks: blocks to leave out (skip-layer guidance); traced, so another choice compiles nothing.
         """
-        args = tokens, text, pooled, positions, timestep, guidance
-        return self.velocity(*args, Dense(implementation), skip=skip, unroll=unroll)[0]
+        config = self.config
+        layout = Layout(num_text=conditions.text.shape[1], num_visual=tokens.shape[1], text_first=False)
+        patches = jnp.asarray(tokens).astype(self.dtype).reshape(*tokens.shape[:-1], *config.patch_shape)
+        visual = self.patch_embed(patches) + jnp.asarray(conditions.positions).astype(self.dtype)
+        time = self.timestep_embedder(jnp.asarray(timestep).astype(self.dtype))
+        context = Context(time + self.text_embedder(jnp.asarray(conditions.pooled)), layout)
+        streams = visual, self.context_embedder(jnp.asarray(conditions.text))
 
-    def velocity(
-        self,
-        tokens: Float[Array, "B V C"],
-        text: Float[Array, "B T E"],
-        pooled: Float[Array, "B P"],
-        positions: Float[Array, "1 V D"],
-        timestep: Float[Array, "#B 256"],
-        guidance: None,
-        attend: Attend,
-        memory: tuple[Memory, ...] | None = None,
-        rows: tuple[Memory, ...] | None = None,
-        *,
-        skip: Bool[Array, " layers"] | None = None,
-        unroll: int | bool = 1,
-    ) -> tuple[Float[Array, "B V C"], tuple[Memory, ...]]:
-        """As `__call__`, with any attention, and what it remembers: one entry per segment."""
-        layout = Layout(num_text=text.shape[1], num_visual=tokens.shape[1], text_first=self.text_first)
-        patches = tokens.astype(self.dtype).reshape(*tokens.shape[:-1], *self.patch_shape)
-        visual = self.patch_embed(patches) + positions.astype(self.dtype)
-        vector = self.timestep_embedder(timestep.astype(self.dtype)) + self.text_embedder(pooled)
-        context, start, remembered = self.context_embedder(text), 0, []
+        def step(block: JointBlock, streams: tuple[Array, Array], attention: BlockAttention) -> tuple[Array, Array]:
+            return block(*streams, context, attention)
 
-        def step(block: JointBlock, carry: tuple[Array, Array, Memory], per_layer: Any) -> tuple[Array, Array, Memory]:
-            skip, rows = per_layer
-
-            def run(carry: tuple[Array, Array, Memory]) -> tuple[Array, Array, Memory]:
-                visual, context, memory = carry
-                return block(visual, context, vector, layout, attend=attend, memory=memory, rows=rows)
-
-            return run(carry) if skip is None else jax.lax.cond(skip, lambda carry: carry, run, carry)
-
-        for i, (blocks, count) in enumerate(zip(self.segments, self.counts, strict=True)):
-            flags = None if skip is None else skip[start : start + count]
-            carry = visual, context, NOTHING if memory is None else memory[i]
-            per_layer = flags, NOTHING if rows is None else rows[i]
-            visual, context, last = run_blocks(blocks, step, carry, per_layer, unroll=unroll)
-            remembered.append(last)
-            start += count
-        return self.proj_out(self.norm_out(visual, vector)), tuple(remembered)
+        attend, memory = Dense() if attend is None else attend, memory or {}
+        plans, start = plans or dense_plans(self.calls(1, 1)), 0
+        for number, (blocks, segment) in enumerate(zip(self.segments, config.segments, strict=True)):
+            skipped = None if skipped_blocks is None else skipped_blocks[start : start + segment.count]
+            where = f"segments.{number}", blocks, step, streams, attend, memory, plans
+            streams, memory = run_segment(*where, skipped=skipped, unroll=unroll)
+            start += segment.count
+        return self.proj_out(self.norm_out(streams[0], context.vector)), memory

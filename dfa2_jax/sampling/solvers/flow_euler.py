@@ -1,12 +1,17 @@
-"""Flow-matching schedules and the noise they start from: host-side numbers, equal to diffusers' without torch."""
+"""Euler steps of flow matching (arXiv 2210.02747, algorithm 1), and the schedules of SD3 and FLUX."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Float
+from jaxtyping import Array, Float, Int
+
+from dfa2_jax.nn.carrier import carrier
+from dfa2_jax.sampling.inputs import pad_steps
+from dfa2_jax.sampling.solvers.base import Latents
 
 UNSUPPORTED = (
     "invert_sigmas",
@@ -18,8 +23,25 @@ UNSUPPORTED = (
 )
 
 
+@carrier
+class FlowEuler:
+    """dx/dsigma is the velocity: x moves by the difference of two noise levels times the velocity."""
+
+    differences: Float[Array, " padded_steps"] | Float[np.ndarray, " padded_steps"]
+
+    @classmethod
+    def of_sigmas(cls, sigmas: Float[np.ndarray, " steps_plus_1"]) -> "FlowEuler":
+        return cls(pad_steps(np.diff(sigmas)))
+
+    def init(self, x: Latents) -> None:
+        return None
+
+    def step(self, x: Latents, prediction: Latents, i: Int[Array, ""] | int, state: None) -> tuple[Latents, None]:
+        return x + jnp.asarray(self.differences)[i] * prediction, None
+
+
 def flow_match_sigmas(
-    config: dict[str, Any], sigmas: Sequence[float] | np.ndarray | int, num_visual: int
+    config: Mapping[str, Any], sigmas: Sequence[float] | np.ndarray | int, num_visual: int
 ) -> Float[np.ndarray, " steps_plus_1"]:
     """Noise levels of every step and a final 0, float32 (diffusers `FlowMatchEulerDiscreteScheduler.set_timesteps`).
 
@@ -60,7 +82,7 @@ def flow_match_sigmas(
     return np.append(levels.astype(np.float32), np.float32(0))
 
 
-def check_flow_match(config: dict[str, Any]) -> None:
+def check_flow_match(config: Mapping[str, Any]) -> None:
     """Make schedules, so that a scheduler_config.json that cannot is seen before any weight is.
 
     Raises:
@@ -72,7 +94,7 @@ def check_flow_match(config: dict[str, Any]) -> None:
             raise ValueError(f"its sigmas are {made.tolist()}")
 
 
-def _positive(config: dict[str, Any], name: str, default: int | float) -> Any:
+def _positive(config: Mapping[str, Any], name: str, default: int | float) -> Any:
     value = config.get(name, default)
     if type(value) not in (int, float) or not 0 < value < math.inf:
         raise ValueError(f"scheduler_config.json: {name}={value!r:.100} is not a positive number.")
@@ -84,7 +106,7 @@ def _shift(sigma: np.ndarray, shift: float) -> np.ndarray:
     return shift * sigma / (1 + (shift - 1) * sigma)
 
 
-def _dynamic_shift(config: dict[str, Any], num_visual: int) -> float:
+def _dynamic_shift(config: Mapping[str, Any], num_visual: int) -> float:
     """mu, linear in the number of visual tokens; not clamped (3.23 for 2048 px)."""
     base_tokens, max_tokens = (
         _positive(config, f"{end}_image_seq_len", of) for end, of in (("base", 256), ("max", 4096))
@@ -103,37 +125,3 @@ def embedded_scalar(x: Float[np.ndarray, " steps"], dtype: DTypeLike = np.float3
     so whoever wants bfloat16 diffusers' numbers asks for them here, on the host.
     """
     return (x.astype(dtype) * np.asarray(1000, dtype)).astype(np.float32)
-
-
-def torch_randn(seed: int, shape: tuple[int, ...]) -> Float[np.ndarray, "*shape"]:
-    """`torch.randn(shape, generator=torch.Generator().manual_seed(seed))` on a CPU, without torch.
-
-    The Mersenne Twister's stream is the same bit for bit, and so are the uniforms; logarithm and cosine of the
-    Box-Muller transform differ from torch's vectorised ones: by 7.2e-7 at most in 5 million draws.
-
-    Raises:
-        ValueError: a negative seed, or fewer than 16 numbers (torch draws those differently).
-    """
-    count = math.prod(shape)
-    if seed < 0 or count < 16:
-        raise ValueError(f"{seed=} must not be negative, and {shape=} must hold 16 numbers or more.")
-    stream = np.random.RandomState(seed & 0xFFFFFFFF)  # as torch: the low 32 bits seed the twister
-
-    def uniform(size: int) -> np.ndarray:
-        bits = stream.randint(0, 2**32, size=size, dtype=np.uint32) & np.uint32(2**24 - 1)
-        return bits.astype(np.float32) * np.float32(2**-24)
-
-    def box_muller(u: np.ndarray) -> np.ndarray:
-        """Blocks of 16: eight radii, then eight angles; cosines fill the first half, sines the second."""
-        u = u.reshape(-1, 2, 8)
-        radius = np.sqrt(np.float32(-2) * np.log(np.float32(1) - u[:, 0]))
-        angle = np.float32(2 * np.pi) * u[:, 1]  # rounded to float32, as torch's is: cosines of it move by 5e-7
-        return np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1).ravel()
-
-    whole = count // 16 * 16
-    draws = uniform(count)
-    noise = np.empty(count, np.float32)
-    noise[:whole] = box_muller(draws[:whole])
-    if whole != count:  # torch draws the last 16 numbers afresh, over some of the ones before
-        noise[-16:] = box_muller(uniform(16))
-    return noise.reshape(shape)

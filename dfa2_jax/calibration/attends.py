@@ -1,0 +1,154 @@
+"""Attention that tries every method on every head, and keeps what it chose."""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from dfa2_jax.calibration.search import choose
+from dfa2_jax.nn.attention import Heads, LayerPlan, Project, arrow_attention, nested_arrow_attention
+from dfa2_jax.nn.carrier import carrier
+from dfa2_jax.plan.plan import Method
+from pallas_kernels.layout import CACHED, FULL, Layout
+from pallas_kernels.mask import count_tiles
+
+
+@carrier
+class Trials:
+    """What calibration remembers of a stack of layers."""
+
+    caches: Float[Array, "L B T N H"]
+    picks: Int[Array, "L N"]
+    """Number of the chosen candidate; -1: full."""
+    errors: Float[Array, "L N M"]
+    """Relative squared error of every candidate."""
+
+    @classmethod
+    def of_caches(cls, caches: Float[Array, "L B T N H"], num_candidates: int) -> "Trials":
+        size = len(caches), caches.shape[3]
+        return cls(caches, jnp.zeros(size, jnp.int32), jnp.zeros((*size, num_candidates)))
+
+
+@carrier
+class Budget:
+    """Of one layer at one step. Data: another one compiles nothing."""
+
+    delta: Float[Array, ""]
+    """What the errors of the chosen methods may add up to over the heads."""
+    bound: Float[Array, ""]
+    """What each stays below."""
+
+    @classmethod
+    def of(cls, delta: float, c: float | None, heads: int) -> "Budget":
+        """`c * delta / heads` bounds a head (appendix); None: nothing does. Rounded down: float32(0.6) is above 0.6."""
+        return cls(float32_below(delta), float32_below(np.inf if c is None else c * delta / heads))
+
+
+def float32_below(x: float) -> Float[Array, ""]:
+    """The largest float32 that is not above x."""
+    nearest = np.float32(x)
+    return jnp.asarray(np.nextafter(nearest, np.float32(-np.inf)) if float(nearest) > x else nearest)
+
+
+@carrier
+class Moments:
+    """Sums over a part of the batch, per head, in float32; with a leading axis, of several parts."""
+
+    squares: Float[Array, "*parts N M"]
+    """Of the differences between each candidate's output and the dense one."""
+    mean: Float[Array, "*parts N"]
+    """Of the dense output."""
+    spread: Float[Array, "*parts N"]
+    """Of its squared distances from that mean."""
+
+
+@dataclass(frozen=True)
+class TryEverything:
+    """Attention that finds out what each head could do with.
+
+    candidates: methods other than full.
+    tiles: queries and keys of the tiles that a method saves, `Plan.density`'s.
+    chunk: samples of the batch whose candidates are held at once; None: all.
+    """
+
+    candidates: tuple[Method, ...]
+    budget: Budget
+    tiles: tuple[int, int]
+    chunk: int | None = None
+    implementation: str | None = None
+
+    def memory(self, stack: jax.ShapeDtypeStruct) -> Trials:
+        return Trials.of_caches(jnp.zeros(stack.shape, stack.dtype), len(self.candidates))
+
+    def __call__(self, project: Project, layout: Layout, memory: Trials, plan: LayerPlan) -> tuple[Heads, Trials]:
+        q, k, v = project()
+        windows = np.array([method.half_window(layout.num_visual) for method in self.candidates], np.int32)
+        saved = saved_tiles(windows, layout, self.tiles)
+        strategy = self._select if self.chunk is None else self._recompute
+        caches, picks, errors = strategy(windows, saved, layout, (q, k, v), memory.caches, plan.place)
+        picked = memory.picks.at[plan.place].set(picks), memory.errors.at[plan.place].set(errors)
+        return caches[plan.place], Trials(caches, *picked)
+
+    def _select(
+        self, windows: Int[np.ndarray, " M"], saved: tuple[int, ...], layout: Layout,
+        qkv: tuple[Heads, Heads, Heads], caches: Float[Array, "L B T N H"], place: Int[Array, ""],
+    ) -> tuple[Float[Array, "L B T N H"], Int[Array, " N"], Float[Array, "N M"]]:  # fmt: skip
+        """Hold every candidate's output, and take the chosen ones."""
+        candidates, out = self._outputs(windows, layout, *qkv, caches[place])
+        errors = relative_errors(jax.tree.map(lambda x: x[None], moments(candidates, out)))
+        picks = choose(errors, saved, self.budget.delta, self.budget.bound)
+        for number, candidate in enumerate(candidates):
+            out = jnp.where((picks == number)[None, None, :, None], candidate, out)
+        return jax.lax.dynamic_update_index_in_dim(caches, out, place, 0), picks, errors
+
+    def _recompute(
+        self, windows: Int[np.ndarray, " M"], saved: tuple[int, ...], layout: Layout,
+        qkv: tuple[Heads, Heads, Heads], caches: Float[Array, "L B T N H"], place: Int[Array, ""],
+    ) -> tuple[Float[Array, "L B T N H"], Int[Array, " N"], Float[Array, "N M"]]:  # fmt: skip
+        """Drop each chunk's candidates after their errors, and compute the chosen ones again."""
+        parts = tuple(x.reshape(-1, self.chunk, *x.shape[1:]) for x in (*qkv, caches[place]))
+        errors = relative_errors(jax.lax.map(lambda part: moments(*self._outputs(windows, layout, *part)), parts))
+        picks = choose(errors, saved, self.budget.delta, self.budget.bound)
+        half_window = jnp.append(jnp.asarray(windows), jnp.int32(FULL))[picks]
+        options = {"layout": layout, "implementation": self.implementation}
+        return arrow_attention(*qkv, half_window, cache=caches, layer=place, **options), picks, errors
+
+    def _outputs(
+        self, windows: Int[np.ndarray, " M"], layout: Layout, q: Heads, k: Heads, v: Heads, previous: Heads
+    ) -> tuple[list[Heads], Heads]:
+        """Every head under every candidate, and dense."""
+        options = {"layout": layout, "implementation": self.implementation}
+        arrows = np.unique(windows[windows >= 0])
+        if not arrows.size:
+            full = jnp.full(q.shape[2], FULL, jnp.int32)
+            return [previous] * len(windows), arrow_attention(q, k, v, full, **options)
+        nested = nested_arrow_attention(q, k, v, jnp.asarray(arrows), **options)
+        places = [np.searchsorted(arrows, window) for window in windows]
+        return [
+            previous if window == CACHED else nested[place] for window, place in zip(windows, places, strict=True)
+        ], nested[-1]
+
+
+def saved_tiles(windows: Int[np.ndarray, " M"], layout: Layout, tiles: tuple[int, int]) -> tuple[int, ...]:
+    """Tiles of a head that each candidate does not visit."""
+    count = count_tiles(windows, layout, *tiles)
+    return tuple(int(count.total - visited) for visited in count.visited)
+
+
+def moments(candidates: list[Heads], dense: Heads) -> Moments:
+    """Over batch, tokens (those of text too, as in the paper) and channels."""
+    axes, exact = (0, 1, 3), dense.astype(jnp.float32)
+    mean = exact.mean(axes, keepdims=True)
+    squares = [jnp.square(candidate.astype(jnp.float32) - exact).mean(axes) for candidate in candidates]
+    return Moments(jnp.stack(squares, axis=1), mean[0, 0, :, 0], jnp.square(exact - mean).mean(axes))
+
+
+def relative_errors(parts: Moments) -> Float[Array, "N M"]:
+    """Relative squared error of each head under each candidate, from equal parts of the batch on the first axis.
+
+    `mean((o' - o)^2) / mean((o - mean(o))^2)` (section 3.2). The mean of the parts' errors would be another number.
+    """
+    squares, mean, spread = (x.mean(0) for x in (parts.squares, parts.mean, parts.spread))
+    return squares / (spread + jnp.square(parts.mean - mean[None]).mean(0))[:, None]

@@ -1,0 +1,81 @@
+"""Sizes of a FLUX.1 transformer, and the order of its attention calls."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from dfa2_jax.nn.attention import AttentionCall
+from pallas_kernels.layout import Layout
+
+
+@dataclass(frozen=True, kw_only=True)
+class FluxConfig:
+    """Sizes of a `FluxTransformer2DModel`."""
+
+    in_channels: int
+    num_layers: int
+    num_single_layers: int
+    attention_head_dim: int
+    num_attention_heads: int
+    joint_attention_dim: int
+    pooled_projection_dim: int
+    guidance_embeds: bool
+    axes_dims_rope: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if sum(self.axes_dims_rope) != self.attention_head_dim or len(self.axes_dims_rope) != 3:
+            raise ValueError(f"{self.axes_dims_rope=} must be three sizes that add up to {self.attention_head_dim=}.")
+        if self.in_channels % 4:
+            raise ValueError(f"{self.in_channels=} must be a multiple of 4: latents are packed in 2 x 2 patches.")
+
+    @classmethod
+    def from_json(cls, config: Mapping[str, Any]) -> "FluxConfig":
+        """From diffusers' config.json; what it omits takes diffusers' defaults, unknown fields are ignored.
+
+        Raises:
+            ValueError: a variant whose input is not its output (FLUX.1-Fill, -Canny, -Depth).
+        """
+        defaults = {
+            "in_channels": 64,
+            "num_layers": 19,
+            "num_single_layers": 38,
+            "attention_head_dim": 128,
+            "num_attention_heads": 24,
+            "joint_attention_dim": 4096,
+            "pooled_projection_dim": 768,
+            "guidance_embeds": False,
+        }
+        known = {name: config.get(name, default) for name, default in defaults.items()}
+        out_channels, patch_size = config.get("out_channels"), config.get("patch_size", 1)
+        if out_channels not in (None, known["in_channels"]) or patch_size != 1:
+            raise ValueError(
+                f"Only text-to-image FLUX.1 is supported: in_channels={known['in_channels']}, {out_channels=}, "
+                f"{patch_size=} must be equal channels and patch size 1."
+            )
+        return cls(**known, axes_dims_rope=tuple(config.get("axes_dims_rope") or (16, 56, 56)))
+
+    @property
+    def width(self) -> int:
+        return self.num_attention_heads * self.attention_head_dim
+
+    @property
+    def patch_size(self) -> int:
+        """Latent pixels along a side of one token; diffusers packs them in the pipeline and says 1 in the config."""
+        return 2
+
+    @property
+    def token_channels(self) -> int:
+        return self.in_channels
+
+    def calls(self, num_text: int, num_visual: int) -> tuple[AttentionCall, ...]:
+        """Every attention call in order of execution: double-stream blocks, then single-stream ones."""
+        layout = Layout(num_text, num_visual, text_first=True)
+        stacks = (
+            ("double", "transformer_blocks.attn", self.num_layers),
+            ("single", "single_transformer_blocks.attn", self.num_single_layers),
+        )
+        return tuple(
+            AttentionCall(f"{name}.{place}", place + (name == "single") * self.num_layers, stack, place, layout)
+            for name, stack, count in stacks
+            for place in range(count)
+        )

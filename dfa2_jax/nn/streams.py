@@ -1,0 +1,161 @@
+"""What a joint block does to each of its streams, and what is equal in all blocks."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from dfa2_jax.nn.attention import QKV, Heads
+from dfa2_jax.nn.linear import MLP, Linear
+from dfa2_jax.nn.norms import AdaLN, AdaLNOut, Modulation, RMSNorm, layer_norm
+from dfa2_jax.nn.rope import Rope, rotate
+from dfa2_jax.nn.weights import merge_heads
+from pallas_kernels.layout import Layout
+
+
+@dataclass(frozen=True)
+class Context:
+    """Equal in all blocks of a forward: the vector that modulates, where the streams lie, rotary positions."""
+
+    vector: Float[Array, "B D"]
+    layout: Layout
+    rope: Rope | None = None
+
+    @property
+    def visual_alone(self) -> Layout:
+        """Of an attention that sees no text."""
+        return Layout(num_text=0, num_visual=self.layout.num_visual, text_first=self.layout.text_first)
+
+    def rotated(self, qkv: QKV) -> QKV:
+        q, k, v = qkv
+        return qkv if self.rope is None else (rotate(q, self.rope), rotate(k, self.rope), v)
+
+    def joined(self, visual: QKV, text: QKV) -> QKV:
+        """Both streams as one sequence."""
+        pairs = zip(text, visual, strict=True) if self.layout.text_first else zip(visual, text, strict=True)
+        q, k, v = (jnp.concatenate(pair, axis=1) for pair in pairs)
+        return self.rotated((q, k, v))
+
+
+class Projections(nnx.Module):
+    """A stream's projections around an attention call.
+
+    qk_norm: RMS norms of queries and keys (not in SD3-medium).
+    writes: an output projection; without one the stream is only read.
+    """
+
+    def __init__(
+        self, width: int, num_heads: int, *, qk_norm: bool, writes: bool = True, dtype: DTypeLike, rngs: nnx.Rngs
+    ):
+        def project() -> Linear:
+            return Linear(width, width, dtype=dtype, rngs=rngs)
+
+        def norm() -> RMSNorm | None:
+            return RMSNorm(width // num_heads, dtype=dtype) if qk_norm else None
+
+        self.num_heads = num_heads
+        self.to_q, self.to_k, self.to_v = project(), project(), project()
+        self.to_out = project() if writes else None
+        self.norm_q, self.norm_k = norm(), norm()
+
+    def qkv(self, x: Float[Array, "B T D"], heads: Int[Array, " n"] | None = None) -> QKV:
+        """Queries, keys and values, of all heads or of those named."""
+        q, k, v = (to.heads(x, self.num_heads, heads) for to in (self.to_q, self.to_k, self.to_v))
+        return (q, k, v) if self.norm_q is None or self.norm_k is None else (self.norm_q(q), self.norm_k(k), v)
+
+    def out(self, heads: Heads) -> Float[Array, "B T D"]:
+        assert self.to_out is not None
+        return self.to_out(merge_heads(heads))
+
+
+class Stream(nnx.Module):
+    """One side of a joint block: modulate, attend, write back, feed forward."""
+
+    branches = 2
+    """Of the modulation: attention and MLP."""
+
+    def __init__(self, width: int, num_heads: int, *, qk_norm: bool, dtype: DTypeLike, rngs: nnx.Rngs):
+        self.norm = AdaLN(width, type(self).branches, dtype=dtype, rngs=rngs)
+        self.attn = Projections(width, num_heads, qk_norm=qk_norm, dtype=dtype, rngs=rngs)
+        self.ff = MLP(width, 4 * width, dtype=dtype, rngs=rngs)
+
+    def modulated(self, x: Float[Array, "B T D"], context: Context) -> "Modulated":
+        attn, mlp = self.norm(context.vector)
+        return Modulated(self, attn, mlp, attn(layer_norm(x)))
+
+
+@dataclass(frozen=True)
+class Modulated:
+    """A stream in one block: its modulation, and what its queries, keys and values are made of."""
+
+    stream: Stream
+    attn: Modulation
+    mlp: Modulation
+    x: Float[Array, "B T D"]
+
+    def qkv(self, heads: Int[Array, " n"] | None = None) -> QKV:
+        return self.stream.attn.qkv(self.x, heads)
+
+    def write(self, x: Float[Array, "B T D"], out: Heads) -> Float[Array, "B T D"]:
+        return x + self.attn.gate * self.stream.attn.out(out)
+
+    def feed_forward(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        return x + self.mlp.gate * self.stream.ff(self.mlp(layer_norm(x)))
+
+
+class DualStream(Stream):
+    """SD3.5's visual stream: a second attention, over visual tokens alone, with a modulation of its own."""
+
+    branches = 3
+
+    def __init__(self, width: int, num_heads: int, *, qk_norm: bool, dtype: DTypeLike, rngs: nnx.Rngs):
+        super().__init__(width, num_heads, qk_norm=qk_norm, dtype=dtype, rngs=rngs)
+        self.attn2 = Projections(width, num_heads, qk_norm=qk_norm, dtype=dtype, rngs=rngs)
+
+    def modulated(self, x: Float[Array, "B T D"], context: Context) -> "DualModulated":
+        attn, mlp, attn2 = self.norm(context.vector)
+        normed = layer_norm(x)
+        return DualModulated(self, attn, mlp, attn(normed), attn2, attn2(normed))
+
+
+@dataclass(frozen=True)
+class DualModulated(Modulated):
+    attn2: Modulation
+    x2: Float[Array, "B T D"]
+
+    def qkv2(self, heads: Int[Array, " n"] | None = None) -> QKV:
+        assert isinstance(self.stream, DualStream)
+        return self.stream.attn2.qkv(self.x2, heads)
+
+    def write2(self, x: Float[Array, "B T D"], out: Heads) -> Float[Array, "B T D"]:
+        assert isinstance(self.stream, DualStream)
+        return x + self.attn2.gate * self.stream.attn2.out(out)
+
+
+class ReadOnlyStream(nnx.Module):
+    """Text in SD3's last block: attention reads it, nothing is written to it."""
+
+    def __init__(self, width: int, num_heads: int, *, qk_norm: bool, dtype: DTypeLike, rngs: nnx.Rngs):
+        self.norm = AdaLNOut(width, dtype=dtype, rngs=rngs)
+        self.attn = Projections(width, num_heads, qk_norm=qk_norm, writes=False, dtype=dtype, rngs=rngs)
+
+    def modulated(self, x: Float[Array, "B T D"], context: Context) -> "ReadOnly":
+        return ReadOnly(self, self.norm(x, context.vector))
+
+
+@dataclass(frozen=True)
+class ReadOnly:
+    stream: ReadOnlyStream
+    x: Float[Array, "B T D"]
+
+    def qkv(self, heads: Int[Array, " n"] | None = None) -> QKV:
+        return self.stream.attn.qkv(self.x, heads)
+
+    def write(self, x: Float[Array, "B T D"], out: Any) -> Float[Array, "B T D"]:
+        return x
+
+    def feed_forward(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        return x

@@ -1,0 +1,217 @@
+"""One call of the pipeline: checked, encoded, run, decoded."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from dfa2_jax.families.base import Embeddings, Schedule
+from dfa2_jax.nn.attention import Attend, AttentionCall, Planned, by_stack
+from dfa2_jax.options import Options
+from dfa2_jax.pipeline.loaded import Loaded
+from dfa2_jax.pipeline.request import Request, seeds_of
+from dfa2_jax.plan.plan import Plan
+from dfa2_jax.plan.setting import AttentionLayer, Setting
+from dfa2_jax.sampling.inputs import Inputs, pad_steps
+from dfa2_jax.sampling.loop import State, StepPlans, denoise, denoise_planned
+from dfa2_jax.sampling.memory import empty_memory, stack_shapes
+from dfa2_jax.sampling.noise import torch_randn
+from dfa2_jax.sampling.sinusoid import sinusoid
+from dfa2_jax.sampling.tokens import Grid
+
+Run = Callable[[State, int, int], State]
+"""`run(state, start, stop)`: the state after these steps. The state that went in may be given away."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """A checked call with its prompts encoded.
+
+    options: as the caller gave them; request: with every default filled in.
+    tokens: patchified latents [B, V, P] to start from, of a `grid`.
+    seeds: one per image, None where the latents were given.
+    inputs: all that a step needs beside the latents.
+    """
+
+    pipeline: Loaded
+    options: Options
+    request: Request
+    grid: Grid
+    tokens: np.ndarray
+    seeds: list[int | None]
+    schedule: Schedule
+    inputs: Inputs = field(repr=False)
+
+    @cached_property
+    def layers(self) -> tuple[AttentionCall, ...]:
+        """Every attention call, in order of execution."""
+        return self.pipeline.config.calls(self.num_text, self.grid.num_visual)
+
+    @property
+    def num_text(self) -> int:
+        return self.inputs.conditions.text.shape[1]
+
+    @property
+    def batch(self) -> int:
+        """Of the transformer: twice the images under guidance."""
+        return self.request.batch * self.inputs.guidance.sides
+
+    @cached_property
+    def setting(self) -> Setting:
+        """What a plan is bound to."""
+        pipeline, request = self.pipeline, self.request
+        return Setting(
+            pipeline_class=pipeline.pipeline_class,
+            weights=pipeline.fingerprint,
+            scheduler=pipeline.scheduler.get("_class_name", ""),
+            sigmas=tuple(float(sigma) for sigma in self.schedule.sigmas),
+            height=request.height,
+            width=request.width,
+            doubled_batch=self.inputs.guidance.sides == 2,
+            num_heads=pipeline.config.num_attention_heads,
+            layers=tuple(
+                AttentionLayer(
+                    name=call.name,
+                    num_text=call.layout.num_text,
+                    num_visual=call.layout.num_visual,
+                    text_first=call.layout.text_first,
+                )
+                for call in self.layers
+            ),
+        )
+
+    def start(self, attend: Attend | None = None) -> State:
+        """Before the first step.
+
+        Raises:
+            MemoryError: what `attend` remembers does not fit.
+        """
+        rounding, latents = self.pipeline.rounding, self.tokens
+        if rounding is not None:
+            latents = latents.astype(rounding).astype(np.float32)
+        solver = self.inputs.solver.init(latents)
+        if attend is None:
+            return State(latents, solver)
+        config, dtype = self.pipeline.config, self.pipeline.dtype
+        heads = config.num_attention_heads, config.attention_head_dim
+        shapes = stack_shapes(self.layers, self.batch, heads, dtype)
+        return State(latents, solver, empty_memory(attend, shapes, images=self.request.batch))
+
+    def step_plans(self, plan: Plan) -> StepPlans:
+        """A plan as the loop reads it."""
+        half_window, head_order = (
+            by_stack(self.layers, pad_steps(x), axis=1) for x in (plan.half_windows(), plan.head_order())
+        )
+        return StepPlans(half_window, head_order, first=np.zeros((), np.int32))
+
+    def program(
+        self, plan: Plan | None = None, *, implementation: str | None = None, skip_projections: bool = True
+    ) -> tuple[Run, State]:
+        """The loop of this call, and the state that it starts from.
+
+        Args:
+            implementation: of attention, to measure what another order of the same sums changes; None: the best one.
+            skip_projections: as in `denoise_planned`.
+
+        Raises:
+            MemoryError: the outputs that the plan keeps from step to step do not fit.
+        """
+        transformer, attend = self.pipeline.transformer, self.options.attend
+        loop = {"inputs": jax.device_put(self.inputs), "rounding": self.pipeline.rounding}
+        loop |= {"implementation": implementation}
+        if plan is None:
+            run = partial(denoise, transformer.graph, transformer.params, **loop, attend=attend)
+            return lambda state, start, stop: run(state, start=start, stop=stop), self.start(attend)
+        loop |= {"plans": jax.device_put(self.step_plans(plan)), "skip_projections": skip_projections}
+        run = partial(denoise_planned, transformer.graph, transformer.params, **loop)
+        return lambda state, start, stop: run(state, start=start, stop=stop), self.start(Planned())
+
+    def run(self) -> np.ndarray:
+        """Patchified latents after all steps.
+
+        All steps are one program call, or one call a step when someone watches: the same program and the same numbers.
+        """
+        run, state = self.program(self.options.plan)
+        steps, watcher = self.request.steps, self.options.callback_on_step_end
+        if watcher is None and not self.options.progress:
+            return np.asarray(run(state, 0, steps).latents)
+        for i in tqdm(range(steps), desc="denoise", disable=not self.options.progress):
+            state = jax.block_until_ready(run(state, i, i + 1))
+            if watcher is not None:
+                state = State(self._watched(watcher, i, np.asarray(state.latents)), state.solver, state.memory)
+        return np.asarray(state.latents)
+
+    def _watched(self, watcher: Callable[..., Any], i: int, tokens: np.ndarray) -> np.ndarray:
+        """The latents after a callback, which may return others or change them in place."""
+        family, timestep = self.pipeline.family, float(self.schedule.sigmas[i] * 1000)
+        shown = {"latents": np.array(family.output_latents(tokens, self.grid))}
+        returned = watcher(self.pipeline, i, timestep, shown)
+        returned = shown if returned is None else returned
+        if not isinstance(returned, dict) or set(returned) - {"latents"}:
+            raise ValueError(f"callback_on_step_end must return a dict of 'latents' alone, got {returned!r:.200}")
+        return self.pipeline.given_tokens(returned.get("latents", shown["latents"]), self.request, self.grid)
+
+    def images(self, tokens: np.ndarray) -> Any:
+        """Of patchified latents [B, V, P], in the form that the call asks for."""
+        pipeline, output_type = self.pipeline, self.request.output_type
+        if output_type == "latent":
+            return pipeline.family.output_latents(tokens, self.grid)
+        images = pipeline.decode(pipeline.family.tokens.unpack(tokens, self.grid)[:, :, 0])
+        if output_type == "np":
+            return images
+        return [Image.fromarray(pixels) for pixels in (images * 255).round().astype(np.uint8)]
+
+
+def embed(pipeline: Loaded, request: Request) -> Embeddings:
+    """[unconditional, conditional] embeddings of every image, in the transformer's dtype."""
+    sides = [request.positive] if request.negative is None else [request.negative, request.positive]
+    embedded = []
+    for prompts in sides:
+        side = prompts.embeddings
+        if side is None:
+            assert prompts.texts is not None
+            skip = request.clip_skip if prompts is request.positive else 0  # diffusers leaves the negative as it is
+            side = pipeline.encode_prompt(prompts.texts, max_sequence_length=request.length, clip_skip=skip)
+        embedded.append(Embeddings(*(np.repeat(x, request.images_per_prompt, axis=0) for x in side)))
+    shapes = [side.text.shape for side in embedded]
+    if len(set(shapes)) > 1:
+        raise ValueError(f"Negative and positive prompt embeddings differ in shape: {shapes[0]} and {shapes[1]}.")
+    return Embeddings(*(np.concatenate(x).astype(pipeline.dtype) for x in zip(*embedded, strict=True)))
+
+
+def prepare(pipeline: Loaded, options: Options, request: Request) -> Call:
+    """Encodes prompts, draws noise and makes the schedule of a checked call."""
+    family, multiple = pipeline.family, pipeline.sizes.multiple
+    grid = Grid(1, request.height // multiple, request.width // multiple)
+    tokens, seeds = _start_tokens(pipeline, options, request, grid)
+    scalars = pipeline.dtype if pipeline.torch_rounding else jnp.dtype(np.float32)
+    schedule = family.schedule(request.sigmas, request.steps, grid.num_visual, scalars)
+    text = embed(pipeline, request)
+    inputs = Inputs(
+        conditions=family.conditions(text, grid, request.guidance_scale, scalars),
+        timesteps=pad_steps(sinusoid(schedule.times)),
+        guidance=family.guidance(options, request.cfg_scale, request.steps),
+        solver=schedule.solver,
+    )
+    return Call(pipeline, options, request, grid, tokens, seeds, schedule, inputs)
+
+
+def _start_tokens(
+    pipeline: Loaded, options: Options, request: Request, grid: Grid
+) -> tuple[np.ndarray, list[int | None]]:
+    """Patchified latents [B, V, P] to start from, and the seed of each image."""
+    if options.latents is not None:
+        return pipeline.given_tokens(options.latents, request, grid), [None] * request.batch
+    seeds, family, patch = seeds_of(options.seed, request.batch), pipeline.family, pipeline.config.patch_size
+    shape = (family.latent_channels, grid.frames, grid.rows * patch, grid.columns * patch)
+    if np.ndim(options.seed) == 0:
+        noise = torch_randn(seeds[0], (request.batch, *shape))
+    else:
+        noise = np.concatenate([torch_randn(seed, (1, *shape)) for seed in seeds])
+    return family.tokens.pack(noise), [*seeds]

@@ -1,0 +1,96 @@
+"""How predictions combine to one: classifier-free and skip-layer guidance, as in diffusers."""
+
+from collections.abc import Callable
+from typing import Any, ClassVar, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from dfa2_jax.nn.carrier import carrier
+from dfa2_jax.sampling.inputs import pad_steps
+
+Latents = Float[Array, "B V C"]
+Round = Callable[[Array], Array]
+"""To the dtype that torch rounds to between operations, or to nothing."""
+
+
+@runtime_checkable
+class Model(Protocol):
+    """The transformer at one step, under one kind of attention."""
+
+    def __call__(self, x: Float[Array, "B V C"], memory: Any) -> tuple[Float[Array, "B V C"], Any]:
+        """Prediction in float32 of every row of the conditions, and what attention remembers."""
+        ...
+
+    def without(self, blocks: Bool[Array, " blocks"], x: Float[Array, "B V C"]) -> Float[Array, "B V C"]:
+        """Prediction of the conditional side without some blocks; dense, and remembers nothing."""
+        ...
+
+
+@runtime_checkable
+class Guidance(Protocol):
+    """A pytree. `sides` rows of the transformer's batch make one image."""
+
+    sides: ClassVar[int]
+
+    def __call__(self, model: Model, x: Latents, i: Int[Array, ""] | int, memory: Any, rounded: Round) -> tuple:
+        """The prediction that the solver takes at step `i`, and what attention remembers."""
+        ...
+
+
+@carrier
+class NoGuidance:
+    """One forward per image."""
+
+    sides: ClassVar[int] = 1
+
+    def __call__(self, model: Model, x: Latents, i: Int[Array, ""] | int, memory: Any, rounded: Round) -> tuple:
+        return model(x, memory)
+
+
+@carrier
+class ClassifierFree:
+    """Classifier-free guidance (arXiv 2207.12598): both sides are one batch, with one plan and one memory."""
+
+    scale: Float[Array | np.ndarray, " padded_steps"]
+    sides: ClassVar[int] = 2
+
+    @classmethod
+    def constant(cls, scale: float, steps: int) -> "ClassifierFree":
+        return cls(pad_steps(np.full(steps, scale, np.float32)))
+
+    def sides_of(self, model: Model, x: Latents, memory: Any) -> tuple[Latents, Latents, Any]:
+        both, memory = model(jnp.concatenate([x, x]), memory)
+        unconditional, conditional = jnp.split(both, 2)
+        return unconditional, conditional, memory
+
+    def combined(self, unconditional: Latents, conditional: Latents, i: Any, rounded: Round) -> Latents:
+        scale = jnp.asarray(self.scale)[i]
+        return rounded(unconditional + rounded(scale * rounded(conditional - unconditional)))
+
+    def __call__(self, model: Model, x: Latents, i: Int[Array, ""] | int, memory: Any, rounded: Round) -> tuple:
+        unconditional, conditional, memory = self.sides_of(model, x, memory)
+        return self.combined(unconditional, conditional, i, rounded), memory
+
+
+@carrier
+class SkipLayer:
+    """Skip-layer guidance (SD3.5-medium): pushes away from the model without some of its blocks."""
+
+    base: ClassifierFree
+    blocks: Bool[Array | np.ndarray, " blocks"]
+    scale: Float[Array | np.ndarray, ""]
+    active: Bool[Array | np.ndarray, " padded_steps"]
+    sides: ClassVar[int] = 2
+
+    def __call__(self, model: Model, x: Latents, i: Int[Array, ""] | int, memory: Any, rounded: Round) -> tuple:
+        unconditional, conditional, memory = self.base.sides_of(model, x, memory)
+        guided = self.base.combined(unconditional, conditional, i, rounded)
+
+        def push(guided: Array) -> Array:
+            without = model.without(jnp.asarray(self.blocks), x)
+            return rounded(guided + rounded(rounded(conditional - without) * jnp.asarray(self.scale)))
+
+        return jax.lax.cond(jnp.asarray(self.active)[i], push, lambda guided: guided, guided), memory

@@ -1,0 +1,1 @@
+"""Solvers of the sampling equation, each on a page of its own."""

@@ -1,0 +1,20 @@
+"""What a solver is: coefficients made on the host, a step, and a state that the loop carries."""
+
+from typing import Any, Protocol, runtime_checkable
+
+from jaxtyping import Array, Float, Int
+
+Latents = Float[Array, "B V C"]
+
+
+@runtime_checkable
+class Solver(Protocol):
+    """A pytree of coefficients, padded like every per-step input: another schedule compiles nothing."""
+
+    def init(self, x: Latents) -> Any:
+        """The state before the first step; None where a solver has none."""
+        ...
+
+    def step(self, x: Latents, prediction: Latents, i: Int[Array, ""] | int, state: Any) -> tuple[Latents, Any]:
+        """The latents after step `i`, and the state."""
+        ...
