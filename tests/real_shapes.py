@@ -1,16 +1,20 @@
 """The published models at their true shapes, as abstract arrays: no weights exist."""
 
+from dataclasses import fields
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from dfa2_jax.families.flux.transformer import FluxConditions
 from dfa2_jax.families.registry import networks
-from dfa2_jax.families.sd3.transformer import PositionTable
+from dfa2_jax.families.sd3.transformer import PositionTable, SD3Conditions
+from dfa2_jax.sampling.guidance import ClassifierFree, NoGuidance
 from dfa2_jax.sampling.inputs import STEP_BLOCK, Inputs
-from dfa2_jax.sampling.loop import PlanRows
-from dfa2_jax.sampling.memory import cache_shapes
+from dfa2_jax.sampling.loop import State, StepPlans
+from dfa2_jax.sampling.memory import stack_shapes
+from dfa2_jax.sampling.solvers.flow_euler import FlowEuler
 
 
 class Published(NamedTuple):
@@ -53,7 +57,7 @@ PUBLISHED = {
 
 
 def denoise_arguments(name: str, pixels: int) -> tuple[Any, ...]:
-    """(graph, params, latents, inputs, start, stop) of `dfa2_jax.sampling.denoise`: one square image, in bfloat16."""
+    """(graph, params, state, inputs, start, stop) of `sampling.loop.denoise`: one square image, in bfloat16."""
     published, bf16, f32 = PUBLISHED[name], jnp.bfloat16, jnp.float32
     kind = networks()[published.class_name]
     config = kind.config(published.config)
@@ -63,30 +67,38 @@ def denoise_arguments(name: str, pixels: int) -> tuple[Any, ...]:
 
     visual, text, shape = (pixels // 16) ** 2, published.num_text, jax.ShapeDtypeStruct
     batch = 2 if published.guided else 1
+    states = shape((batch, text, config.joint_attention_dim), bf16)
+    pooled = shape((batch, config.pooled_projection_dim), bf16)
     if published.class_name.startswith("Flux"):
-        positions = (shape((text + visual, config.attention_head_dim // 2), f32),) * 2
+        rope = shape((text + visual, config.attention_head_dim // 2), f32)
+        guidance = shape((1, 256), f32) if published.config.get("guidance_embeds") else None
+        conditions = abstract(FluxConditions, states, pooled, rope, rope, guidance)
     else:
-        positions = shape((1, visual, config.width), bf16)
-    inputs = Inputs(
-        text=shape((batch, text, config.joint_attention_dim), bf16),
-        pooled=shape((batch, config.pooled_projection_dim), bf16),
-        positions=positions,
-        sigmas=shape((STEP_BLOCK + 1,), f32),
-        timesteps=shape((STEP_BLOCK, 256), f32),
-        guidance=shape((1, 256), f32) if published.config.get("guidance_embeds") else None,
-        guidance_scale=shape((), f32) if published.guided else None,
-        skip=None,
-    )
+        conditions = abstract(SD3Conditions, states, pooled, shape((1, visual, config.width), bf16))
+    per_step = shape((STEP_BLOCK,), f32)
+    guided = abstract(ClassifierFree, per_step) if published.guided else NoGuidance()
+    inputs = abstract(Inputs, conditions, shape((STEP_BLOCK, 256), f32), guided, abstract(FlowEuler, per_step))
     latents, step = shape((1, visual, config.token_channels), f32), shape((), jnp.int32)
-    return graph, params, latents, inputs, step, step
+    return graph, params, abstract(State, latents, None, None), inputs, step, step
 
 
 def planned_arguments(name: str, pixels: int) -> tuple[Any, ...]:
-    """(graph, params, latents, caches, inputs, plan, start, stop) of `dfa2_jax.sampling.denoise_planned`."""
-    graph, params, latents, inputs, start, stop = denoise_arguments(name, pixels)
+    """(graph, params, state, inputs, plans, start, stop) of `sampling.loop.denoise_planned`."""
+    graph, params, state, inputs, start, stop = denoise_arguments(name, pixels)
     config = networks()[PUBLISHED[name].class_name].config(PUBLISHED[name].config)
-    batch, num_text = inputs.text.shape[:2]
-    num_visual, layers = latents.shape[1], len(config.attention_layers(num_text, latents.shape[1]))
-    caches = cache_shapes(config, num_text, num_visual, batch, jnp.bfloat16)
-    rows = jax.ShapeDtypeStruct((STEP_BLOCK, layers, config.num_attention_heads), jnp.int32)
-    return graph, params, latents, caches, inputs, PlanRows(rows, rows), start, stop
+    batch, num_text = inputs.conditions.text.shape[:2]
+    heads = config.num_attention_heads, config.attention_head_dim
+    memory = stack_shapes(config.calls(num_text, state.latents.shape[1]), batch, heads, jnp.bfloat16)
+    half_window = {
+        name: jax.ShapeDtypeStruct((STEP_BLOCK, stack.shape[0], heads[0]), jnp.int32) for name, stack in memory.items()
+    }
+    plans = abstract(StepPlans, half_window, half_window, start)
+    return graph, params, abstract(State, state.latents, None, memory), inputs, plans, start, stop
+
+
+def abstract(cls: Any, *leaves: Any) -> Any:
+    """A carrier of shapes: made as JAX makes it, without the check of arrays."""
+    made = object.__new__(cls)
+    for one, leaf in zip(fields(cls), leaves, strict=True):
+        object.__setattr__(made, one.name, leaf)
+    return made

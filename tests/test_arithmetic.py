@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from dfa2_jax import Pipeline
+from dfa2_jax.options import Options
 from dfa2_jax.report.attention_share import attention_share, multiplications, predicted_speedup
 
 
@@ -21,12 +22,11 @@ def test_products_in_loops_count_as_often_as_they_run():
 @pytest.mark.parametrize("guided", [False, True])
 def test_share_of_sd35_is_that_of_its_layers(tiny_sd35, guided):
     pipeline = Pipeline.from_pretrained(tiny_sd35)
-    call = pipeline.prepare(
-        prompt="a", height=64, width=96, num_inference_steps=2, max_sequence_length=16, guidance_scale=1 + 3.0 * guided
-    )
-    share = attention_share(pipeline.transformer, *jax.device_put((call.tokens, call.inputs)))
+    size = {"height": 64, "width": 96, "num_inference_steps": 2, "max_sequence_length": 16}
+    call = pipeline.prepare(Options(prompt="a", **size, guidance_scale=1 + 3.0 * guided))
+    share = attention_share(call)
     width = pipeline.config.num_attention_heads * pipeline.config.attention_head_dim
-    layers = pipeline.setting_of(call).layers
+    layers = call.setting.layers
     attention = sum(2 * (layer.num_text + layer.num_visual) ** 2 * width for layer in layers)
     # Of each token in each attention: q, k, v and the output; in each block's MLP twice a fourfold width. The last
     # block's text takes q, k and v alone.

@@ -10,9 +10,9 @@ from dfa2_jax.calibration.baselines import (
     SCHEMES,
     Option,
     Scheme,
-    Shared,
-    calibrate_shared,
-    sample_shared,
+    SchemeChoices,
+    calibrate_scheme,
+    sample_scheme,
 )
 from dfa2_jax.plan.plan import Method
 from pallas_kernels import Layout
@@ -35,7 +35,7 @@ def choice(pipeline, options, pick):
     shape = setting.num_inference_steps, len(setting.layers), setting.num_heads
     picks = np.full(shape, IN_FULL, np.int32)
     picks[1:] = pick
-    return Shared(options, picks, tuple(layer.layout for layer in setting.layers))
+    return SchemeChoices(options, picks, tuple(layer.layout for layer in setting.layers))
 
 
 def plan_of(shared, setting):
@@ -51,10 +51,10 @@ def test_heads_that_share_as_plans_do_give_the_plan_s_latents(name, request):
     shape = setting.num_inference_steps, len(setting.layers), setting.num_heads
     picks = np.random.default_rng(0).integers(-1, 3, shape, dtype=np.int32)
     picks[0] = IN_FULL
-    shared = Shared(options, picks, tuple(layer.layout for layer in setting.layers))
+    shared = SchemeChoices(options, picks, tuple(layer.layout for layer in setting.layers))
     plan = plan_of(shared, setting)
     want = pipeline(**ARGUMENTS, plan=plan, progress=False).images
-    got = sample_shared(pipeline, shared, **ARGUMENTS)
+    got = sample_scheme(pipeline, shared, **ARGUMENTS)
     assert np.linalg.norm(got - want) < 1e-5 * np.linalg.norm(want)
     assert shared.density() == pytest.approx(plan.density(), abs=1e-12)
 
@@ -64,17 +64,17 @@ def test_residuals_undo_a_window_where_nothing_changed(sd35):
     step, on the same tokens, it is full attention."""
     window = Option(Method.arrow(8), band=True)
     residual = Option(Method.arrow(8), band=True, residual=True)
-    exact = sample_shared(sd35, choice(sd35, (CACHE,), IN_FULL), **ARGUMENTS | GUIDED)
+    exact = sample_scheme(sd35, choice(sd35, (CACHE,), IN_FULL), **ARGUMENTS | GUIDED)
     errors = [
-        np.linalg.norm(sample_shared(sd35, choice(sd35, (option,), 0), **ARGUMENTS | GUIDED) - exact)
+        np.linalg.norm(sample_scheme(sd35, choice(sd35, (option,), 0), **ARGUMENTS | GUIDED) - exact)
         for option in (residual, window)
     ]
     assert errors[0] < 0.9 * errors[1]
     still = ARGUMENTS | GUIDED | {"sigmas": [1.0, 1.0 - 1e-7], "num_inference_steps": None}
     two = choice(sd35, (residual,), 0)
-    two = Shared(two.options, two.picks[:2], two.layouts)
-    full = Shared(two.options, np.full_like(two.picks, IN_FULL), two.layouts)
-    got, want = (sample_shared(sd35, one, **still) for one in (two, full))
+    two = SchemeChoices(two.options, two.picks[:2], two.layouts)
+    full = SchemeChoices(two.options, np.full_like(two.picks, IN_FULL), two.layouts)
+    got, want = (sample_scheme(sd35, one, **still) for one in (two, full))
     assert np.linalg.norm(got - want) < 1e-4 * np.linalg.norm(want)
 
 
@@ -83,18 +83,18 @@ def test_shared_guidance_gives_both_halves_the_unconditional_attention(sd35):
     shared = Option(Method("full"), share_guidance=True)
     same = ARGUMENTS | GUIDED | {"negative_prompt": ARGUMENTS["prompt"]}
     for arguments, equal in ((same, True), (ARGUMENTS | GUIDED, False)):
-        got = sample_shared(sd35, choice(sd35, (shared,), 0), **arguments)
-        want = sample_shared(sd35, choice(sd35, (shared,), IN_FULL), **arguments)
+        got = sample_scheme(sd35, choice(sd35, (shared,), 0), **arguments)
+        want = sample_scheme(sd35, choice(sd35, (shared,), IN_FULL), **arguments)
         assert (np.linalg.norm(got - want) < 1e-5 * np.linalg.norm(want)) == equal
     with pytest.raises(ValueError, match="no unconditional half"):
-        sample_shared(sd35, choice(sd35, (shared,), 0), **ARGUMENTS | {"guidance_scale": 1.0})
+        sample_scheme(sd35, choice(sd35, (shared,), 0), **ARGUMENTS | {"guidance_scale": 1.0})
 
 
 @pytest.mark.parametrize("name", SCHEMES)
 def test_every_scheme_gets_sparser_with_its_threshold(name, sd35):
     scheme = SCHEMES[name]
     found = [
-        calibrate_shared(sd35, scheme, threshold, c=None, progress=False, **ARGUMENTS | GUIDED)
+        calibrate_scheme(sd35, scheme, threshold, c=None, progress=False, **ARGUMENTS | GUIDED)
         for threshold in (0.0, 0.3, 9.0)
     ]
     densities = [shared.density() for shared in found]
@@ -109,6 +109,6 @@ def test_density_counts_halves_bands_and_the_windows_that_residuals_need():
     band = Option(Method.arrow(4), band=True, residual=True)
     near = np.abs(np.subtract.outer(np.arange(64), np.arange(64))) <= 8
     halved = Option(Method("full"), share_guidance=True)
-    shared = Shared((band, halved), np.array([[[-1, -1]], [[0, 1]]], np.int32), (layout,))
+    shared = SchemeChoices((band, halved), np.array([[[-1, -1]], [[0, 1]]], np.int32), (layout,))
     assert shared.density() == pytest.approx((1 + 1 + near.mean() + near.mean() + 0.5) / 4)
     assert isinstance(SCHEMES["attention caching"], Scheme)

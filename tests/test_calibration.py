@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 
 from dfa2_jax import Method, Pipeline, calibrate
+from dfa2_jax.calibration import attends
 from dfa2_jax.calibration import calibrate as calibration
+from dfa2_jax.options import Options
 from dfa2_jax.plan.plan import Plan
 from pallas_kernels import CACHED, FULL
 
@@ -77,13 +79,15 @@ class Oracle:
 
 @dataclass(frozen=True)
 class Watched:
-    """Attention of a model that hands every q, k, v to the oracle, with its number in order of execution in `row`."""
+    """Hands every q, k, v to the oracle; its plan is its number in order of execution."""
 
     oracle: Oracle
     step: int
-    implementation: str | None = None
 
-    def __call__(self, project, layout, memory, row):
+    def memory(self, stack):
+        return None
+
+    def __call__(self, project, layout, memory, plan):
         q, k, v = project()
 
         def judge(layer, q, k, v):
@@ -91,26 +95,25 @@ class Watched:
             return np.float32(self.oracle(self.step, int(layer), *exact))
 
         out = jax.ShapeDtypeStruct(q.shape, q.dtype)
-        return jax.experimental.io_callback(judge, out, row, q, k, v, ordered=True), None
+        return jax.experimental.io_callback(judge, out, plan, q, k, v, ordered=True), None
 
 
 def follow(pipeline, plan, arguments):
     """Sample with the oracle's attention, step by step."""
     from flax import nnx
 
-    from dfa2_jax.sampling.loop import denoise_step
+    from dfa2_jax.nn.attention import by_stack
+    from dfa2_jax.sampling.loop import State, denoise_step
 
-    call = pipeline.prepare(prompt=PROMPTS, **arguments)
+    call = pipeline.prepare(Options(prompt=PROMPTS, **arguments))
     transformer, oracle, tokens = pipeline.transformer, Oracle(plan), call.tokens
     model = nnx.merge(transformer.graph, transformer.params)
-    rows = tuple(
-        tuple(np.array(numbers, np.int32) if numbers else None for numbers in pair) for pair in model.attention_rows
-    )
+    numbers = by_stack(call.layers, np.arange(len(call.layers), dtype=np.int32))
     for step in range(call.request.steps):
         attend = Watched(oracle, step)
         inputs = jax.tree.map(jnp.asarray, call.inputs)
-        one = partial(denoise_step, model.velocity, attend, inputs, lambda x: x)
-        tokens = jax.jit(lambda tokens, one=one, step=step: one(step, tokens, None, rows)[0])(tokens)
+        one = partial(denoise_step, model, attend, inputs, step)
+        tokens = jax.jit(lambda tokens, one=one: one(State(tokens), numbers).latents)(tokens)
         tokens.block_until_ready()
     return oracle
 
@@ -137,7 +140,7 @@ def test_an_oracle_in_float64_finds_the_same_errors_and_no_better_choice(name, d
     np.testing.assert_allclose(spent.sum(-1), np.array(plan.calibration.errors)[1:], atol=1e-5)
     for step, layer in product(range(len(seen)), range(layers)):
         windows = np.array([m.half_window(plan.setting.layers[layer].num_visual) for m in plan.methods], np.int32)
-        saved = np.array(calibration.saved_tiles(windows, plan.setting.layers[layer].layout, (16, 16)))
+        saved = np.array(attends.saved_tiles(windows, plan.setting.layers[layer].layout, (16, 16)))
         assert saved[chosen[step, layer]].sum() >= best(judged[step, layer], saved, delta - 1e-5, bound - 1e-5)
 
 

@@ -53,8 +53,9 @@ def wing(module):
 
 
 def imports(tree):
-    """Our modules that a tree imports, with whether it does so inside a function."""
-    top = {id(node) for node in tree.body}
+    """Our modules that a tree imports, with whether it does so inside a function; for annotations alone is not."""
+    guards = (node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
+    top = {id(node) for body in (tree.body, *(guard.body for guard in guards)) for node in body}
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]

@@ -9,6 +9,7 @@ from test_pipeline import COMMON, PROMPTS, error, load_theirs, run_theirs
 
 from dfa2_jax import Method, Pipeline, Plan, PlanError
 from dfa2_jax.nn import attention
+from dfa2_jax.options import Options
 from dfa2_jax.sampling import loop as sampling
 from pallas_kernels import CACHED
 
@@ -69,12 +70,12 @@ def test_latents_equal_diffusers_with_the_plan_in_its_processors(case, ours, req
 def test_the_full_plan_is_the_dense_program_bit_for_bit(case, ours):
     name, arguments = CASES[case]
     pipeline = ours(name)
-    call = pipeline.prepare(prompt=PROMPTS[0], **COMMON | arguments)
-    full, found = Plan.full(pipeline.setting_of(call)), {}
+    call = pipeline.prepare(Options(prompt=PROMPTS[0], **COMMON | arguments))
+    full, found = Plan.full(call.setting), {}
     for implementation in ("blockwise", "reference"):
         for plan in (None, full):
-            run, tokens, caches = pipeline.denoiser(call, plan, implementation)
-            found[implementation, plan] = np.asarray(run(tokens, caches, 0, call.request.steps)[0])
+            run, state = call.program(plan, implementation=implementation)
+            found[implementation, plan] = np.asarray(run(state, 0, call.request.steps).latents)
         np.testing.assert_array_equal(found[implementation, full], found[implementation, None])
     assert not np.array_equal(found["blockwise", full], found["reference", full])  # the names arrive
 
@@ -128,7 +129,7 @@ def test_caches_that_do_not_fit_are_refused_before_any_step(ours, monkeypatch):
     monkeypatch.setattr("dfa2_jax.sampling.memory.free_bytes", lambda: need)
     pipeline(**arguments, plan=plan, progress=False)
     monkeypatch.setattr("dfa2_jax.sampling.memory.free_bytes", lambda: need - 1)
-    with pytest.raises(MemoryError, match=f"3 images of {layouts[0].num_visual} visual tokens.*a batch of 2 would fit"):
+    with pytest.raises(MemoryError, match=f"3 images of {layouts[0].length} tokens.*a batch of 2 would fit"):
         pipeline(**arguments, plan=plan, progress=False)
 
 
@@ -144,11 +145,11 @@ def gpu_loops(monkeypatch):
 @pytest.mark.parametrize("num_rows", [11_999, 12_000])
 @pytest.mark.parametrize("num_heads", [1, 3, 24, 38])
 def test_a_layer_projects_no_more_heads_than_it_must(num_heads, num_rows):
-    branches = attention.Branches.of(num_rows)
+    branches = attention.ProjectionBranches.for_length(num_rows)
     counts = branches.counts(num_heads)
     assert counts[0] == 0 and counts[-1] == num_heads and len(counts) <= (7 if num_rows == 12_000 else 3)
     computed = np.arange(num_heads + 1)[:, None] > np.arange(num_heads)
-    chosen = branches.choose(jax.numpy.where(computed, 5, CACHED))
+    chosen = branches.branch(jax.numpy.where(computed, 5, CACHED))
     assert [counts[i] for i in chosen] == [min(c for c in counts if c >= n) for n in range(num_heads + 1)]
 
 
@@ -185,10 +186,10 @@ def test_steps_that_skip_projections_give_what_others_give(case, long, worth, ou
 
     class Counted(attention.Planned):
         def __call__(self, *args):
-            jax.debug.callback(lambda: ran.append(self.skip))
+            jax.debug.callback(lambda: ran.append(self.skip_projections))
             return super().__call__(*args)
 
-    want = run(lambda implementation, skip: attention.Planned(implementation, skip=False))
+    want = run(lambda implementation, skip: attention.Planned(implementation, skip_projections=False))
     request.getfixturevalue("gpu_loops")
     np.testing.assert_allclose(run(Counted), want, atol=1e-5)
     jax.effects_barrier()
@@ -198,12 +199,12 @@ def test_steps_that_skip_projections_give_what_others_give(case, long, worth, ou
 
 def test_no_step_is_no_step(ours):
     pipeline = ours("tiny_flux_dev")
-    call = pipeline.prepare(prompt=PROMPTS[0], **COMMON | {"height": 64, "width": 64})
-    for plan in (None, Plan.full(pipeline.setting_of(call))):
+    call = pipeline.prepare(Options(prompt=PROMPTS[0], **COMMON | {"height": 64, "width": 64}))
+    for plan in (None, Plan.full(call.setting)):
         for start in (0, 2):
-            run, tokens, caches = pipeline.denoiser(call, plan)
-            before = np.array(tokens)
-            np.testing.assert_array_equal(run(tokens, caches, start, start)[0], before)
+            run, state = call.program(plan)
+            before = np.array(state.latents)
+            np.testing.assert_array_equal(run(state, start, start).latents, before)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -211,13 +212,12 @@ def test_no_stack_of_caches_is_copied_on_a_cpu_either(case, ours):
     """On a GPU: test_planned_aot.py. A copy of all layers for each of them would grow with the square of the depth."""
     name, arguments = CASES[case]
     pipeline = ours(name)
-    call = pipeline.prepare(prompt=PROMPTS[0], **COMMON | arguments)
-    plan = Plan.full(pipeline.setting_of(call))
-    _, tokens, caches = pipeline.denoiser(call, plan)
-    rows = sampling.PlanRows(*map(sampling.pad_steps, (plan.half_windows(), plan.head_order())))
-    graph, params = pipeline.transformer.graph, pipeline.transformer.params
-    hlo = sampling.denoise_planned.lower(graph, params, tokens, caches, call.inputs, rows, 0, 4).compile().as_text()
-    stacks = {f"f32[{','.join(map(str, leaf.shape))}]" for leaf in jax.tree.leaves(caches)}
+    call = pipeline.prepare(Options(prompt=PROMPTS[0], **COMMON | arguments))
+    plan = Plan.full(call.setting)
+    _, state = call.program(plan)
+    graph, params, plans = pipeline.transformer.graph, pipeline.transformer.params, call.step_plans(plan)
+    hlo = sampling.denoise_planned.lower(graph, params, state, call.inputs, plans, 0, 4).compile().as_text()
+    stacks = {f"f32[{','.join(map(str, leaf.shape))}]" for leaf in jax.tree.leaves(state.memory)}
     made = re.findall(r"= (\S+\])\{[^ ]*\} ([\w-]+)\(", hlo)
     assert stacks <= {shape for shape, _ in made}
     assert [(shape, opcode) for shape, opcode in made if shape in stacks and "copy" in opcode] == []

@@ -77,7 +77,7 @@ def copied_share(compiled, params):
 def test_caches_and_weights_stay_where_they_are(name):
     target = aot.target("h200")
     graph, *rest = planned_arguments(name, 1024)
-    caches = rest[2]
+    caches = rest[1].memory
     planned = aot.compile_for(target, denoise_planned, graph, *target.abstract(tuple(rest)))
     graph, *rest = denoise_arguments(name, 1024)
     params = rest[0]

@@ -63,7 +63,7 @@ def map_all(model, class_name, config):
     abstract = nnx.eval_shape(lambda: kind.build(parsed, dtype="bfloat16", rngs=nnx.Rngs(0)))
     state = nnx.to_flat_state(nnx.state(abstract))
     shapes = {".".join(map(str, path)): tuple(leaf.shape) for path, leaf in state}
-    leaves = map_weights(tensors, class_name, config, shapes, "meta")
+    leaves = map_weights(tensors, kind.rules, shapes, "meta", place=kind.place(parsed))
     assert leaves.keys() == shapes.keys()
     count = sum(leaf.size for _, leaf in state if not isinstance(leaf, PositionTable))
     return tensors, count

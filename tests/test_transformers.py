@@ -1,6 +1,7 @@
 """SD3, SD3.5 and FLUX.1 transformers against diffusers, from the same folders."""
 
 import json
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -10,8 +11,10 @@ import pytest
 from flax import nnx
 from lowering import assert_highest_precision
 
+from dfa2_jax.families.flux.transformer import FluxConditions
 from dfa2_jax.families.registry import open_checkpoint
-from dfa2_jax.families.sd3.transformer import PositionTable
+from dfa2_jax.families.sd3.transformer import PositionTable, SD3Conditions
+from dfa2_jax.nn.attention import Dense
 from dfa2_jax.sampling.sinusoid import sinusoid
 from dfa2_jax.sampling.tokens import (
     CHANNEL_ROW_COLUMN,
@@ -52,13 +55,12 @@ class Case:
 
     def inputs(self, dtype):
         to = partial(jnp.asarray, dtype=dtype)
-        if self.flux:
-            positions = rope_table(tuple(self.config["axes_dims_rope"]), TEXT, ROWS, COLUMNS)
-        else:
-            positions = crop_positions(self.table, ROWS, COLUMNS)
+        timestep, text = sinusoid(np.array([1000 * SIGMA], np.float32)), (to(self.text), to(self.pooled))
+        if not self.flux:
+            return self.tokens, timestep, SD3Conditions(*text, crop_positions(self.table, ROWS, COLUMNS))
+        rope = rope_table(tuple(self.config["axes_dims_rope"]), TEXT, ROWS, COLUMNS)
         guidance = sinusoid(np.array([1000 * GUIDANCE], np.float32)) if self.guided else None
-        timestep = sinusoid(np.array([1000 * SIGMA], np.float32))
-        return self.tokens, to(self.text), to(self.pooled), positions, timestep, guidance
+        return self.tokens, timestep, FluxConditions(*text, *rope, guidance)
 
     def load(self, dtype):
         model = open_checkpoint(self.folder).load("transformer", dtype)
@@ -68,7 +70,7 @@ class Case:
 
     def ours(self, dtype=jnp.float32, **kwargs):
         graph, params = self.load(dtype)
-        forward = jax.jit(lambda params, *args: nnx.merge(graph, params)(*args, **kwargs))
+        forward = jax.jit(lambda params, *args: nnx.merge(graph, params)(*args, **kwargs)[0])
         return np.asarray(forward(params, *self.inputs(dtype)), np.float64)
 
     def theirs(self, dtype="float32", **kwargs):
@@ -110,13 +112,13 @@ def test_bfloat16_forward_is_as_close_to_float32_as_torch(folder):
 @pytest.mark.parametrize("skip", [[], [1], [0, 2, 3], [0, 1, 2, 3]])
 def test_skipped_layers_equal_diffusers(tiny_sd35, skip):
     case = Case(tiny_sd35)
-    ours = case.ours(skip=jnp.isin(jnp.arange(4), jnp.asarray(skip, jnp.int32)))
+    ours = case.ours(skipped_blocks=jnp.isin(jnp.arange(4), jnp.asarray(skip, jnp.int32)))
     assert error(ours, case.theirs(skip_layers=skip)) < 1e-5
 
 
 def test_attention_implementations_agree(folder):
     case = Case(folder)
-    assert error(case.ours(implementation="blockwise"), case.ours(implementation="reference")) < 1e-5
+    assert error(case.ours(attend=Dense("blockwise")), case.ours(attend=Dense("reference"))) < 1e-5
 
 
 def test_patchify_round_trip_and_order():
@@ -139,13 +141,13 @@ def test_position_table_is_cropped_at_its_centre_and_has_a_limit():
 def test_float32_products_are_ieee(folder):
     case = Case(folder)
     graph, params = case.load(jnp.float32)
-    traced = jax.jit(lambda params, *args: nnx.merge(graph, params)(*args)).trace(params, *case.inputs(jnp.float32))
+    traced = jax.jit(lambda params, *args: nnx.merge(graph, params)(*args)[0]).trace(params, *case.inputs(jnp.float32))
     assert_highest_precision(traced.lower(lowering_platforms=("cuda",)))
 
 
 def test_flux_wants_guidance_when_it_embeds_it(tiny_flux_dev):
     case = Case(tiny_flux_dev)
     graph, params = case.load(jnp.float32)
-    inputs = jax.tree.map(jnp.asarray, case.inputs(jnp.float32)[:5])
+    tokens, timestep, conditions = case.inputs(jnp.float32)
     with pytest.raises(ValueError, match="guidance_embeds"):
-        nnx.merge(graph, params)(*inputs)
+        nnx.merge(graph, params)(tokens, timestep, replace(conditions, guidance=None))

@@ -140,7 +140,7 @@ class Study:
         candidates = _candidates(options.windows, options.cache)
         tiles = options.tiles or PLANNING_TILES.get(pipeline.config.attention_head_dim, (128, 128))
         _check(prompts, options, tiles)
-        call = pipeline.prepare(Options(prompt=prompts, seed=options.seed, **arguments))
+        call = pipeline.prepare(Options(prompt=prompts, seed=options.seed, output_type="latent", **arguments))
         negative, scale = arguments["negative_prompt"], arguments["guidance_scale"]
         if negative is not None and call.request.cfg_scale is None:
             raise ValueError(f"negative_prompt={negative:.100} has no effect: this model does not guide at {scale}.")

@@ -23,10 +23,10 @@ Encode = Callable[..., Any]
 
 
 class Embeddings(NamedTuple):
-    """Text states [B, T, E] and pooled text [B, P]."""
+    """Text states [B, T, E], and pooled text [B, P] where the family has it."""
 
     text: np.ndarray
-    pooled: np.ndarray
+    pooled: np.ndarray | None = None
 
 
 class Defaults(NamedTuple):

@@ -15,6 +15,9 @@ from dfa2_jax.nn.rope import Rope, rotate
 from dfa2_jax.nn.weights import merge_heads
 from pallas_kernels.layout import Layout
 
+VisualQKV = tuple[Float[Array, "B V N H"], Float[Array, "B V N H"], Float[Array, "B V N H"]]
+JointQKV = tuple[Float[Array, "B S N H"], Float[Array, "B S N H"], Float[Array, "B S N H"]]
+
 
 @dataclass(frozen=True)
 class Context:
@@ -29,11 +32,11 @@ class Context:
         """Of an attention that sees no text."""
         return Layout(num_text=0, num_visual=self.layout.num_visual, text_first=self.layout.text_first)
 
-    def rotated(self, qkv: QKV) -> QKV:
+    def rotated(self, qkv: JointQKV) -> JointQKV:
         q, k, v = qkv
         return qkv if self.rope is None else (rotate(q, self.rope), rotate(k, self.rope), v)
 
-    def joined(self, visual: QKV, text: QKV) -> QKV:
+    def joined(self, visual: VisualQKV, text: QKV) -> JointQKV:
         """Both streams as one sequence."""
         pairs = zip(text, visual, strict=True) if self.layout.text_first else zip(visual, text, strict=True)
         q, k, v = (jnp.concatenate(pair, axis=1) for pair in pairs)

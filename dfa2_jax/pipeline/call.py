@@ -46,16 +46,13 @@ class Call:
     tokens: np.ndarray
     seeds: list[int | None]
     schedule: Schedule
+    num_text: int
     inputs: Inputs = field(repr=False)
 
     @cached_property
     def layers(self) -> tuple[AttentionCall, ...]:
         """Every attention call, in order of execution."""
         return self.pipeline.config.calls(self.num_text, self.grid.num_visual)
-
-    @property
-    def num_text(self) -> int:
-        return self.inputs.conditions.text.shape[1]
 
     @property
     def batch(self) -> int:
@@ -178,11 +175,11 @@ def embed(pipeline: Loaded, request: Request) -> Embeddings:
             assert prompts.texts is not None
             skip = request.clip_skip if prompts is request.positive else 0  # diffusers leaves the negative as it is
             side = pipeline.encode_prompt(prompts.texts, max_sequence_length=request.length, clip_skip=skip)
-        embedded.append(Embeddings(*(np.repeat(x, request.images_per_prompt, axis=0) for x in side)))
+        embedded.append(jax.tree.map(lambda x: np.repeat(x, request.images_per_prompt, axis=0), side))
     shapes = [side.text.shape for side in embedded]
     if len(set(shapes)) > 1:
         raise ValueError(f"Negative and positive prompt embeddings differ in shape: {shapes[0]} and {shapes[1]}.")
-    return Embeddings(*(np.concatenate(x).astype(pipeline.dtype) for x in zip(*embedded, strict=True)))
+    return jax.tree.map(lambda *x: np.concatenate(x).astype(pipeline.dtype), *embedded)
 
 
 def prepare(pipeline: Loaded, options: Options, request: Request) -> Call:
@@ -199,7 +196,7 @@ def prepare(pipeline: Loaded, options: Options, request: Request) -> Call:
         guidance=family.guidance(options, request.cfg_scale, request.steps),
         solver=schedule.solver,
     )
-    return Call(pipeline, options, request, grid, tokens, seeds, schedule, inputs)
+    return Call(pipeline, options, request, grid, tokens, seeds, schedule, text.text.shape[1], inputs)
 
 
 def _start_tokens(

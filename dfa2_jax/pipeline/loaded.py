@@ -54,7 +54,7 @@ class Loaded:
             image=vae_scale * self.family.defaults.latent_size,
             num_layers=self.config.num_layers,
             joint_attention_dim=self.config.joint_attention_dim,
-            pooled_projection_dim=self.config.pooled_projection_dim,
+            pooled_projection_dim=getattr(self.config, "pooled_projection_dim", None),
         )
 
     def encode_prompt(

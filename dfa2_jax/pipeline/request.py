@@ -37,7 +37,8 @@ class ModelSizes:
     image: int
     num_layers: int
     joint_attention_dim: int
-    pooled_projection_dim: int
+    pooled_projection_dim: int | None
+    """None: the model takes no pooled text."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,12 +211,16 @@ def _embeddings(options: Options, sizes: ModelSizes, prefix: str) -> Embeddings 
     given = [getattr(options, name) is not None for name in names]
     if not any(given):
         return None
-    if not all(given):
+    text = np.asarray(getattr(options, names[0]))
+    if sizes.pooled_projection_dim is None and given[1]:
+        raise ValueError(f"{names[1]} is not None, but this model takes no pooled text.")
+    if sizes.pooled_projection_dim is not None and not all(given):
         raise ValueError(f"{names[0]} and {names[1]} go together: {names[given.index(False)]} is None.")
-    text, pooled = (np.asarray(getattr(options, name)) for name in names)
     if text.ndim != 3 or text.shape[2] != sizes.joint_attention_dim or not text.size:
         raise ValueError(f"{names[0]} must be [batch, tokens, {sizes.joint_attention_dim}], got {list(text.shape)}.")
-    if pooled.shape != (len(text), sizes.pooled_projection_dim):
-        want = [len(text), sizes.pooled_projection_dim]
+    if sizes.pooled_projection_dim is None:
+        return Embeddings(text)
+    pooled, want = np.asarray(getattr(options, names[1])), [len(text), sizes.pooled_projection_dim]
+    if [*pooled.shape] != want:
         raise ValueError(f"{names[1]} must be {want}, got {list(pooled.shape)}.")
     return Embeddings(text, pooled)

@@ -80,6 +80,7 @@ class Flux:
 
     def conditions(self, text: Embeddings, grid: Grid, guidance_scale: float, dtype: DTypeLike) -> FluxConditions:
         cos, sin = rope_table(self.config.axes_dims_rope, text.text.shape[1], grid.rows, grid.columns)
+        assert text.pooled is not None
         embedded = None
         if self.config.guidance_embeds:
             embedded = sinusoid(embedded_scalar(np.array([guidance_scale], np.float32), dtype))

@@ -94,6 +94,7 @@ class SD3:
         return Embeddings(np.concatenate([padded.astype(t5.dtype), t5], axis=1), pooled)
 
     def conditions(self, text: Embeddings, grid: Grid, guidance_scale: float, dtype: DTypeLike) -> SD3Conditions:
+        assert text.pooled is not None
         return SD3Conditions(text.text, text.pooled, crop_positions(self.position_table, grid.rows, grid.columns))
 
     def guidance(self, options: Options, cfg_scale: float | None, steps: int) -> Guidance:

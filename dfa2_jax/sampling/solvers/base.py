@@ -2,9 +2,10 @@
 
 from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
 from jaxtyping import Array, Float, Int
 
-Latents = Float[Array, "B V C"]
+Latents = Float[Array | np.ndarray, "B V C"]
 
 
 @runtime_checkable

@@ -1,11 +1,11 @@
-"""The model owns the split of attention calls into segment rows: every call is in one place, in order of execution."""
+"""The model owns the order of its attention calls: each has one place in one stack."""
 
-from itertools import chain
-
+import numpy as np
 import pytest
 from real_shapes import PUBLISHED
 
 from dfa2_jax.families.registry import networks
+from dfa2_jax.nn.attention import by_stack, in_order, stacks
 
 EXPECTED = {
     "SD3-medium": ["joint.0", "joint.1", "joint.23"],
@@ -22,28 +22,28 @@ def config_of(name):
     return networks()[published.class_name].config(published.config)
 
 
-def check(config):
-    layers, rows = list(config.attention_layers(5, 64)), config.attention_rows
-    assert sorted(chain.from_iterable(chain.from_iterable(rows))) == list(range(len(layers)))
-    for first, second in rows:
-        assert len(second) in (0, len(first))
-        assert [layers[number].split(".")[0] for number in second] == ["attn2"] * len(second)
-        assert all(a + 1 == b for a, b in zip(first, second, strict=False))  # a block's attn2 follows its joint one
-        blocks = [int(layers[number].split(".")[1]) for number in first]
-        assert blocks == list(range(blocks[0], blocks[0] + len(blocks)))
-    return layers
+def names(config):
+    """Of every call in order, after a look at where each lies."""
+    calls = config.calls(5, 64)
+    for stack, numbers in stacks(calls).items():
+        assert [calls[number].place for number in numbers] == list(range(len(numbers)))
+        assert len({calls[number].layout for number in numbers}) == 1, f"{stack} holds calls of two lengths"
+    blocks = [call.block for call in calls]
+    assert blocks == sorted(blocks) and {*blocks} == {*range(blocks[-1] + 1)}
+    np.testing.assert_array_equal(in_order(calls, by_stack(calls, np.arange(len(calls)))), np.arange(len(calls)))
+    return [call.name for call in calls]
 
 
 @pytest.mark.parametrize("name", EXPECTED)
-def test_every_call_has_one_row(name):
-    layers = check(config_of(name))
+def test_every_call_has_one_place(name):
+    layers = names(config_of(name))
     assert len(layers) == len(set(layers)) == CALLS[name]
     places = [layers.index(wanted) for wanted in EXPECTED[name]]
     assert places == sorted(places) and places[0] == 0 and places[-1] == len(layers) - 1
 
 
 def test_dual_blocks_anywhere():
-    layers = check(networks()["SD3Transformer2DModel"].config(SCATTERED))
+    layers = names(networks()["SD3Transformer2DModel"].config(SCATTERED))
     assert layers == [
         *("joint.0", "attn2.0", "joint.1", "joint.2", "joint.3", "attn2.3"),
         *("joint.4", "joint.5", "joint.6", "attn2.6"),
@@ -51,6 +51,8 @@ def test_dual_blocks_anywhere():
 
 
 def test_text_is_where_the_model_puts_it():
-    sd35, flux = (config_of(name).attention_layers(5, 64) for name in ("SD3.5-medium", "FLUX.1-dev"))
+    sd35, flux = (
+        {call.name: call.layout for call in config_of(name).calls(5, 64)} for name in ("SD3.5-medium", "FLUX.1-dev")
+    )
     assert (sd35["joint.3"].num_text, sd35["attn2.3"].num_text, sd35["joint.3"].text_first) == (5, 0, False)
     assert flux["double.3"] == flux["single.12"] and flux["double.3"].text_first
