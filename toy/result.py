@@ -1,7 +1,9 @@
 """What a training leaves: its files, and those opened as a checkpoint, with neither torch nor diffusers."""
 
 import json
+import shutil
 import tempfile
+import weakref
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -47,7 +49,8 @@ class ResultCheckpoint(Checkpoint):
 
     def __init__(self, folder: Path):
         self._arrays = read_result(folder)
-        self._tokenizers = tempfile.TemporaryDirectory()
+        self._tokenizers = Path(tempfile.mkdtemp())
+        weakref.finalize(self, shutil.rmtree, self._tokenizers)
         configs = {name: config(name, self._arrays) for name in model.configs()} | {"scheduler": model.SCHEDULER}
         super().__init__(folder, SD3, class_names(SD3), configs)
 
@@ -70,8 +73,8 @@ class ResultCheckpoint(Checkpoint):
 
     def tokenizer_folder(self, name: str) -> Path:
         """A result holds no tokenizer: its files are written where they live as long as the checkpoint."""
-        folder = Path(self._tokenizers.name)
-        return folder / name if (folder / name).exists() else model.write_tokenizer(folder, name)
+        written = self._tokenizers / name
+        return written if written.exists() else model.write_tokenizer(self._tokenizers, name)
 
 
 def write_result(folder: Path, state: State, progress: Progress) -> None:
