@@ -14,6 +14,7 @@ pytest.importorskip("toy", reason="toy/ is beside the tests in a checkout alone"
 checkpoint = import_module("toy.checkpoint")
 flow = import_module("toy.flow")
 model = import_module("toy.model")
+networks = import_module("toy.networks")
 result = import_module("toy.result")
 scenes = import_module("toy.scenes")
 stages = import_module("toy.stages")
@@ -72,6 +73,17 @@ def test_schedule():
     for stage in planned:
         for part in stage.parts:
             assert (part.pixels // 8) ** 2 <= model.TABLE_SIDE**2
+
+
+def test_gates_start_at_zero_and_t5s_queries_small():
+    """Parameters are told by their names, which are the library's: another name would train otherwise, unseen."""
+    first = {name: checkpoint.named(networks.initial(name, 0)) for name in ("transformer", "text_encoder_3")}
+    kernels = {name: leaf for name, leaf in first["transformer"].items() if name.endswith("kernel")}
+    blocks = {f"segments.{n}.{stream}.norm.linear.weight.kernel" for n in range(3) for stream in ("visual", "text")}
+    ends = {"norm_out.linear.weight.kernel", "proj_out.weight.kernel"}
+    assert {name for name, leaf in kernels.items() if not leaf.any()} == blocks | ends
+    q, k = (first["text_encoder_3"][f"layers.attention.{name}.weight.kernel"] for name in "qk")
+    assert np.std(q) == pytest.approx(np.std(k) / 4, rel=0.05)
 
 
 def test_the_training_step_computes_what_the_library_does(whole):

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dfa2_jax.families.sd3.transformer import SD3Conditions
+from dfa2_jax.nn.attention import LayerPlan
 from dfa2_jax.sampling.tokens import crop_positions
 from toy import model
 from toy.autoencoder import moments
@@ -27,7 +29,10 @@ class Attention:
 
     implementation: str | None = None
 
-    def __call__(self, project: Any, layout: Any, memory: None, plan: None) -> tuple[jax.Array, None]:
+    def memory(self, stack: jax.ShapeDtypeStruct) -> None:
+        return None
+
+    def __call__(self, project: Any, layout: Any, memory: None, plan: LayerPlan | None) -> tuple[jax.Array, None]:
         return jax.nn.dot_product_attention(*project(), implementation=self.implementation), None
 
 
@@ -46,7 +51,7 @@ def best_attention(dtype: Any) -> str:
 
 
 def timestep_embedding(sigma: jax.Array) -> jax.Array:
-    """`dfa2_jax.nn.layers.sinusoid` of 1000 sigma, traced."""
+    """`dfa2_jax.sampling.sinusoid.sinusoid` of 1000 sigma, traced."""
     frequencies = np.exp(-math.log(10000.0) * np.arange(128) / 128).astype(np.float32)
     angles = (1000 * sigma)[:, None] * jnp.asarray(frequencies)[None]
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=1)
@@ -102,8 +107,7 @@ def flow_loss(setup: Setup, part: Part, params: Any, data: dict[str, Any], key: 
 
     side = math.isqrt(tokens)
     positions = jnp.asarray(crop_positions(model.position_table(), side, side))
-    attend = Attention(setup.attention)
-    args = noisy, text, pooled, positions, timestep_embedding(sigma), None, attend
+    conditions = SD3Conditions(text, pooled, positions)
     transformer = setup.merge("transformer", params["transformer"])
-    velocity = transformer.velocity(*args)[0].astype(jnp.float32)
-    return jnp.square(velocity - (eps - latents)).mean()
+    velocity, _ = transformer(noisy, timestep_embedding(sigma), conditions, Attention(setup.attention))
+    return jnp.square(velocity.astype(jnp.float32) - (eps - latents)).mean()

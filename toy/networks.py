@@ -46,12 +46,13 @@ def first_value(network: str, path: str, shape: tuple[int, ...], random: np.rand
         return np.full(shape, kind == "scale")
     if kind != "kernel":  # tables of embeddings, of order one, as what is added to them
         return random.normal(size=shape) * (0.2 if kind == "position_embedding" else 0.5)
-    if network == "transformer" and ("norm1" in path or path.startswith(("norm_out", "proj_out"))):
+    if network == "transformer" and (".norm.linear." in path or path.startswith(("norm_out", "proj_out"))):
         return np.zeros(shape)  # adaLN-Zero (arXiv 2212.09748)
     stacked = path.startswith(("segments", "layers"))
     fan_in = math.prod(shape[stacked:-1])
     spread = fan_in**-0.5
-    return random.normal(size=shape) * (spread / 4 if path.endswith("attention.q.kernel") else spread)  # T5: no 1/sqrt
+    divisor = 4 if path.endswith("attention.q.weight.kernel") else 1  # T5's attention has no 1/sqrt of its own
+    return random.normal(size=shape) * (spread / divisor)
 
 
 class Lookup:
