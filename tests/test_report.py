@@ -28,7 +28,7 @@ def made(plans, tiny_sd35):
     return quality_report(tiny_sd35, plans, PROMPTS[:3], seed=[0, 7], batch=4, limits=limits, progress=False)
 
 
-def line(made, name):
+def line_of(made, name):
     """Of the report's table."""
     return next(line for line in made.rows if line.name == name)
 
@@ -45,10 +45,10 @@ def test_rows_are_the_plans_between_noise_and_another_seed(made):
 
 def test_a_full_plan_is_within_the_noise_and_the_others_are_not(made):
     for name, within in (("full", True), ("arrows", False), ("broken", False)):
-        distances = made.distances(line(made, name))
+        distances = made.distances(line_of(made, name))
         assert [distance["within"] for distance in distances] == [within] * 3
         assert all((distance["psnr"] <= 0) == within for distance in distances)
-    floor, arrows = line(made, "bfloat16 against float32"), line(made, "arrows")
+    floor, arrows = line_of(made, "bfloat16 against float32"), line_of(made, "arrows")
     assert made.distances(arrows)[1]["psnr"] == pytest.approx(floor.mean("psnr") - arrows.mean("psnr"))
 
 
@@ -63,7 +63,7 @@ def test_images_are_those_that_the_pipeline_gives(made, plans, tiny_sd35):
 
 
 def test_the_five_worst_pairs_are_kept(made):
-    broken = line(made, "broken")
+    broken = line_of(made, "broken")
     assert [pair.scores["ssim"] for pair in broken.worst] == sorted(broken.scores["ssim"])[:5]
     for pair in broken.worst:
         assert pair.scores["ssim"] == pytest.approx(metrics.ssim(pair.image, pair.exact))
@@ -97,7 +97,7 @@ def test_the_first_call_of_a_program_is_not_timed(no_shape_checks):
 
 
 def test_time_is_of_interleaved_rounds(made):
-    dense, full = made.rows[0], line(made, "full")
+    dense, full = made.rows[0], line_of(made, "full")
     assert len(dense.seconds) == len(full.seconds) == report.ROUNDS
     assert made.speedup(full) == median(a / b for a, b in zip(dense.seconds, full.seconds, strict=True))
 
@@ -151,7 +151,7 @@ def test_the_page_stands_alone_and_says_what_the_numbers_say(made, tmp_path):
     ):
         assert words in page.text
     assert "<b>座" not in html
-    assert f"mean SSIM {line(made, 'broken').mean('ssim'):.4f} is below the limit 0.97" in page.text
+    assert f"mean SSIM {line_of(made, 'broken').mean('ssim'):.4f} is below the limit 0.97" in page.text
     assert sorted(file.name for file in path.parent.iterdir()) == ["report.html", "report.json"]
 
 
@@ -211,8 +211,8 @@ def test_a_16_bit_report_has_the_same_rows(plans, tiny_sd35, tmp_path, monkeypat
     made = quality_report(tiny_sd35, {"full": plans["full"]}, PROMPTS[3:], **options)
     names = [line.name for line in made.rows]
     assert names[1:4] == ["float32, sums reordered", "bfloat16 against float32", "bfloat16, sums reordered"]
-    assert made.distances(line(made, "full"))[2]["within"]
-    psnr = {name: line(made, name).mean("psnr") for name in names[1:4]}
+    assert made.distances(line_of(made, "full"))[2]["within"]
+    psnr = {name: line_of(made, name).mean("psnr") for name in names[1:4]}
     assert psnr["float32, sums reordered"] > 120 > psnr["bfloat16 against float32"]
     content = made.content()
     assert content["rows"][4]["metrics"]["psnr"]["interval"] is None
