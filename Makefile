@@ -69,9 +69,9 @@ aot: $(AOT)/ready build/cuda-0.10.2/ready build/cuda-0.12.0.1/ready
 versions: $(AOT)/ready build/tiny next
 	JAX_PLATFORMS=cpu JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 DFA2_TINY=build/tiny $(CACHE) $(AOT)/bin/python $(PYTEST) -m "not aot and not torch"
 
-SLOW := training baselines report
+SLOW := training baselines report*
 next: $(NEXT)/ready build/tiny
-	JAX_PLATFORMS=cpu DFA2_TINY=build/tiny $(CACHE) $(NEXT)/bin/python $(PYTEST) -m "not aot and not torch" $(SLOW:%=--ignore tests/test_%.py)
+	JAX_PLATFORMS=cpu DFA2_TINY=build/tiny $(CACHE) $(NEXT)/bin/python $(PYTEST) -m "not aot and not torch" $(SLOW:%=--ignore-glob 'tests/test_%.py')
 
 build/tiny: $(VENV)/ready tests/tiny.py
 	rm -rf $@

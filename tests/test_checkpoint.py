@@ -1,6 +1,7 @@
 """The model in the box: diffusers reads it, it draws what captions say that it never saw, and plans fit it."""
 
 import json
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -9,12 +10,14 @@ from safetensors import safe_open
 
 from dfa2_jax import Pipeline, calibrate
 
-scenes = pytest.importorskip("assets.scenes", reason="assets/ is beside the tests in a checkout alone")
-checker = pytest.importorskip("assets.checker")
+pytest.importorskip("toy", reason="toy/ is beside the tests in a checkout alone")
+scenes = import_module("toy.scenes")
+checker = import_module("toy.checker")
+model = import_module("toy.model")
 
 pytestmark = pytest.mark.checkout
 
-ASSETS = Path(scenes.__file__).parent
+ASSETS = Path(__file__).parents[1] / "assets"
 FOLDER = ASSETS / "toy-sd35"
 OPTIONS = {"height": 128, "width": 128, "num_inference_steps": 14, "guidance_scale": 4.0, "max_sequence_length": 32}
 
@@ -64,8 +67,9 @@ def test_a_plan_of_it_keeps_the_scene(pipeline):
     assert plan.density() < 0.8
     scene = scenes.held_out()[0]
     planned = {"guidance_scale": 4.0, "seed": 0, "output_type": "np", "progress": False}
-    for one, close in ((plan, True), (plan.with_method(slice(1, None), None, None, "cached"), False)):
-        score = checker.score(pipeline(scene.caption, plan=one, **planned).images[0], scene)
+    cached = plan.with_method(slice(1, None), None, None, "cached")
+    for tried, close in ((plan, True), (cached, False)):
+        score = checker.score(pipeline(scene.caption, plan=tried, **planned).images[0], scene)
         assert (score.iou > 0.75) == close, score
 
 
@@ -89,8 +93,7 @@ def test_it_is_what_the_script_would_export():
     """Sizes and tokenizers of the folder are those that `toy.train` trains."""
     from transformers import AutoTokenizer
 
-    toy = pytest.importorskip("assets.toy")
-    for name, (class_name, fields) in toy.configs().items():
+    for name, (class_name, fields) in model.configs().items():
         config = json.loads((FOLDER / name / "config.json").read_text())
         assert class_name in (config.get("_class_name"), *config.get("architectures", []))
         fields = {
@@ -99,7 +102,7 @@ def test_it_is_what_the_script_would_export():
         differ = {field: (config.get(field), value) for field, value in fields.items() if config.get(field) != value}
         assert not differ, name
     prompts = [scene.caption for scene in scenes.held_out()[:20]]
-    for encoder, ours in toy.token_ids(prompts).items():
+    for encoder, ours in model.token_ids(prompts).items():
         theirs = AutoTokenizer.from_pretrained(FOLDER / encoder.replace("text_encoder", "tokenizer"))
         want = theirs(prompts, padding="max_length", truncation=True, max_length=ours.shape[1]).input_ids
         np.testing.assert_array_equal(ours, want, err_msg=encoder)

@@ -1,20 +1,23 @@
 """The drawn scenes and their checker: ground truth scores 100 %, shuffled captions score what guessing would."""
 
+from importlib import import_module
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-scenes = pytest.importorskip("assets.scenes", reason="assets/ is beside the tests in a checkout alone")
-checker = pytest.importorskip("assets.checker")
+pytest.importorskip("toy", reason="toy/ is beside the tests in a checkout alone")
+scenes = import_module("toy.scenes")
+checker = import_module("toy.checker")
 
 pytestmark = pytest.mark.checkout
 
 draw = jax.jit(scenes.draw, static_argnames="size")
 
 
-def drawn(rows, size, seed=0):
-    numbers = jnp.asarray(scenes.number_table()[rows])
+def drawn(indices, size, seed=0):
+    numbers = jnp.asarray(scenes.number_table()[indices])
     return np.asarray(draw(numbers, jax.random.key(seed), size=size))
 
 
@@ -23,26 +26,25 @@ def test_ground_truth_scores_everything(size):
     _, _, held_out = scenes.split()
     images = drawn(held_out, size)
     scores = [checker.score(image, scene) for image, scene in zip(images, scenes.held_out(), strict=True)]
-    assert all((one.background, one.colour, one.shape) == (1, 1, 1) for one in scores)
-    ious = [one.iou for one in scores]
+    assert all((score.background, score.colour, score.shape) == (1, 1, 1) for score in scores)
+    ious = [score.iou for score in scores]
     assert np.mean(ious) > 0.985 and min(ious) > 0.85
 
 
 def test_ground_truth_under_the_noise_of_a_good_sampler_still_scores_everything():
-    rows = scenes.split()[2][:60]
-    images = drawn(rows, 128) + np.random.RandomState(0).normal(0, 0.05, (60, 128, 128, 3))
-    found = checker.mean_score(images, scenes.held_out()[:60])
-    assert (found.background, found.colour) == (1, 1) and found.iou > 0.95
+    held_out = scenes.split()[2][:60]
+    images = drawn(held_out, 128) + np.random.RandomState(0).normal(0, 0.05, (60, 128, 128, 3))
+    mean = checker.mean_score(images, scenes.held_out()[:60])
+    assert (mean.background, mean.colour) == (1, 1) and mean.iou > 0.95
 
 
 def test_shuffled_captions_score_what_guessing_would():
     """Of 8 colours; a thing must also be at its place, and its shape is one of 6."""
-    rows = scenes.split()[2]
-    images = drawn(rows, 64)
-    shuffled = np.random.RandomState(0).permutation(len(rows))
-    found = checker.mean_score(images[shuffled], scenes.held_out())
-    assert 0.05 < found.background < 0.2
-    assert found.colour < 0.15 and found.shape < 0.1 and found.iou < 0.1
+    images = drawn(scenes.split()[2], 64)
+    shuffled = np.random.RandomState(0).permutation(len(images))
+    mean = checker.mean_score(images[shuffled], scenes.held_out())
+    assert 0.05 < mean.background < 0.2
+    assert mean.colour < 0.15 and mean.shape < 0.1 and mean.iou < 0.1
 
 
 WRONG = {
@@ -60,35 +62,35 @@ def test_each_fault_costs_its_own_score(case):
     asked, want = WRONG[case]
     truth = captions["a large red circle on the left of a black background"]
     image = drawn(np.array([truth]), 128)[0]
-    found = checker.score(image, scenes.scenes()[captions[asked]])
-    assert (found.background, found.colour, found.shape) == want
-    assert (found.iou > 0.97) == (case in ("none", "background"))
+    score = checker.score(image, scenes.scenes()[captions[asked]])
+    assert (score.background, score.colour, score.shape) == want
+    assert (score.iou > 0.97) == (case in ("none", "background"))
 
 
 def test_swapped_things_are_wrong_and_other_sizes_overlap_less():
     captions = {scene.caption: i for i, scene in enumerate(scenes.scenes())}
 
-    def found(truth, asked):
+    def score(truth, asked):
         image = drawn(np.array([captions[truth]]), 128)[0]
         return checker.score(image, scenes.scenes()[captions[asked]])
 
     pair = "a {} star left of a {} ring on a white background"
-    assert found(pair.format("red", "green"), pair.format("red", "green")).colour == 1
-    assert found(pair.format("green", "red"), pair.format("red", "green")).colour == 0
-    one = "a {} red star in the centre of a white background"
-    assert found(one.format("small"), one.format("large")).iou < 0.6
+    assert score(pair.format("red", "green"), pair.format("red", "green")).colour == 1
+    assert score(pair.format("green", "red"), pair.format("red", "green")).colour == 0
+    single = "a {} red star in the centre of a white background"
+    assert score(single.format("small"), single.format("large")).iou < 0.6
 
 
 def test_a_seed_moves_what_the_caption_leaves_open():
-    rows = np.repeat(scenes.split()[2][:1], 2)
-    first, second = drawn(rows, 64)
+    twice = np.repeat(scenes.split()[2][:1], 2)
+    first, second = drawn(twice, 64)
     assert np.abs(first - second).mean() > 0.01
-    np.testing.assert_array_equal(drawn(rows, 64), drawn(rows, 64))
+    np.testing.assert_array_equal(drawn(twice, 64), drawn(twice, 64))
 
 
 def test_resolutions_draw_one_scene():
-    rows = scenes.split()[2][:20]
-    coarse, fine = drawn(rows, 64), drawn(rows, 128)
+    some = scenes.split()[2][:20]
+    coarse, fine = drawn(some, 64), drawn(some, 128)
     halved = fine.reshape(20, 64, 2, 64, 2, 3).mean((2, 4))
     assert np.abs(coarse - halved).mean() < 0.005
 

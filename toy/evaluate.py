@@ -18,7 +18,8 @@ from tqdm import tqdm
 
 from dfa2_jax import Pipeline
 from dfa2_jax.families.registry import open_checkpoint
-from toy.checker import Score, score
+from toy import checker
+from toy.checker import Score
 from toy.result import ResultCheckpoint
 from toy.scenes import Scene, held_out
 
@@ -40,7 +41,7 @@ def summary(scores: list[Score], scenes: list[Scene]) -> dict[str, dict[str, flo
     """Mean scores of all captions, of single things and of pairs."""
     groups = {"all": scores}
     for name, count in (("single", 1), ("pair", 2)):
-        groups[name] = [one for one, scene in zip(scores, scenes, strict=True) if len(scene.things) == count]
+        groups[name] = [score for score, scene in zip(scores, scenes, strict=True) if len(scene.things) == count]
     return {
         name: {"captions": len(group)} | dict(zip(Score._fields, np.mean(group, axis=0).round(4).tolist(), strict=True))
         for name, group in groups.items()
@@ -55,14 +56,14 @@ def sheet(images: np.ndarray, scenes: list[Scene], scores: list[Score]) -> Image
     rows = -(-len(images) // COLUMNS)
     page = Image.new("RGB", (COLUMNS * side, rows * (side + label)), "white")
     pen = ImageDraw.Draw(page)
-    for i, (image, scene, one) in enumerate(zip(images, scenes, scores, strict=True)):
+    for i, (image, scene, score) in enumerate(zip(images, scenes, scores, strict=True)):
         x, y = i % COLUMNS * side, i // COLUMNS * (side + label)
         page.paste(
             Image.fromarray((image * 255).round().astype(np.uint8)).resize((side, side), Image.Resampling.NEAREST),
             (x, y),
         )
         words = scene.caption.split()[:-1]
-        text = f"{one.iou:.2f} {' '.join(words[: len(words) // 2])}\n{' '.join(words[len(words) // 2 :])}"
+        text = f"{score.iou:.2f} {' '.join(words[: len(words) // 2])}\n{' '.join(words[len(words) // 2 :])}"
         pen.multiline_text((x + 2, y + side), text, fill="black", font_size=font, spacing=1)
     return page
 
@@ -82,7 +83,7 @@ def main() -> None:
     if not 1 <= args.captions <= len(held_out()):
         parser.error(f"--captions {args.captions}: from 1 to {len(held_out())}")
     if not any((args.folder / name).exists() for name in ("model_index.json", "log.json")):
-        parser.error(f"{args.folder} is no diffusers folder and no result of assets.train")
+        parser.error(f"{args.folder} is no diffusers folder and no result of toy.train")
     scenes = held_out()[: args.captions]
     options = {
         "num_inference_steps": args.steps,
@@ -90,12 +91,12 @@ def main() -> None:
         "max_sequence_length": args.max_sequence_length,
     }
     started = time.perf_counter()
-    of_training = not (args.folder / "model_index.json").exists()
-    checkpoint = ResultCheckpoint(args.folder) if of_training else open_checkpoint(args.folder)
+    exported = (args.folder / "model_index.json").exists()
+    checkpoint = open_checkpoint(args.folder) if exported else ResultCheckpoint(args.folder)
     pipeline = Pipeline(checkpoint, dtype=args.dtype)
     images = sample(pipeline, [scene.caption for scene in scenes], args.size, batch=args.batch, **options)
     seconds = time.perf_counter() - started
-    scores = [score(image, scene) for image, scene in zip(images, scenes, strict=True)]
+    scores = [checker.score(image, scene) for image, scene in zip(images, scenes, strict=True)]
     if args.sheet:
         args.sheet.parent.mkdir(parents=True, exist_ok=True)
         sheet(images[:64], scenes[:64], scores[:64]).save(args.sheet)

@@ -3,7 +3,7 @@
     python -m toy.export build/result assets/toy-sd35
 
 Needs torch, diffusers and transformers (the `test` extra). Keys and layouts come from the tables that read such folders
-(`convert.rules`), backwards.
+(`ComponentSpec.rules`), backwards.
 """
 
 import argparse
@@ -18,33 +18,35 @@ import transformers
 from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 from transformers import CLIPTextConfig, CLIPTokenizer, T5Config, T5TokenizerFast
 
+from dfa2_jax.families.registry import networks
 from dfa2_jax.weights.rules import pieces_of
 from dfa2_jax.weights.safetensors import Tensor
-from toy import toy
+from toy import model
 from toy.result import config, read_result
 
 
 def source_array(key: str, shape: tuple[int, ...], name: str, arrays: dict[str, np.ndarray]) -> np.ndarray:
     """What torch's parameter `key` of network `name` must hold so that our rules read our array from it."""
-    class_name, fields = toy.configs()[name]
+    class_name, fields = model.configs()[name]
+    spec = networks()[class_name]
     tensor = Tensor(Path(name), key, "F32", shape, 0, 0, None)  # type: ignore[arg-type]
-    pieces = pieces_of(key, tensor, class_name, fields)
+    pieces = pieces_of(key, tensor, spec.rules, spec.place(spec.config(fields)))
     if not pieces:
         raise KeyError(f"No rule of {class_name} fills anything from {key}.")
     places = np.arange(np.prod(shape, dtype=int)).reshape(shape)
-    found = np.full(places.size, np.nan, np.float32)
+    filled = np.full(places.size, np.nan, np.float32)
     for piece in pieces:
         whole = arrays[f"{name}.{piece.path}"]
-        wanted = whole if piece.layer is None else whole[piece.layer]
+        wanted = whole if piece.place is None else whole[piece.place]
         turned = piece.turn(places)
         if turned.shape != wanted.shape:
             raise ValueError(f"{key} turns into {turned.shape}, but {name}.{piece.path} is {wanted.shape}.")
-        found[turned.ravel()] = wanted.ravel()
-    return found.reshape(shape)
+        filled[turned.ravel()] = wanted.ravel()
+    return filled.reshape(shape)
 
 
 def make(name: str, fields: dict[str, Any]) -> torch.nn.Module:
-    class_name = toy.configs()[name][0]
+    class_name = model.configs()[name][0]
     if class_name in ("SD3Transformer2DModel", "AutoencoderKL"):
         return getattr(diffusers, class_name)(**fields)
     kind = T5Config if class_name == "T5EncoderModel" else CLIPTextConfig
@@ -53,30 +55,29 @@ def make(name: str, fields: dict[str, Any]) -> torch.nn.Module:
 
 def network(name: str, arrays: dict[str, np.ndarray]) -> torch.nn.Module:
     """A component with our weights."""
-    model = make(name, config(name, arrays)).eval()
-    state = model.state_dict()
+    module = make(name, config(name, arrays)).eval()
     filled = {}
-    for key, value in state.items():
+    for key, value in module.state_dict().items():
         source = "shared.weight" if key == "encoder.embed_tokens.weight" else key  # tied
         filled[key] = torch.from_numpy(source_array(source, tuple(value.shape), name, arrays))
     if bad := [key for key, value in filled.items() if not torch.isfinite(value).all()]:
         raise ValueError(f"{name}: parts of {bad} are not filled, or are not finite.")
-    model.load_state_dict(filled)
-    return model
+    module.load_state_dict(filled)
+    return module
 
 
 def export(result: Path, folder: Path, dtype: torch.dtype = torch.float16) -> Path:
     arrays = read_result(result)
-    vocabulary, merges = toy.clip_vocabulary()
+    vocabulary, merges = model.clip_vocabulary()
     clip = {
-        name: CLIPTokenizer(vocab=vocabulary, merges=merges, pad_token=pad, model_max_length=toy.CLIP_LENGTH)
-        for name, pad in toy.CLIP_PADDING.items()
+        name: CLIPTokenizer(vocab=vocabulary, merges=merges, pad_token=pad, model_max_length=model.CLIP_LENGTH)
+        for name, pad in model.CLIP_PADDING.items()
     }
     pipeline = StableDiffusion3Pipeline(
-        **{name: network(name, arrays) for name in toy.configs()},
-        scheduler=FlowMatchEulerDiscreteScheduler(**toy.SCHEDULER),
+        **{name: network(name, arrays) for name in model.configs()},
+        scheduler=FlowMatchEulerDiscreteScheduler(**model.SCHEDULER),
         **clip,
-        tokenizer_3=T5TokenizerFast(vocab=toy.t5_pieces(), model_max_length=512, extra_ids=0),
+        tokenizer_3=T5TokenizerFast(vocab=model.t5_pieces(), model_max_length=512, extra_ids=0),
     )
     if dtype != torch.float32:
         pipeline.to(dtype)

@@ -2,8 +2,8 @@
 
     python -m toy.figure --dense DIR --plan NAME=DIR ... --report report.json --out demo.png
 
-Each DIR is what `dfa2 sample` wrote for the same prompts and seed; NAME is a plan's in the report of `dfa2 report`,
-from which densities and times come.
+Each DIR is what `dfa2 sample` wrote for the same prompts and seed; NAME is a plan's in the report of `dfa2 report`.
+Densities and times come from there.
 """
 
 import argparse
@@ -35,18 +35,18 @@ def prompt_of(path: Path) -> str:
     return noted["prompt"][noted["image"]]
 
 
-def line(row: dict[str, Any]) -> str:
-    """A report's row in short."""
-    time = f"{1e3 * row['seconds_per_step']['median']:.0f} ms a step"
-    if row["kind"] == "dense":
+def in_short(line: dict[str, Any]) -> str:
+    """A line of a report's table."""
+    time = f"{1e3 * line['seconds_per_step']['median']:.0f} ms a step"
+    if line["kind"] == "dense":
         return f"every query-key pair\n{time}"
-    psnr, ssim = (row["metrics"][name]["mean"] for name in ("psnr", "ssim"))
+    psnr, ssim = (line["metrics"][name]["mean"] for name in ("psnr", "ssim"))
     metrics = f"mean PSNR {psnr:.1f}, SSIM {ssim:.2f}"
-    return f"{row['density']['exact']:.0%} of the pairs, {metrics}\n{time}, {row['speedup']:.2f} times as fast"
+    return f"{line['density']['exact']:.0%} of the pairs, {metrics}\n{time}, {line['speedup']:.2f} times as fast"
 
 
 def draw(dense: Path, plans: dict[str, Path], report: dict[str, Any], out: Path) -> None:
-    rows = {row["name"]: row for row in report["rows"]}
+    lines = {line["name"]: line for line in report["rows"]}
     exact, others = read(dense), {name: read(folder) for name, folder in plans.items()}
     for name, images in others.items():
         if images.keys() != exact.keys():
@@ -55,9 +55,9 @@ def draw(dense: Path, plans: dict[str, Path], report: dict[str, Any], out: Path)
     figure = Figure(figsize=(2.1 * columns, 2.15 * len(exact) + 0.9), layout="constrained", dpi=100)
     FigureCanvasAgg(figure)
     grid = figure.subplots(len(exact), columns, squeeze=False)
-    titles = [f"dense\n{line(rows['dense'])}"]
+    titles = [f"dense\n{in_short(lines['dense'])}"]
     for name in plans:
-        titles += [f"{name}\n{line(rows[name])}", f"its difference from dense\ntimes {AMPLIFIED}\n"]
+        titles += [f"{name}\n{in_short(lines[name])}", f"its difference from dense\ntimes {AMPLIFIED}\n"]
     for axes, title in zip(grid[0], titles, strict=True):
         axes.set_title(title, fontsize=7)
     for cells, (file, image) in zip(grid, exact.items(), strict=True):
@@ -84,9 +84,9 @@ def main() -> None:
     parser.add_argument("--report", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
-    plans = {name: Path(folder) for name, _, folder in (one.rpartition("=") for one in args.plan)}
+    plans = {name: Path(folder) for name, _, folder in (given.rpartition("=") for given in args.plan)}
     report = json.loads(args.report.read_text())
-    known = [row["name"] for row in report["rows"] if row["kind"] == "plan"]
+    known = [line["name"] for line in report["rows"] if line["kind"] == "plan"]
     if unknown := [name for name in plans if name not in known]:
         parser.error(f"--plan {unknown}: the plans of {args.report} are {known}, and each is NAME=DIR")
     draw(args.dense, plans, report, args.out)

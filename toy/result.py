@@ -1,17 +1,29 @@
-"""What a training leaves, opened as a checkpoint: the pipeline samples from it with neither torch nor diffusers."""
+"""What a training leaves: its files, and those opened as a checkpoint, with neither torch nor diffusers."""
 
+import json
+import shutil
 import tempfile
+import weakref
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
-from dfa2_jax.encoders.tokenizers import Tokenizer
-from dfa2_jax.weights.checkpoint import Block, Checkpoint, Leaf
-from toy import toy
+from dfa2_jax.families.sd3.family import SD3
+from dfa2_jax.weights.checkpoint import Checkpoint
+from dfa2_jax.weights.leaf import Block, Leaf
+from dfa2_jax.weights.spec import class_names
+from toy import model
+from toy.checkpoint import Progress, State, named
+from toy.stages import PHASES
+
+RESULT_BYTES = 15 * 2**20
+"""Of one file of a result, which then passes where files may have 16 MB."""
 
 
 def read_result(folder: Path) -> dict[str, np.ndarray]:
@@ -20,16 +32,16 @@ def read_result(folder: Path) -> dict[str, np.ndarray]:
     if not files:
         raise FileNotFoundError(f"{folder} has no weights-*.safetensors: `python -m toy.train --result` writes them.")
     arrays = {name: array for file in files for name, array in load_file(file).items()}
-    return arrays | {"transformer.pos_embed": toy.position_table()}
+    return arrays | {"transformer.pos_embed": model.position_table()}
 
 
 def config(name: str, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
     """A network's config.json; the autoencoder's says how its latents are spread."""
-    found = dict(toy.configs()[name][1])
+    fields = dict(model.configs()[name][1])
     if name == "vae":
         mean, deviation = (float(x) for x in arrays["latents"])
-        found |= {"shift_factor": round(mean, 4), "scaling_factor": round(1 / deviation, 4)}
-    return found
+        fields |= {"shift_factor": round(mean, 4), "scaling_factor": round(1 / deviation, 4)}
+    return fields
 
 
 class ResultCheckpoint(Checkpoint):
@@ -37,10 +49,10 @@ class ResultCheckpoint(Checkpoint):
 
     def __init__(self, folder: Path):
         self._arrays = read_result(folder)
-        classes = {name: class_name for name, (class_name, _) in toy.configs().items()}
-        configs = {name: config(name, self._arrays) for name in classes} | {"scheduler": toy.SCHEDULER}
-        classes |= {"scheduler": "FlowMatchEulerDiscreteScheduler"}
-        super().__init__(folder, "StableDiffusion3Pipeline", classes, configs)
+        self._tokenizers = Path(tempfile.mkdtemp())
+        weakref.finalize(self, shutil.rmtree, self._tokenizers)
+        configs = {name: config(name, self._arrays) for name in model.configs()} | {"scheduler": model.SCHEDULER}
+        super().__init__(folder, SD3, class_names(SD3), configs)
 
     @property
     def fingerprint(self) -> str:
@@ -59,8 +71,39 @@ class ResultCheckpoint(Checkpoint):
             leaves[path] = Leaf(array.shape, array.dtype, [Block(name, 0, lambda array=array: array)])
         return leaves
 
-    def tokenizer(self, name: str) -> Tokenizer:
-        if name == "tokenizer_3":
-            return toy.t5_tokenizer()
-        with tempfile.TemporaryDirectory() as folder:
-            return toy.clip_tokenizer(Path(folder), name)
+    def tokenizer_folder(self, name: str) -> Path:
+        """A result holds no tokenizer: its files are written where they live as long as the checkpoint."""
+        written = self._tokenizers / name
+        return written if written.exists() else model.write_tokenizer(self._tokenizers, name)
+
+
+def write_result(folder: Path, state: State, progress: Progress) -> None:
+    """The running averages in files of at most `RESULT_BYTES`, and the log."""
+    folder.mkdir(parents=True, exist_ok=True)
+    arrays = {name: np.asarray(leaf) for name, leaf in named({**state.vae.ema, **state.flow.ema}).items()}
+    files: list[dict[str, np.ndarray]] = [{"latents": np.asarray(state.latents)}]
+    for name, array in arrays.items():
+        if sum(kept.nbytes for kept in files[-1].values()) + array.nbytes > RESULT_BYTES:
+            files.append({})
+        files[-1][name] = array
+    for number, content in enumerate(files):
+        save_file(content, folder / f"weights-{number}.safetensors")
+    steps = {phase: int(getattr(state, phase).step) for phase in PHASES}
+    device = jax.devices()[0].device_kind
+    log = asdict(progress) | {"steps": steps, "device": device, "devices": jax.device_count()}
+    (folder / "log.json").write_text(json.dumps(log, indent=1) + "\n")
+    (folder / "summary.json").write_text(json.dumps(in_short(log), indent=1) + "\n")
+
+
+def in_short(log: dict[str, Any]) -> dict[str, Any]:
+    """A log whose calls are gathered by the program that they ran: median time, first loss, mean of the last 5 %."""
+    programs: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for call in log["log"]:
+        programs.setdefault((call["stage"], call["pixels"], call["t5"]), []).append(call)
+    summaries = [
+        dict(zip(("stage", "pixels", "t5"), name, strict=True))
+        | {"calls": len(calls), "ms": float(np.median([call["ms"] for call in calls])), "first_loss": calls[0]["loss"]}
+        | {"last_loss": round(float(np.mean([call["loss"] for call in calls[-max(1, len(calls) // 20) :]])), 5)}
+        for name, calls in programs.items()
+    ]
+    return {name: value for name, value in log.items() if name != "log"} | {"programs": summaries}

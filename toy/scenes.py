@@ -95,12 +95,12 @@ class Scene:
         return f"{what} a {self.background} background"
 
     def numbers(self) -> list[int]:
-        """Background, then colour, shape, slot, radius and presence of both things, as rows of the tables."""
-        rows = [COLOURS.index(self.background)]
+        """Background, then colour, shape, slot, radius and presence of both things, as indices into the tables."""
+        indices = [COLOURS.index(self.background)]
         for thing in (*self.things, self.things[0])[:2]:
-            sizes = list(RADII).index(thing.size)
-            rows += [COLOURS.index(thing.colour), SHAPES.index(thing.shape), list(SLOTS).index(thing.slot), sizes]
-        return [*rows, len(self.things)]
+            indices += [COLOURS.index(thing.colour), SHAPES.index(thing.shape)]
+            indices += [list(SLOTS).index(thing.slot), list(RADII).index(thing.size)]
+        return [*indices, len(self.things)]
 
 
 @cache
@@ -203,7 +203,7 @@ def draw(numbers: jax.Array, key: jax.Array, size: int) -> jax.Array:
         centre = slots[slot, :2] + slots[slot, 2:] * moved[:, :2]
         reach = radii[radius, 0] + radii[radius, 1] * moved[:, 2]
         distances = signed_distances(x - per_image(centre[:, 0]), y - per_image(centre[:, 1]), per_image(reach))
-        distance = sum(jnp.where(per_image(shape) == i, one, jnp.zeros_like(one)) for i, one in enumerate(distances))
+        distance = sum(jnp.where(per_image(shape) == i, edge, jnp.zeros_like(edge)) for i, edge in enumerate(distances))
         present = per_image(numbers[:, 9] > thing)
         alpha = jnp.where(present, coverage(distance, size), 0.0)[..., None]
         paint = colours[colour] + MAX_OBJECT_SHADE * moved[:, 3:4]

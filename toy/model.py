@@ -13,6 +13,7 @@ from tokenizers import models, pre_tokenizers, processors
 from dfa2_jax.encoders.tokenizers import Tokenizer
 from toy.scenes import scenes
 
+ASSETS = Path(__file__).parents[1] / "assets"
 WIDTH, HEADS, LAYERS = 128, 4, 8
 TABLE_SIDE = 32
 """Patches along a side of the largest image: 1,024 tokens, 256 pixels."""
@@ -34,7 +35,7 @@ def clip_vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
     The merges are a file because learning them is not reproducible: tokenizers' `BpeTrainer`, from which they come,
     breaks ties by a hash that differs from process to process.
     """
-    lines = (Path(__file__).parent / "clip_merges.txt").read_text(encoding="utf-8").splitlines()
+    lines = (ASSETS / "clip_merges.txt").read_text(encoding="utf-8").splitlines()
     merges = [(a, b) for a, b in (line.split(" ") for line in lines)]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     order = ["!"] + alphabet + [byte + "</w>" for byte in alphabet] + [a + b for a, b in merges]  # bigG pads with id 0
@@ -61,28 +62,29 @@ def t5_backend() -> tokenizers.Tokenizer:
     return backend
 
 
-def clip_tokenizer(folder: Path, name: str) -> Tokenizer:
-    """`tokenizer` or `tokenizer_2`, by way of CLIP's older files in `folder`, which need no transformers."""
-    vocabulary, merges = clip_vocabulary()
-    config = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": CLIP_PADDING[name]}
-    (folder / "vocab.json").write_text(json.dumps(vocabulary))
-    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *(f"{a} {b}" for a, b in merges)]) + "\n")
-    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"model_max_length": CLIP_LENGTH}))
-    return Tokenizer.load(folder)
-
-
-def t5_tokenizer() -> Tokenizer:
-    return Tokenizer(backend=t5_backend(), pad_id=0, model_max_length=512, name="tokenizer_3")
+def write_tokenizer(folder: Path, name: str) -> Path:
+    """`folder/name` with what `Tokenizer.load` reads: of CLIP the older files, which need no transformers."""
+    folder = folder / name
+    folder.mkdir()
+    if name == "tokenizer_3":
+        t5_backend().save(str(folder / "tokenizer.json"))
+        settings: dict[str, Any] = {"pad_token": "<pad>", "model_max_length": 512}
+    else:
+        vocabulary, merges = clip_vocabulary()
+        (folder / "vocab.json").write_text(json.dumps(vocabulary))
+        (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *(f"{a} {b}" for a, b in merges)]) + "\n")
+        settings = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": CLIP_PADDING[name]}
+        settings |= {"model_max_length": CLIP_LENGTH}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder
 
 
 def token_ids(prompts: list[str]) -> dict[str, np.ndarray]:
     """What the pipeline gives each text encoder, int32 [prompts, tokens], T5's cut to `T5_LENGTH`."""
+    lengths = {"": CLIP_LENGTH, "_2": CLIP_LENGTH, "_3": T5_LENGTH}
     with tempfile.TemporaryDirectory() as folder:
-        return {
-            "text_encoder": clip_tokenizer(Path(folder), "tokenizer").encode(prompts),
-            "text_encoder_2": clip_tokenizer(Path(folder), "tokenizer_2").encode(prompts),
-            "text_encoder_3": t5_tokenizer().encode(prompts, T5_LENGTH),
-        }
+        loaded = {suffix: Tokenizer.load(write_tokenizer(Path(folder), f"tokenizer{suffix}")) for suffix in lengths}
+    return {f"text_encoder{suffix}": loaded[suffix].encode(prompts, length) for suffix, length in lengths.items()}
 
 
 def clip_config(activation: str) -> dict[str, Any]:
