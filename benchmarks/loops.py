@@ -16,7 +16,7 @@ from dfa2_jax import Method, Plan
 from dfa2_jax.families.registry import networks
 from dfa2_jax.families.sd3.transformer import PositionTable
 from dfa2_jax.nn.linear import XLA_OPTIONS
-from dfa2_jax.plan.plan import FULL_METHOD
+from dfa2_jax.plan.method import FULL_METHOD
 from dfa2_jax.plan.setting import AttentionLayer, Setting
 from dfa2_jax.sampling.inputs import Inputs, pad_steps
 from dfa2_jax.sampling.loop import PlanRows, denoise, denoise_planned, denoise_step

@@ -26,7 +26,8 @@ from dfa2_jax.nn.attention import dense_implementation
 from dfa2_jax.options import Options
 from dfa2_jax.pipeline.call import Call
 from dfa2_jax.pipeline.pipeline import Pipeline
-from dfa2_jax.plan.plan import Plan, PlanError
+from dfa2_jax.plan.method import PlanError
+from dfa2_jax.plan.plan import Plan
 from dfa2_jax.report import metrics as quality
 from dfa2_jax.report.attention_maps import watch, windows_of
 from dfa2_jax.report.attention_share import attention_share
