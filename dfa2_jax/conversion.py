@@ -25,8 +25,9 @@ from tqdm import tqdm
 from dfa2_jax.encoders.tokenizers import load_tokenizer
 from dfa2_jax.families.registry import open_checkpoint
 from dfa2_jax.io.errors import CheckpointError
-from dfa2_jax.weights.checkpoint import FLOAT_DTYPES, compute_dtype
+from dfa2_jax.weights.checkpoint import compute_dtype
 from dfa2_jax.weights.diffusers import DiffusersCheckpoint
+from dfa2_jax.weights.dtypes import FLOAT_DTYPES
 from dfa2_jax.weights.leaf import Block, Leaf, slabs
 from dfa2_jax.weights.orbax import FORMAT, FORMAT_VERSION, orbax_name
 

@@ -19,7 +19,7 @@ from dfa2_jax.report import attention_maps as heads
 from dfa2_jax.report import metrics as quality
 from dfa2_jax.report import report
 from dfa2_jax.report import table as report_table
-from dfa2_jax.report.table import Judges, Report, Row, Shot
+from dfa2_jax.report.table import Judges, Line, Report, Shot
 from pallas_kernels import Layout
 
 PROMPTS = ["a large red circle", '猫が<b>座っている</b> & "', "قطة صغيرة", "🐱 star"]
@@ -157,26 +157,26 @@ def made(plans, request):
     return quality_report(folder, plans, PROMPTS[:3], seed=[0, 7], batch=4, limits=limits, progress=False)
 
 
-def row(made, name):
-    return next(row for row in made.rows if row.name == name)
+def line_of(made, name):
+    return next(line for line in made.lines if line.name == name)
 
 
 def test_rows_are_the_plans_between_noise_and_another_seed(made):
     names = ["dense", "float32, sums reordered", "bfloat16 against float32", "bfloat16, sums reordered"]
-    assert [one.name for one in made.rows] == [*names, "full", "arrows", "broken", "another seed"]
-    psnr = {one.name: one.mean("psnr") for one in made.rows[1:]}
+    assert [one.name for one in made.lines] == [*names, "full", "arrows", "broken", "another seed"]
+    psnr = {one.name: one.mean("psnr") for one in made.lines[1:]}
     assert quality.EQUAL_PSNR > psnr["float32, sums reordered"] > 120
     assert 70 > psnr["bfloat16 against float32"] > psnr["arrows"]
     assert 70 > psnr["bfloat16, sums reordered"] > psnr["broken"] > psnr["another seed"]
-    assert all(len(one.scores["ssim"]) == 6 for one in made.rows[1:])
+    assert all(len(one.scores["ssim"]) == 6 for one in made.lines[1:])
 
 
 def test_a_full_plan_is_within_the_noise_and_the_others_are_not(made):
     for name, within in (("full", True), ("arrows", False), ("broken", False)):
-        distances = made.distances(row(made, name))
+        distances = made.distances(line_of(made, name))
         assert [one["within"] for one in distances] == [within] * 3
         assert all((one["psnr"] <= 0) == within for one in distances)
-    floor, arrows = row(made, "bfloat16 against float32"), row(made, "arrows")
+    floor, arrows = line_of(made, "bfloat16 against float32"), line_of(made, "arrows")
     assert made.distances(arrows)[1]["psnr"] == pytest.approx(floor.mean("psnr") - arrows.mean("psnr"))
 
 
@@ -191,7 +191,7 @@ def test_images_are_those_that_the_pipeline_gives(made, plans, tiny_sd35):
 
 
 def test_the_five_worst_pairs_are_kept(made):
-    broken = row(made, "broken")
+    broken = line_of(made, "broken")
     assert [pair.scores["ssim"] for pair in broken.worst] == sorted(broken.scores["ssim"])[:5]
     for pair in broken.worst:
         assert pair.scores["ssim"] == pytest.approx(quality.ssim(pair.image, pair.exact))
@@ -224,7 +224,7 @@ def test_the_first_call_of_a_program_is_not_timed(no_shape_checks):
 
 
 def test_time_is_of_interleaved_rounds(made):
-    dense, full = made.rows[0], row(made, "full")
+    dense, full = made.lines[0], line_of(made, "full")
     assert len(dense.seconds) == len(full.seconds) == report.ROUNDS
     assert made.speedup(full) == median(a / b for a, b in zip(dense.seconds, full.seconds, strict=True))
 
@@ -278,7 +278,7 @@ def test_the_page_stands_alone_and_says_what_the_numbers_say(made, tmp_path):
     ):
         assert words in page.text
     assert "<b>座" not in html
-    assert f"mean SSIM {row(made, 'broken').mean('ssim'):.4f} is below the limit 0.97" in page.text
+    assert f"mean SSIM {line_of(made, 'broken').mean('ssim'):.4f} is below the limit 0.97" in page.text
     assert sorted(file.name for file in path.parent.iterdir()) == ["report.html", "report.json"]
 
 
@@ -314,20 +314,20 @@ def test_an_image_that_is_not_finite_fails_any_gate():
     bad = near.copy()
     bad[3, 4] = np.nan
     judges = Judges({"psnr": quality.psnr, "ssim": quality.ssim}, {})
-    one = Row("bad", "plan")
+    one = Line("bad", "plan")
     one.add(judges, [Shot("a", 0), Shot("b", 0)], np.stack([near, bad]), np.stack([image, image]))
-    found = Report((Row("dense", "dense"), one), ("a", "b"), (0,), {}, None, {})
+    found = Report((Line("dense", "dense"), one), ("a", "b"), (0,), {}, None, {})
     assert found.failures == ["plan bad: 1 of 2 images are not finite"]
 
 
 def test_a_floor_that_does_not_fit_in_memory_is_left_out():
-    floor, plan = Row("float32", "floor"), Row("plan", "plan")
+    floor, plan = Line("float32", "floor"), Line("plan", "plan")
     with report.fitting(floor):
         raise MemoryError("27 GB of scores")
     assert floor.left_out == "does not fit in memory: 27 GB of scores"
     with pytest.raises(MemoryError), report.fitting(plan):
         raise MemoryError
-    with pytest.raises(jax.errors.JaxRuntimeError), report.fitting(Row("float32", "floor")):
+    with pytest.raises(jax.errors.JaxRuntimeError), report.fitting(Line("float32", "floor")):
         raise jax.errors.JaxRuntimeError("INTERNAL: another fault")
 
 
@@ -336,12 +336,11 @@ def test_a_16_bit_report_has_the_same_rows(plans, tiny_sd35, tmp_path, monkeypat
     monkeypatch.setattr(report, "watch", lambda *args, **options: None)  # its program takes 10 s to compile
     options = {"seed": [0, 1, 2, 3], "batch": 4, "dtype": "bfloat16", "progress": False}
     found = quality_report(tiny_sd35, {"full": plans["full"]}, PROMPTS[3:], **options)
-    names = [one.name for one in found.rows]
+    names = [one.name for one in found.lines]
     assert names[1:4] == ["float32, sums reordered", "bfloat16 against float32", "bfloat16, sums reordered"]
-    assert found.distances(row(found, "full"))[2]["within"]
-    assert (
-        row(found, "float32, sums reordered").mean("psnr") > 120 > row(found, "bfloat16 against float32").mean("psnr")
-    )
+    assert found.distances(line_of(found, "full"))[2]["within"]
+    reordered, rounded = line_of(found, "float32, sums reordered"), line_of(found, "bfloat16 against float32")
+    assert reordered.mean("psnr") > 120 > rounded.mean("psnr")
     content = found.content()
     assert content["rows"][4]["metrics"]["psnr"]["interval"] is None
     assert "an interval of the mean is not defined" in Page(found.save(tmp_path).read_text(encoding="utf-8")).text

@@ -10,7 +10,8 @@ import numpy as np
 from flax import nnx
 
 from dfa2_jax.io.errors import CheckpointError, raise_faults, read_json
-from dfa2_jax.weights.checkpoint import FLOAT_DTYPES, Checkpoint, check_pipeline
+from dfa2_jax.weights.checkpoint import Checkpoint, check_pipeline
+from dfa2_jax.weights.dtypes import FLOAT_DTYPES
 from dfa2_jax.weights.leaf import Block, Leaf
 from dfa2_jax.weights.spec import PipelineSpec
 
