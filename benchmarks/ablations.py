@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from benchmarks.machine import describe_machine
 from dfa2_jax import Pipeline, calibrate
-from dfa2_jax.calibration.baselines import SCHEMES, calibrate_shared, sample_shared
+from dfa2_jax.calibration.baselines import SCHEMES, calibrate_scheme, sample_scheme
 
 COEFFICIENTS = {"c none": None, "c 1": 1.0, "c 1.5": 1.5, "c 2": 2.0}
 ARROWS = "arrows only"
@@ -48,8 +48,8 @@ def runs(
         return plan.density(), pipeline(**sampling, plan=plan, progress=False).images
 
     def shared(threshold: float, scheme: Any) -> tuple[float, np.ndarray]:
-        found = calibrate_shared(pipeline, scheme, threshold, progress=False, prompt=learn, **shape)
-        return found.density(), sample_shared(pipeline, found, **sampling)
+        found = calibrate_scheme(pipeline, scheme, threshold, progress=False, prompt=learn, **shape)
+        return found.density(), sample_scheme(pipeline, found, **sampling)
 
     tables: dict[str, Run] = {name: partial(planned, c=c) for name, c in COEFFICIENTS.items()}
     tables[ARROWS] = partial(planned, cache=False)

@@ -10,6 +10,7 @@ for all layers, and memory.
 
 import argparse
 import json
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -24,11 +25,12 @@ from benchmarks.loops import Loop, interleaved, ratio
 from benchmarks.machine import describe_machine
 from benchmarks.sampling import CPU, GPU, cut_sd35
 from dfa2_jax import Method
+from dfa2_jax.calibration import attends
 from dfa2_jax.calibration import calibrate as calibration
 from dfa2_jax.calibration.search import choose
-from dfa2_jax.nn.attention import arrow_attention
+from dfa2_jax.nn.attention import arrow_attention, in_order
 from dfa2_jax.nn.linear import XLA_OPTIONS
-from dfa2_jax.sampling.loop import denoise
+from dfa2_jax.sampling.loop import State, denoise
 from pallas_kernels.layout import FULL
 
 CPU_CASES = CPU | {"1,024 tokens, 24 heads": cut_sd35(32, 154, 24, 64)}
@@ -39,16 +41,16 @@ CASES = {
 CANDIDATES = (Method("cached"), *map(Method.arrow, (8, 16, 32)))
 
 
-class Official(calibration.Calibrating):
+class Official(attends.TryEverything):
     """One pass for each window; the chosen mix is computed once more (method.md 4.2 of the paper's code)."""
 
-    def __call__(self, project: Any, layout: Any, memory: Any, row: Any) -> tuple[Any, Any]:
+    def __call__(self, project: Any, layout: Any, memory: Any, plan: Any) -> tuple[Any, Any]:
         q, k, v = project()
-        found: Any = super().__call__(lambda: (q, k, v), layout, memory, row)[1]
+        trials: Any = super().__call__(lambda: (q, k, v), layout, memory, plan)[1]
         windows = np.array([method.half_window(layout.num_visual) for method in self.candidates], np.int32)
-        half_window = jnp.append(jnp.asarray(windows), jnp.int32(FULL))[found.picks[row.layer]]
-        caches = arrow_attention(q, k, v, half_window, layout=layout, cache=memory.caches, layer=row.layer)
-        return caches[row.layer], found._replace(caches=caches)
+        half_window = jnp.append(jnp.asarray(windows), jnp.int32(FULL))[trials.picks[plan.place]]
+        caches = arrow_attention(q, k, v, half_window, layout=layout, cache=memory.caches, layer=plan.place)
+        return caches[plan.place], replace(trials, caches=caches)
 
     def _outputs(self, windows: Any, layout: Any, q: Any, k: Any, v: Any, previous: Any) -> tuple[list[Any], Any]:
         def alone(window: int) -> jax.Array:
@@ -60,16 +62,16 @@ class Official(calibration.Calibrating):
 
 
 def stepper(loop: Loop, kind: type, tiles: tuple[int, int]) -> Any:
-    """A calibration step of its own program, with `kind` in the place of `Calibrating`."""
+    """A calibration step of its own program, with `kind` in the place of `TryEverything`."""
     names = ("graph", "candidates", "tiles", "chunk", "implementation", "rounding")
 
-    def calibrate_step(*args: Any, **kwargs: Any) -> Any:
-        with patch.object(calibration, "Calibrating", kind):
-            return calibration.calibrate_step.__wrapped__(*args, **kwargs)
+    def calibrate_step(graph: Any, params: Any, state: Any, **kwargs: Any) -> Any:
+        with patch.object(calibration, "TryEverything", kind):
+            return calibration.calibrate_step.__wrapped__(graph, params, state, **kwargs)
 
-    options = {"donate_argnums": 3, "compiler_options": XLA_OPTIONS}
+    options = {"donate_argnames": "state", "compiler_options": XLA_OPTIONS}
     step = jax.jit(calibrate_step, static_argnums=0, static_argnames=names, **options)
-    budget = calibration.Budget.of(0.4, 1.5, loop.config.num_attention_heads)
+    budget = attends.Budget.of(0.4, 1.5, loop.config.num_attention_heads)
     return partial(step, loop.graph, loop.params, inputs=loop.inputs, i=1, budget=budget), {
         "candidates": CANDIDATES,
         "tiles": tiles,
@@ -79,11 +81,11 @@ def stepper(loop: Loop, kind: type, tiles: tuple[int, int]) -> Any:
 def measure(loop: Loop, rounds: int) -> dict[str, Any]:
     heads, head_dim = loop.config.num_attention_heads, loop.config.attention_head_dim
     tiles = calibration.PLANNING_TILES.get(head_dim, (128, 128))
-    latents, caches = jnp.array(loop.latents), loop.caches()
-    programs = {"calibration": calibration.Calibrating, "official scheme": Official}
+    caches = loop.caches()
+    programs = {"calibration": attends.TryEverything, "official scheme": Official}
     steps = {name: stepper(loop, kind, tiles) for name, kind in programs.items()}
     saved = [
-        calibration.saved_tiles(np.array([m.half_window(x.num_visual) for m in CANDIDATES], np.int32), x, tiles)
+        attends.saved_tiles(np.array([m.half_window(x.num_visual) for m in CANDIDATES], np.int32), x, tiles)
         for x in loop.layers.values()
     ]
     errors = jnp.asarray(np.random.default_rng(0).uniform(0, 0.04, (len(saved), heads, len(CANDIDATES))), jnp.float32)
@@ -95,8 +97,9 @@ def measure(loop: Loop, rounds: int) -> dict[str, Any]:
     def run(name: str) -> Any:
         nonlocal caches
         step, options = steps[name]
-        out, caches, picks, _ = step(latents, caches, **options)
-        return out, picks
+        state, chosen = step(State(loop.latents, None, caches), **options)
+        caches = state.memory
+        return state.latents, in_order(loop.calls, {stack: picks for stack, (picks, _) in chosen.items()})
 
     _, filled = loop.planned(caches, loop.plan(1.0, reuse=0.0), 0, 1)
     picks = []
@@ -120,22 +123,24 @@ def measure(loop: Loop, rounds: int) -> dict[str, Any]:
         "in_dense_attention": {name: (seconds[name] - seconds["without attention"]) / attention for name in programs},
         "choices_share": ratio(times, "choices", "calibration"),
         "same_picks": float((picks[0] == picks[1]).mean()),
-        "memory": memory(loop, latents, caches, steps),
+        "memory": memory(loop, caches, steps),
         "ms": {name: 1e3 * value for name, value in seconds.items()},
         "seconds": times,
     }
 
 
-def memory(loop: Loop, latents: jax.Array, caches: Any, steps: dict[str, Any]) -> dict[str, Any]:
+def memory(loop: Loop, caches: Any, steps: dict[str, Any]) -> dict[str, Any]:
     """Bytes beside weights and caches, as compiled (a CPU's leave out what some fusions use). Predicted for
     calibration: a dense step's, and the longest layer's outputs under every arrow and as they were a step ago."""
     width = loop.config.num_attention_heads * loop.config.attention_head_dim
     longest = max(layout.length for layout in loop.layers.values())
-    dense = denoise.lower(loop.graph, loop.params, loop.latents, loop.inputs, 1, 2)
+    dense = denoise.lower(loop.graph, loop.params, State(loop.latents), loop.inputs, 1, 2)
     found = {"caches": sum(x.nbytes for x in jax.tree.leaves(caches)), "dense": temporary(dense)}
     found["predicted"] = found["dense"] + len(CANDIDATES) * loop.batch * longest * width * loop.dtype.itemsize
     for name, (step, options) in steps.items():
-        found[name] = temporary(step.func.lower(*step.args, latents, caches, **step.keywords, **options))
+        found[name] = temporary(
+            step.func.lower(*step.args, State(loop.latents, None, caches), **step.keywords, **options)
+        )
     return found
 
 

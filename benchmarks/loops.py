@@ -13,15 +13,18 @@ import numpy as np
 from flax import nnx
 
 from dfa2_jax import Method, Plan
+from dfa2_jax.families.flux.transformer import FluxConditions
 from dfa2_jax.families.registry import networks
-from dfa2_jax.families.sd3.transformer import PositionTable
-from dfa2_jax.nn.linear import XLA_OPTIONS
+from dfa2_jax.families.sd3.transformer import PositionTable, SD3Conditions
+from dfa2_jax.nn.attention import Planned, by_stack
 from dfa2_jax.plan.plan import FULL_METHOD
 from dfa2_jax.plan.setting import AttentionLayer, Setting
+from dfa2_jax.sampling.guidance import ClassifierFree, NoGuidance
 from dfa2_jax.sampling.inputs import Inputs, pad_steps
-from dfa2_jax.sampling.loop import PlanRows, denoise, denoise_planned, denoise_step
-from dfa2_jax.sampling.memory import cache_shapes
+from dfa2_jax.sampling.loop import State, StepPlans, denoise, denoise_planned
+from dfa2_jax.sampling.memory import empty_memory, stack_shapes
 from dfa2_jax.sampling.sinusoid import sinusoid
+from dfa2_jax.sampling.solvers.flow_euler import FlowEuler
 from dfa2_jax.sampling.tokens import crop_positions, rope_table
 from pallas_kernels.mask import density
 
@@ -30,17 +33,11 @@ from pallas_kernels.mask import density
 class NoAttention:
     """Projections alone, all of them used: what a step costs beside attention."""
 
-    implementation: str | None = None
+    def memory(self, stack: Any) -> None:
+        return None
 
-    def __call__(self, project: Any, layout: Any, memory: None, row: None) -> tuple[jax.Array, None]:
+    def __call__(self, project: Any, layout: Any, memory: None, plan: Any) -> tuple[jax.Array, None]:
         return sum(project()), None
-
-
-@partial(jax.jit, static_argnames="graph", compiler_options=XLA_OPTIONS)
-def rest_of(graph: Any, params: Any, latents: jax.Array, inputs: Inputs, start: int, stop: int) -> jax.Array:
-    """`denoise` without attention."""
-    step = partial(denoise_step, nnx.merge(graph, params).velocity, NoAttention(), inputs, lambda x: x)
-    return jax.lax.fori_loop(start, stop, lambda i, latents: step(i, latents, None, None)[0], latents)
 
 
 class Loop:
@@ -69,42 +66,47 @@ class Loop:
         self.params, self.dtype = random_like(shapes), jnp.dtype(dtype)
         self.batch = 2 if guided else 1
         draw = np.random.default_rng(0).standard_normal
-        width, flux = self.config.num_attention_heads * self.config.attention_head_dim, class_name.startswith("Flux")
         self.latents = draw((1, self.num_visual, self.config.token_channels)).astype(np.float32)
-        table = np.zeros((0 if flux else self.config.pos_embed_max_size) ** 2 * width, np.float32).reshape(-1, width)
         sigmas = np.linspace(1, 0, steps + 1, dtype=np.float32)
-        text = self.batch, num_text, self.config.joint_attention_dim
-        positions = (
-            rope_table(self.config.axes_dims_rope, num_text, side, side) if flux else crop_positions(table, side, side)
+        inputs = Inputs(
+            conditions=self.conditions(draw, side, flux=class_name.startswith("Flux")),
+            timesteps=pad_steps(sinusoid(1000 * sigmas[:-1])),
+            guidance=ClassifierFree.constant(4, steps) if guided else NoGuidance(),
+            solver=FlowEuler.of_sigmas(sigmas),
         )
-        self.inputs = jax.device_put(
-            Inputs(
-                text=draw(text).astype(self.dtype),
-                pooled=draw((self.batch, self.config.pooled_projection_dim)).astype(self.dtype),
-                positions=positions,
-                sigmas=pad_steps(sigmas, extra=1),
-                timesteps=pad_steps(sinusoid(1000 * sigmas[:-1])),
-                guidance=sinusoid(np.float32([3500])) if flux and self.config.guidance_embeds else None,
-                guidance_scale=np.float32(4) if guided else None,
-                skip=None,
-            )
-        )
-        self.layers = self.config.attention_layers(num_text, self.num_visual)
+        self.inputs = jax.device_put(inputs)
+        self.calls = self.config.calls(num_text, self.num_visual)
+        self.layers = {call.name: call.layout for call in self.calls}
 
-    def caches(self) -> Any:
-        shapes = cache_shapes(self.config, self.num_text, self.num_visual, self.batch, self.dtype)
-        return jax.tree.map(lambda one: jnp.zeros(one.shape, one.dtype), shapes)
+    def conditions(self, draw: Any, side: int, *, flux: bool) -> Any:
+        config, num_text = self.config, self.num_text
+        text = draw((self.batch, num_text, config.joint_attention_dim)).astype(self.dtype)
+        pooled = draw((self.batch, config.pooled_projection_dim)).astype(self.dtype)
+        if flux:
+            guidance = sinusoid(np.float32([3500])) if config.guidance_embeds else None
+            return FluxConditions(text, pooled, *rope_table(config.axes_dims_rope, num_text, side, side), guidance)
+        table = np.zeros((config.pos_embed_max_size**2, config.width), np.float32)
+        return SD3Conditions(text, pooled, crop_positions(table, side, side))
+
+    def caches(self) -> dict[str, jax.Array]:
+        """What a plan's attention remembers before the first step."""
+        heads = self.config.num_attention_heads, self.config.attention_head_dim
+        return empty_memory(Planned(), stack_shapes(self.calls, self.batch, heads, self.dtype), images=1)
 
     def dense(self, start: int, stop: int, **options: Any) -> jax.Array:
-        return denoise(self.graph, self.params, self.latents, self.inputs, start, stop, **options)
+        return denoise(self.graph, self.params, State(self.latents), self.inputs, start, stop, **options).latents
 
     def rest(self, start: int, stop: int) -> jax.Array:
-        return rest_of(self.graph, self.params, self.latents, self.inputs, start, stop)
+        """Without attention."""
+        return self.dense(start, stop, attend=NoAttention())
 
     def planned(self, caches: Any, plan: Plan, start: int, stop: int, **options: Any) -> tuple[jax.Array, Any]:
-        rows = PlanRows(pad_steps(plan.half_windows()), pad_steps(plan.head_order()))
-        latents = jnp.array(self.latents)  # given away
-        return denoise_planned(self.graph, self.params, latents, caches, self.inputs, rows, start, stop, **options)
+        half_window, head_order = (
+            by_stack(self.calls, pad_steps(x), axis=1) for x in (plan.half_windows(), plan.head_order())
+        )
+        plans, state = StepPlans(half_window, head_order, np.zeros((), np.int32)), State(self.latents, None, caches)
+        state = denoise_planned(self.graph, self.params, state, self.inputs, plans, start, stop, **options)
+        return state.latents, state.memory
 
     def plan(self, target: float, *, reuse: float) -> Plan:
         """Keeps this share of all query-key pairs after the first step; `reuse` is the share of the saving that is by

@@ -20,7 +20,7 @@ import jax
 from benchmarks.loops import Loop, interleaved, ratio
 from benchmarks.machine import describe_machine
 from benchmarks.sampling import GPU
-from dfa2_jax.sampling.loop import denoise
+from dfa2_jax.sampling.loop import State, denoise
 
 KINDS = {
     "attention": ("sdpa", "mosaic", "arrow"),
@@ -62,10 +62,10 @@ def kernel_ms(run: Any) -> tuple[dict[str, float], float]:
 
 
 def measure(loop: Loop, rounds: int, steps: int) -> dict[str, Any]:
-    plain = jax.jit(denoise.__wrapped__, static_argnames=("graph", "implementation"))
+    plain = jax.jit(denoise.__wrapped__, static_argnames=("graph", "implementation"), donate_argnames="state")
     runs = {
         name: partial(
-            function, loop.graph, loop.params, loop.latents, loop.inputs, 1, 1 + steps, implementation="cudnn"
+            function, loop.graph, loop.params, State(loop.latents), loop.inputs, 1, 1 + steps, implementation="cudnn"
         )
         for name, function in {"shipped": denoise, "without": plain}.items()
     }

@@ -1,20 +1,26 @@
-"""`dfa2`: sample images, find plans and judge them from a shell, and say what this machine can do."""
+"""`dfa2`: sample images, find plans and judge them from a shell, and say what this machine can do.
+
+Flags are fields of `dfa2_jax.options`. What imports JAX is imported by the command that needs it: help answers at once.
+"""
 
 import argparse
 import json
 import logging
 import os
+import platform
 import re
 import shutil
 import sys
-from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Iterator, Sequence
+from dataclasses import Field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin
 
+from dfa2_jax import __version__
 from dfa2_jax.io.atomic import replacing
-
-DTYPES = ("float32", "bfloat16", "float16")
+from dfa2_jax.io.extras import MissingExtra
+from dfa2_jax.options import CALL, CalibrationOptions, Options, ReportOptions
+from dfa2_jax.weights.dtypes import FLOAT_DTYPES
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -37,49 +43,42 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="dfa2", description="SD3, SD3.5 and FLUX.1 in JAX.")
+    parser.add_argument("--version", action="version", version=f"dfa2 {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
 
     sample = commands.add_parser("sample", help="text to images", description="Sample images into a folder.")
     sample.set_defaults(run=run_sample)
-    sample.add_argument("folder", help="a diffusers folder, or one that dfa2-convert wrote")
-    sample.add_argument("--prompt", action="append", required=True, help="repeat it for a batch")
-    sample.add_argument("--negative-prompt", help="for all prompts")
+    _add_folder(sample)
     sample.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the PNG files go")
-    sample.add_argument("--height", type=int, metavar="PX")
-    sample.add_argument("--width", type=int, metavar="PX")
-    sample.add_argument("--steps", type=int, dest="num_inference_steps")
-    sample.add_argument("--guidance-scale", type=float)
-    sample.add_argument("--true-cfg-scale", type=float, default=1.0, help="FLUX with a negative prompt")
-    sample.add_argument("--skip-guidance-layers", type=int, nargs="+", metavar="LAYER", help="SD3.5-medium: 7 8 9")
-    sample.add_argument("--num-images-per-prompt", type=int, default=1)
-    sample.add_argument("--max-sequence-length", type=int, metavar="TOKENS", help="of T5")
-    sample.add_argument("--seed", type=int, nargs="+", default=[0], help="one for the batch, or one per image")
-    sample.add_argument("--plan", type=Path, metavar="FILE", help="from dfa2 calibrate; it says size and steps too")
-    sample.add_argument("--dtype", choices=DTYPES, help="default: the checkpoint's; float32 on CPU")
-    sample.add_argument("--quiet", action="store_true", help="no progress bar")
+    add_flags(sample, Options)
+    _add_dtype(sample)
 
     calibrate = commands.add_parser("calibrate", help="prompts to a plan", description="Find a plan for dfa2 sample.")
     calibrate.set_defaults(run=run_calibrate)
-    calibrate.add_argument("folder", help="a diffusers folder, or one that dfa2-convert wrote")
-    calibrate.add_argument("--prompts", type=Path, required=True, metavar="FILE", help="one prompt per line")
+    _add_folder(calibrate)
+    _add_prompts(calibrate)
     calibrate.add_argument("--out", type=Path, required=True, metavar="PLAN.json")
-    calibrate.add_argument("--delta", type=float, default=0.4, help="error budget of a layer at a step: larger, faster")
-    calibrate.add_argument("--c", type=float, default=1.5, help="a head's share of it; 0: no limit")
-    calibrate.add_argument("--windows", type=int, nargs="*", default=[8, 16, 32], metavar="F", help="arrows of 1/F")
-    calibrate.add_argument("--no-cache", dest="cache", action="store_false", help="arrows only")
-    calibrate.add_argument("--negative-prompt", help="for all prompts")
-    calibrate.add_argument("--height", type=int, metavar="PX")
-    calibrate.add_argument("--width", type=int, metavar="PX")
-    calibrate.add_argument("--steps", type=int, dest="num_inference_steps")
-    calibrate.add_argument("--guidance-scale", type=float)
-    calibrate.add_argument("--max-sequence-length", type=int, metavar="TOKENS", help="of T5")
-    calibrate.add_argument("--seed", type=int, default=0)
-    calibrate.add_argument("--attention-chunk", type=int, metavar="IMAGES", help="to save memory, as many at once")
-    calibrate.add_argument("--tiles", type=int, nargs=2, metavar=("QUERIES", "KEYS"), help="whose savings count")
-    calibrate.add_argument("--dtype", choices=DTYPES, help="default: the checkpoint's; float32 on CPU")
-    calibrate.add_argument("--quiet", action="store_true", help="no progress bar")
+    add_flags(calibrate, CalibrationOptions)
+    add_flags(calibrate, Options, CALL)
+    _add_dtype(calibrate)
 
-    _report_arguments(commands)
+    report = commands.add_parser(
+        "report",
+        help="what plans do to images",
+        description="Compare plans with dense sampling, next to the noise of rounding and to another seed.",
+        epilog="Exit codes: 0; 1 if a plan misses a limit; 2 for bad input; 130 when interrupted.",
+    )
+    report.set_defaults(run=run_report)
+    _add_folder(report)
+    _add_prompts(report)
+    report.add_argument(
+        "--plan", type=Path, action="append", required=True, metavar="PLAN.json", help="may be repeated"
+    )
+    report.add_argument("--out", type=Path, required=True, metavar="DIR", help="for report.html and report.json")
+    report.add_argument("--max-lpips", type=float, metavar="X", help="a limit of a plan's mean")
+    report.add_argument("--min-ssim", type=float, metavar="X")
+    report.add_argument("--min-psnr", type=float, metavar="X", help="in dB")
+    add_flags(report, ReportOptions)
 
     plans = commands.add_parser("plan", help="look at a plan, or sign an edited one").add_subparsers(
         dest="action", required=True
@@ -97,49 +96,65 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _report_arguments(commands: Any) -> None:
-    report = commands.add_parser(
-        "report",
-        help="what plans do to images",
-        description="Compare plans with dense sampling, next to the noise of rounding and to another seed.",
-        epilog="Exit codes: 0; 1 if a plan misses a limit; 2 for bad input; 130 when interrupted.",
-    )
-    report.set_defaults(run=run_report)
-    report.add_argument("folder", help="a diffusers folder, or one that dfa2-convert wrote")
-    report.add_argument(
-        "--plan", type=Path, action="append", required=True, metavar="PLAN.json", help="may be repeated"
-    )
-    report.add_argument("--prompts", type=Path, required=True, metavar="FILE", help="one prompt per line")
-    report.add_argument("--out", type=Path, required=True, metavar="DIR", help="for report.html and report.json")
-    report.add_argument("--seed", type=int, nargs="+", default=[0], help="every prompt is sampled from each")
-    report.add_argument("--negative-prompt", help="for all prompts")
-    report.add_argument("--guidance-scale", type=float, help="default: the first plan's")
-    report.add_argument("--batch", type=int, default=1, metavar="N", help="images at a time")
-    report.add_argument("--max-lpips", type=float, metavar="X", help="a limit of a plan's mean")
-    report.add_argument("--min-ssim", type=float, metavar="X")
-    report.add_argument("--min-psnr", type=float, metavar="X", help="in dB")
-    report.add_argument(
-        "--lpips", metavar="WEIGHTS", help="a .safetensors file of an lpips.LPIPS; needs dfa2-jax[quality]"
-    )
-    report.add_argument("--clip", metavar="FOLDER", help="a CLIPModel of transformers; needs dfa2-jax[quality]")
-    report.add_argument("--image-reward", metavar="FOLDER", help="not supported: says why")
-    report.add_argument("--quick", action="store_true", help="no noise floor and no heads, for a gate")
-    report.add_argument("--dtype", choices=DTYPES, help="default: the checkpoint's; float32 on CPU")
-    report.add_argument("--quiet", action="store_true", help="no progress bar")
+def _add_folder(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", help="a diffusers folder, or one that dfa2-convert wrote")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
 
 
-PIPELINE_OPTIONS = (
-    "prompt",
-    "negative_prompt",
-    "height",
-    "width",
-    "num_inference_steps",
-    "guidance_scale",
-    "true_cfg_scale",
-    "skip_guidance_layers",
-    "num_images_per_prompt",
-    "max_sequence_length",
-)
+def _add_prompts(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--prompts", type=Path, required=True, metavar="FILE", help="one prompt per line")
+
+
+def _add_dtype(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--dtype", choices=FLOAT_DTYPES, help="default: the checkpoint's; float32 on CPU")
+
+
+def flagged(group: Any, names: Sequence[str] | None = None) -> Iterator[Field[Any]]:
+    """The fields of an options class that have a flag; of all, or of those named."""
+    for argument in fields(group):
+        if argument.metadata["flag"] and (names is None or argument.name in names):
+            yield argument
+
+
+def add_flags(parser: argparse.ArgumentParser, group: Any, names: Sequence[str] | None = None) -> None:
+    """A flag for each field that has one. What its metadata leaves open follows from name, type and default."""
+    for argument in flagged(group, names):
+        flag, default, words = argument.metadata["flag"], argument.default, argument.metadata["words"]
+        kind = next((kind for kind in (bool, int, float) if kind in _kinds(argument.type)), str)
+        text = argument.metadata["description"].replace("None:", "default:").replace("`", "")
+        follows: dict[str, Any] = {"dest": argument.name, "default": default, "help": text}
+        if kind is bool:
+            follows["action"] = "store_false" if default else "store_true"
+        else:
+            follows |= {"type": kind} | ({} if "choices" in words else {"metavar": METAVARS[kind]})
+        words = follows | words
+        if default is not None and kind is not bool:
+            words["help"] += f" (default: {default})"
+        parser.add_argument(f"--{argument.name.replace('_', '-')}" if flag is True else flag, **words)
+
+
+METAVARS = {int: "N", float: "X", str: "TEXT"}
+
+
+def _kinds(annotation: Any) -> Iterator[Any]:
+    """A type, and all that it is made of."""
+    yield annotation
+    for part in get_args(annotation):
+        yield from _kinds(part)
+
+
+def given(args: argparse.Namespace, group: Any, names: Sequence[str] | None = None) -> dict[str, Any]:
+    """The options of a group as their types have them: a list of one is that one, where the type is not only a list."""
+    options = {}
+    for argument in flagged(group, names):
+        value, kinds = getattr(args, argument.name), {*_kinds(argument.type)}
+        if isinstance(value, list):
+            if any(get_origin(kind) is tuple for kind in kinds):
+                value = tuple(value)
+            elif len(value) == 1 and type(value[0]) in get_args(argument.type):
+                value = value[0]
+        options[argument.name] = value
+    return options
 
 
 def devices() -> list[Any]:
@@ -160,37 +175,21 @@ def devices() -> list[Any]:
 def run_sample(args: argparse.Namespace) -> int:
     enable_compilation_cache()
     devices()
-    from dfa2_jax.pipeline.pipeline import Pipeline
-    from dfa2_jax.plan.plan import Plan
+    from dfa2_jax import Pipeline, Plan
 
     args.out.mkdir(parents=True, exist_ok=True)
     if not os.access(args.out, os.W_OK):
         raise PermissionError(f"--out {args.out} is not writable: choose another folder.")
     plan = None if args.plan is None else Plan.load(args.plan)
     pipeline = Pipeline.from_pretrained(args.folder, dtype=args.dtype)
-    options = {name: getattr(args, name) for name in PIPELINE_OPTIONS}
-    seed = args.seed[0] if len(args.seed) == 1 else args.seed
-    output = pipeline(**options, plan=plan, seed=seed, progress=not args.quiet)
+    options: dict[str, Any] = given(args, Options) | {"plan": plan, "progress": not args.quiet}
+    output = pipeline(**options)
     prompts = [prompt for prompt in args.prompt for _ in range(args.num_images_per_prompt)]
     for index, (image, prompt) in enumerate(zip(output.images, prompts, strict=True)):
         print(save_image(image, args.out, prompt, output.metadata | {"image": index}))
     seconds = {"load": pipeline.load_seconds} | output.timings
     print("seconds: " + ", ".join(f"{name} {value:.2f}" for name, value in seconds.items()))
     return 0
-
-
-CALIBRATION_OPTIONS = (
-    "negative_prompt",
-    "num_inference_steps",
-    "height",
-    "width",
-    "guidance_scale",
-    "max_sequence_length",
-    "delta",
-    "cache",
-    "seed",
-    "attention_chunk",
-)
 
 
 def run_calibrate(args: argparse.Namespace) -> int:
@@ -205,8 +204,7 @@ def run_calibrate(args: argparse.Namespace) -> int:
         raise PermissionError(f"--out {args.out} is not in a folder that is there and writable: choose another one.")
     resume = args.out.with_name(f"{args.out.name}.progress")
     pipeline = Pipeline.from_pretrained(args.folder, dtype=args.dtype)
-    options = {name: getattr(args, name) for name in CALIBRATION_OPTIONS}
-    options |= {"c": args.c or None, "windows": tuple(args.windows), "tiles": args.tiles and tuple(args.tiles)}
+    options: dict[str, Any] = given(args, Options, CALL) | given(args, CalibrationOptions) | {"c": args.c or None}
     plan = calibrate(pipeline, prompts, **options, progress=not args.quiet, resume=resume)
     plan.save(args.out)
     resume.unlink(missing_ok=True)
@@ -229,19 +227,6 @@ def read_prompts(path: Path) -> list[str]:
     return prompts
 
 
-REPORT_OPTIONS = (
-    "seed",
-    "negative_prompt",
-    "guidance_scale",
-    "batch",
-    "dtype",
-    "lpips",
-    "clip",
-    "image_reward",
-    "quick",
-)
-
-
 def run_report(args: argparse.Namespace) -> int:
     enable_compilation_cache()
     devices()
@@ -258,7 +243,7 @@ def run_report(args: argparse.Namespace) -> int:
     writable(args.out)
     limits = {"lpips": args.max_lpips, "ssim": args.min_ssim, "psnr": args.min_psnr}
     limits = {metric: limit for metric, limit in limits.items() if limit is not None}
-    options = {name: getattr(args, name) for name in REPORT_OPTIONS}
+    options = given(args, ReportOptions)
     report = quality_report(args.folder, plans, prompts, **options, limits=limits, progress=not args.quiet)
     print(report.save(args.out))
     for failure in report.failures:
@@ -273,8 +258,13 @@ def run_plan_show(args: argparse.Namespace) -> int:
     plan = Plan.load(args.plan)
     print(summary(plan))
     picture = args.png or args.plan.with_suffix(".png")
-    draw(plan, picture)
-    print(picture)
+    try:
+        draw(plan, picture)
+        print(picture)
+    except MissingExtra as error:
+        if args.png:
+            raise
+        print(f"dfa2 plan show: {error}", file=sys.stderr)
     return 0
 
 
@@ -321,28 +311,51 @@ def enable_compilation_cache() -> None:
 
 
 def run_doctor(args: argparse.Namespace) -> int:
+    from importlib.metadata import PackageNotFoundError, version
+
     from dfa2_jax.nn.attention import arrow_implementation, dense_implementation
 
+    _tell("python", platform.python_version())
     for name in ("dfa2-jax", "jax", "jaxlib", "flax", "orbax-checkpoint"):
         try:
-            print(f"{name:17s} {version(name)}")
+            _tell(name, version(name))
         except PackageNotFoundError:
-            print(f"{name:17s} not installed")
+            _tell(name, "not installed")
     device = devices()[0]
-    print(f"{'device':17s} {len(devices())} x {device.device_kind} ({device.platform})")
-    print(f"{'driver':17s} {_driver()}")
+    _tell("device", f"{len(devices())} x {device.device_kind} ({device.platform})")
+    _tell("driver", _driver())
     for dtype, head_dim, model in (("bfloat16", 64, "SD3"), ("bfloat16", 128, "FLUX.1"), ("float32", 128, "float32")):
         for kind, choose in (("dense", dense_implementation), ("arrow", arrow_implementation)):
             choice = choose(dtype, head_dim)
-            print(f"{kind + ' ' + model:17s} {choice.implementation}: {choice.why}")
+            _tell(f"{kind} {model}", f"{choice.implementation}: {choice.why}")
+    if advice := missing_kernels(device):
+        _tell("missing", advice)
     stats = device.memory_stats()
     if stats and "bytes_limit" in stats:
         free = stats["bytes_limit"] - stats.get("bytes_in_use", 0)
-        print(f"{'device memory':17s} {free / 1e9:.1f} GB free of {stats['bytes_limit'] / 1e9:.1f} GB that JAX may use")
+        _tell("device memory", f"{free / 1e9:.1f} GB free of {stats['bytes_limit'] / 1e9:.1f} GB that JAX may use")
     pages = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    print(f"{'host memory':17s} {pages / 1e9:.1f} GB free")
-    print(f"{'disk':17s} {shutil.disk_usage('.').free / 1e9:.1f} GB free here")
+    _tell("host memory", f"{pages / 1e9:.1f} GB free")
+    _tell("disk", f"{shutil.disk_usage('.').free / 1e9:.1f} GB free here")
     return 0
+
+
+def _tell(name: str, fact: str) -> None:
+    print(f"{name:17s} {fact}")
+
+
+def missing_kernels(device: Any) -> str | None:
+    """What a Hopper GPU lacks under a jax older than 0.11, why, and what to do; None where nothing is missing."""
+    import jax
+
+    if int(float(getattr(device, "compute_capability", 0))) != 9 or jax.__version_info__ >= (0, 11):
+        return None
+    if sys.version_info >= (3, 12):
+        why, advice = f"they need jax 0.11, this is {jax.__version__}", "pip install 'dfa2-jax[cuda13]' 'jax>=0.11'"
+    else:
+        why = f"they need jax 0.11, which needs Python 3.12; pip on Python 3.11 resolves jax {jax.__version__}"
+        advice = "make an environment of Python 3.12, and there pip install 'dfa2-jax[cuda13]' 'jax>=0.11'"
+    return f"the Mosaic kernels, the fastest ones on this GPU: {why}. To have them, {advice}"
 
 
 def _driver() -> str:
@@ -350,8 +363,8 @@ def _driver() -> str:
     path = Path("/proc/driver/nvidia/version")
     if not path.is_file():
         return "no NVIDIA driver"
-    found = re.search(r"\b\d+\.\d+(\.\d+)?\b", path.read_text())
-    return found.group() if found else "unknown"
+    version = re.search(r"\b\d+\.\d+(\.\d+)?\b", path.read_text())
+    return version.group() if version else "unknown"
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from os import PathLike
@@ -25,16 +25,22 @@ from tqdm import tqdm
 from dfa2_jax.encoders.tokenizers import load_tokenizer
 from dfa2_jax.families.registry import open_checkpoint
 from dfa2_jax.io.errors import CheckpointError
-from dfa2_jax.weights.checkpoint import FLOAT_DTYPES, compute_dtype
+from dfa2_jax.options import suggests_names
+from dfa2_jax.weights.checkpoint import compute_dtype
 from dfa2_jax.weights.diffusers import DiffusersCheckpoint
+from dfa2_jax.weights.dtypes import FLOAT_DTYPES
 from dfa2_jax.weights.leaf import Block, Leaf, slabs
-from dfa2_jax.weights.orbax import FORMAT, FORMAT_VERSION, orbax_name
+from dfa2_jax.weights.orbax import FORMAT, FORMAT_VERSION, StoredArray, array_name, orbax_name
 
 HUB_FILES = ["*.json", "*/*.json", "*/*.txt", "*/*.model", "*/*.safetensors"]
 """Of a hub repository: what lies in component folders, not the single-file originals beside them."""
 
 THREADS = 3
 """Each holds one slab: two cores turn, one waits for the file system."""
+
+
+Arrays = dict[tuple[Any, ...], "LazyArray"]
+"""A component's parameters by their paths in the model."""
 
 
 class LazyArray:
@@ -94,6 +100,7 @@ def spans(leaf: Leaf) -> list[tuple[int, int]]:
     return list(zip(starts, [*starts[1:], leaf.shape[0]], strict=True))
 
 
+@suggests_names
 def convert_checkpoint(
     src: str | PathLike[str],
     dst: str | PathLike[str],
@@ -116,36 +123,26 @@ def convert_checkpoint(
     if dst.exists() or dst.is_symlink():
         raise CheckpointError(f"{dst} exists already: remove it, or choose another destination.")
     checkpoint = open_source(src)
-    components = [name for name in checkpoint.classes if name != "scheduler"]
-    dtypes = {name: written_dtype(checkpoint, name, dtype) for name in components}
-    leaves = {name: checkpoint.leaves(name) for name in components}  # every fault is found before the first write
-    checkpoint.check_scheduler()
-    tokenizers = [f"tokenizer{name[12:]}" for name in components if "encoder" in name]
-    for name in tokenizers:
-        load_tokenizer(checkpoint.tokenizer_folder(name))
-    sizes = [np.prod(leaf.shape) * dtypes[name].itemsize for name in components for leaf in leaves[name].values()]
-    total, written = int(sum(sizes)), 0
+    written = 0
 
     def done(nbytes: int) -> None:
         nonlocal written
         written += nbytes
         progress(written, total)
 
+    arrays = lazy_arrays(checkpoint, dtype, done)  # every fault is found before the first write
+    checkpoint.check_scheduler()
+    tokenizers = [f"tokenizer{name[12:]}" for name in arrays if "encoder" in name]
+    for name in tokenizers:
+        load_tokenizer(checkpoint.tokenizer_folder(name))
+    total = sum(array.nbytes for component in arrays.values() for array in component.values())
+    partial = make_room(dst, total)
     try:
-        dst.parent.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(dst.parent).free
-        if free < total:
-            raise CheckpointError(f"{dst.parent} has {free:,} bytes free, the checkpoint needs {total:,}: make room.")
-        partial = Path(tempfile.mkdtemp(prefix=f".{dst.name}.partial-", dir=dst.parent))
-    except OSError as error:
-        raise CheckpointError(f"{dst.parent} cannot be written: {error.strerror or error}.") from error
-    try:
-        for name in components:
-            arrays = {path: LazyArray(leaf, dtypes[name], done) for path, leaf in leaves[name].items()}
-            save_orbax(partial / "weights" / name, arrays)
+        for name, component in arrays.items():
+            save_orbax(partial / "weights" / name, component)
         for name in tokenizers:
             shutil.copytree(checkpoint.tokenizer_folder(name), partial / name)
-        write_config(partial / "config.json", checkpoint, dtypes)
+        write_config(partial / "config.json", checkpoint, arrays)
         partial.chmod(0o755)  # mkdtemp made it private
         sync_tree(partial)
         os.rename(partial, dst)
@@ -155,6 +152,34 @@ def convert_checkpoint(
     finally:
         shutil.rmtree(partial, ignore_errors=True)  # after the rename it is gone
     return dst
+
+
+def lazy_arrays(
+    checkpoint: DiffusersCheckpoint, dtype: DTypeLike | None, done: Callable[[int], None]
+) -> dict[str, Arrays]:
+    """By component, every parameter in the type that it is written in."""
+    arrays = {}
+    for name in checkpoint.classes:
+        if name != "scheduler":
+            written = written_dtype(checkpoint, name, dtype)
+            arrays[name] = {path: LazyArray(leaf, written, done) for path, leaf in checkpoint.leaves(name).items()}
+    return arrays
+
+
+def make_room(dst: Path, nbytes: int) -> Path:
+    """A new folder beside `dst`, on a disk that holds so many bytes more.
+
+    Raises:
+        CheckpointError: there is no such room.
+    """
+    try:
+        dst.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(dst.parent).free
+        if free < nbytes:
+            raise CheckpointError(f"{dst.parent} has {free:,} bytes free, the checkpoint needs {nbytes:,}: make room.")
+        return Path(tempfile.mkdtemp(prefix=f".{dst.name}.partial-", dir=dst.parent))
+    except OSError as error:
+        raise CheckpointError(f"{dst.parent} cannot be written: {error.strerror or error}.") from error
 
 
 def open_source(src: str | PathLike[str]) -> DiffusersCheckpoint:
@@ -186,7 +211,7 @@ def written_dtype(checkpoint: DiffusersCheckpoint, component: str, dtype: DTypeL
     return stored if dtype is None else compute_dtype(spec, stored, dtype, "accelerator")
 
 
-def save_orbax(folder: Path, arrays: dict[tuple[Any, ...], LazyArray]) -> None:
+def save_orbax(folder: Path, arrays: Arrays) -> None:
     """An Orbax checkpoint of an NNX state, uncompressed: zstd takes 5 % off bfloat16 weights and half of the speed."""
     lazy = LazyArrayHandler()
     registry = ocp.type_handlers.create_type_handler_registry((LazyArray, lazy))
@@ -206,12 +231,13 @@ def save_orbax(folder: Path, arrays: dict[tuple[Any, ...], LazyArray]) -> None:
         raise CheckpointError(f"{folder} could not be written: {error!s:.300}. Nothing was kept.") from error
 
 
-def write_config(path: Path, checkpoint: DiffusersCheckpoint, dtypes: dict[str, np.dtype]) -> None:
-    components = {
-        name: {"class": kind, "config": checkpoint.configs[name]}
-        | ({"dtype": dtypes[name].name} if name in dtypes else {})
-        for name, kind in checkpoint.classes.items()
+def write_config(path: Path, checkpoint: DiffusersCheckpoint, arrays: Mapping[str, Arrays]) -> None:
+    components: dict[str, dict[str, Any]] = {
+        name: {"class": kind, "config": checkpoint.configs[name]} for name, kind in checkpoint.classes.items()
     }
+    for name, component in arrays.items():
+        stored = {path: StoredArray(array.dtype, array.shape) for path, array in component.items()}
+        components[name]["arrays"] = {array_name(path): array.content() for path, array in stored.items()}
     content = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -241,7 +267,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="dfa2-convert", description="Convert a diffusers folder to Orbax.")
     parser.add_argument("src", metavar="SRC", help="a diffusers folder, or a hub id such as owner/name")
     parser.add_argument("dst", metavar="DST", help="the folder to write; must not exist")
-    parser.add_argument("--dtype", choices=sorted(FLOAT_DTYPES), help="of the weights (default: as stored)")
+    parser.add_argument("--dtype", choices=FLOAT_DTYPES, help="of the weights (default: as stored)")
     args = parser.parse_args(argv)
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns of what it does not do
     try:

@@ -9,8 +9,11 @@ from difflib import get_close_matches
 from functools import wraps
 from inspect import signature
 from os import PathLike
+from pathlib import Path
 from textwrap import fill
 from typing import TYPE_CHECKING, Any, TypeVar
+
+from dfa2_jax.weights.dtypes import FLOAT_DTYPES
 
 if TYPE_CHECKING:  # annotations only: these import JAX
     from dfa2_jax.nn.attention import Attend
@@ -21,27 +24,51 @@ Values = TypeVar("Values")
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
-def option(default: Any, description: str, **flag: Any) -> Any:
-    """A field with its description; `flag` holds argparse's own words for it, `flag=True` for none but the field's."""
-    return field(default=default, metadata={"description": description, "flag": flag})
+def option(default: Any, description: str, *, flag: bool | str = False, **words: Any) -> Any:
+    """A field with its description.
+
+    Args:
+        flag: whether the command line has it, by the field's name or by another one.
+        words: argparse's own, such as `nargs`. What is not said follows from the field: type, default, help.
+    """
+    return field(default=default, metadata={"description": description, "flag": flag, "words": words})
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """The arguments of `Pipeline.__call__`. Those that diffusers has mean what they mean there."""
 
-    prompt: Prompt = option(None, "text, or a list of texts: one image each", flag=True)
-    prompt_2: Prompt = option(None, "for the second text encoder; None: `prompt`")
-    prompt_3: Prompt = option(None, "for the third text encoder (SD3); None: `prompt`")
-    negative_prompt: Prompt = option(None, "what guidance moves away from; one for all prompts, or one each", flag=True)
-    negative_prompt_2: Prompt = option(None, "for the second text encoder; None: `negative_prompt`")
-    negative_prompt_3: Prompt = option(None, "for the third text encoder (SD3); None: `negative_prompt`")
+    prompt: Prompt = option(
+        None,
+        "text, or a list of texts: one image each",
+        flag=True,
+        action="append",
+        required=True,
+        help="text; repeat it for a batch",
+    )
+    prompt_2: Prompt = option(None, "for the second text encoder; None: `prompt`", flag=True, action="append")
+    prompt_3: Prompt = option(None, "for the third text encoder (SD3); None: `prompt`", flag=True, action="append")
+    negative_prompt: Prompt = option(
+        None,
+        "what guidance moves away from; one for all prompts, or one each",
+        flag=True,
+        help="what guidance moves away from, for all prompts",
+    )
+    negative_prompt_2: Prompt = option(None, "for the second text encoder; None: `negative_prompt`", flag=True)
+    negative_prompt_3: Prompt = option(None, "for the third text encoder (SD3); None: `negative_prompt`", flag=True)
     height: int | None = option(None, "pixels; None: the model's own size", flag=True, metavar="PX")
     width: int | None = option(None, "pixels; None: the model's own size", flag=True, metavar="PX")
     num_inference_steps: int | None = option(
         None, "steps of the sampling loop; None: 28, or 4 for FLUX.1-schnell", flag="--steps"
     )
-    sigmas: Sequence[float] | Any | None = option(None, "noise levels in (0, 1], one per step, before the shift")
+    sigmas: Sequence[float] | Any | None = option(
+        None,
+        "noise levels in (0, 1], one per step, before the shift",
+        flag=True,
+        nargs="+",
+        type=float,
+        metavar="SIGMA",
+    )
     guidance_scale: float | None = option(None, "SD3: classifier-free; FLUX.1-dev: embedded. None: 7, 3.5", flag=True)
     true_cfg_scale: float = option(1.0, "classifier-free guidance for FLUX.1; needs a negative prompt", flag=True)
     num_images_per_prompt: int = option(1, "images of each prompt", flag=True)
@@ -49,6 +76,8 @@ class Options:
         0,
         "an int draws the whole batch, as one CPU generator does in diffusers; a list gives each image its own",
         flag=True,
+        nargs="+",
+        help="one for the batch, or one for each image",
     )
     latents: Any = option(None, "latents to start from, as diffusers takes them, in place of noise")
     prompt_embeds: Any = option(None, "text states [B, T, E] in place of `prompt`")
@@ -58,18 +87,20 @@ class Options:
     max_sequence_length: int | None = option(
         None, "tokens of T5, at most 512; None: 256 (SD3, schnell) or 512 (dev)", flag=True, metavar="TOKENS"
     )
-    clip_skip: int | None = option(None, "last layers of CLIP to leave out (SD3)")
+    clip_skip: int | None = option(None, "last layers of CLIP to leave out (SD3)", flag=True, metavar="LAYERS")
     skip_guidance_layers: list[int] | None = option(
-        None, "blocks that skip-layer guidance leaves out; SD3.5-medium: 7 8 9", flag=True, metavar="LAYER"
+        None, "blocks that skip-layer guidance leaves out; SD3.5-medium: 7 8 9", flag=True, nargs="+", metavar="LAYER"
     )
-    skip_layer_guidance_scale: float = option(2.8, "strength of skip-layer guidance")
-    skip_layer_guidance_start: float = option(0.01, "share of the steps before skip-layer guidance starts")
-    skip_layer_guidance_stop: float = option(0.2, "share of the steps after which skip-layer guidance ends")
+    skip_layer_guidance_scale: float = option(2.8, "strength of skip-layer guidance", flag=True)
+    skip_layer_guidance_start: float = option(0.01, "share of the steps before skip-layer guidance starts", flag=True)
+    skip_layer_guidance_stop: float = option(0.2, "share of the steps after which skip-layer guidance ends", flag=True)
     plan: "Plan | None" = option(
         None,
         "what each head does at each step (`calibrate`). It decides size, steps, sequence length and guidance scale "
         "where those are None; only the last may differ",
         flag=True,
+        help="from dfa2 calibrate; it decides size, steps and sequence length too",
+        type=Path,
         metavar="FILE",
     )
     attend: "Attend | None" = option(
@@ -98,18 +129,27 @@ class CalibrationOptions:
         0.4, "error budget of a layer at a step; the paper tries 0.2 to 1.0. Larger: faster", flag=True
     )
     c: float | None = option(
-        1.5, "a head's error stays below c * delta / heads; None (0 in a shell): no bound", flag=True
+        1.5,
+        "a head's error stays below c * delta / heads; None: no bound",
+        flag=True,
+        help="a head's error stays below c * delta / heads; 0: no bound",
     )
     windows: tuple[int, ...] = option(
-        (8, 16, 32), "arrows to try, 1/f of the visual tokens wide", flag=True, metavar="F"
+        (8, 16, 32), "arrows to try, 1/f of the visual tokens wide", flag=True, nargs="*", metavar="F"
     )
-    cache: bool = option(True, "whether heads may reuse their output of the step before", flag="--no-cache")
+    cache: bool = option(
+        True, "whether heads may reuse their output of the step before", flag="--no-cache", help="arrows only"
+    )
     seed: int = option(0, "of the noise of all prompts, one batch", flag=True)
     attention_chunk: int | None = option(
         None, "images whose candidate outputs a layer holds at once, to save memory", flag=True, metavar="IMAGES"
     )
     tiles: tuple[int, int] | None = option(
-        None, "queries and keys of the tiles whose savings count; None: the paper's kernel's", flag=True
+        None,
+        "queries and keys of the tiles whose savings count; None: the paper's kernel's",
+        flag=True,
+        nargs=2,
+        metavar=("QUERIES", "KEYS"),
     )
     progress: bool = option(True, "show a bar")
     resume: str | PathLike[str] | None = option(None, "a file that keeps findings after every step, to go on from")
@@ -119,14 +159,20 @@ class CalibrationOptions:
 class ReportOptions:
     """The arguments of `quality_report` beside folder, plans, prompts and limits."""
 
-    seed: int | Sequence[int] = option(0, "every prompt is sampled from each seed", flag=True)
+    seed: int | Sequence[int] = option(0, "every prompt is sampled from each seed", flag=True, nargs="+")
     negative_prompt: str | None = option(None, "for all prompts", flag=True)
     guidance_scale: float | None = option(None, "None: the first plan's", flag=True)
     batch: int = option(1, "images at a time", flag=True, metavar="N")
-    dtype: Any = option(None, "None: the checkpoint's; float32 on CPU", flag=True)
-    lpips: Any = option(None, "a .safetensors file of an lpips.LPIPS; needs dfa2-jax[quality]", flag=True)
-    clip: Any = option(None, "a folder of a transformers CLIPModel; needs dfa2-jax[quality]", flag=True)
-    image_reward: Any = option(None, "not supported: says why", flag=True)
+    dtype: Any = option(
+        None, "of the plans' images; None: the checkpoint's, float32 on CPU", flag=True, choices=FLOAT_DTYPES
+    )
+    lpips: Any = option(
+        None, "a .safetensors file of an lpips.LPIPS; needs dfa2-jax[quality]", flag=True, metavar="WEIGHTS"
+    )
+    clip: Any = option(
+        None, "a folder of a transformers CLIPModel; needs dfa2-jax[quality]", flag=True, metavar="FOLDER"
+    )
+    image_reward: Any = option(None, "not supported: says why", flag=True, metavar="FOLDER")
     quick: bool = option(False, "no noise floor and no heads, for a gate", flag=True)
     progress: bool = option(True, "show a bar")
 
@@ -135,13 +181,22 @@ def of_names(cls: type[Values], arguments: Mapping[str, Any]) -> Values:
     """`cls(**arguments)`.
 
     Raises:
-        TypeError: a name that `cls` has not, with the nearest one that it has.
+        TypeError: `cls` lacks a name; the message holds the nearest one that it has.
     """
-    check_names(cls.__name__, arguments, [one.name for one in fields(cls)])  # type: ignore[arg-type]
+    check_names(cls.__name__, arguments, names_of(cls))
     return cls(**arguments)
 
 
+def names_of(group: Any) -> list[str]:
+    return [argument.name for argument in fields(group)]
+
+
 def check_names(owner: str, given: Iterable[str], known: Collection[str]) -> None:
+    """Refuses names that `owner` lacks.
+
+    Raises:
+        TypeError: holds the nearest name.
+    """
     for name in given:
         if name not in known:
             nearest = get_close_matches(name, known, 1)
@@ -150,12 +205,16 @@ def check_names(owner: str, given: Iterable[str], known: Collection[str]) -> Non
 
 
 def suggests_names(function: Function) -> Function:
-    """The function, whose error for a misspelt argument names the nearest one."""
-    known = [name for name in signature(function).parameters if name != "self"]
+    """The function, whose error for a misspelt argument names the nearest one.
+
+    Stands below `@classmethod`, and above all that wraps the function in another signature.
+    """
+    known = [name for name in signature(function).parameters if name not in ("self", "cls")]
+    owner = function.__qualname__.removesuffix(".__call__")
 
     @wraps(function)
     def checked(*args: Any, **kwargs: Any) -> Any:
-        check_names(function.__name__.replace("__call__", "Pipeline"), kwargs, known)
+        check_names(owner, kwargs, known)
         return function(*args, **kwargs)
 
     return checked  # type: ignore[return-value]
@@ -165,12 +224,12 @@ def described(*groups: type) -> Callable[[Function], Function]:
     """Puts the fields' descriptions in a docstring, in place of its line `{options}`."""
 
     def decorate(function: Function) -> Function:
-        lines = []
-        for group in groups:
-            for one in fields(group):
-                text = f"{one.name}: {one.metadata['description']}."
-                lines.append(fill(text, 112, initial_indent=" " * 12, subsequent_indent=" " * 16))
-        function.__doc__ = (function.__doc__ or "").replace("            {options}", "\n".join(lines))
+        before, _, after = (function.__doc__ or "").partition("{options}")
+        indent = before.rpartition("\n")[2]  # Python 3.13 takes off what all lines share
+        arguments = [argument for group in groups for argument in fields(group)]
+        texts = [f"{argument.name}: {argument.metadata['description']}." for argument in arguments]
+        filled = [fill(text, 112, initial_indent=indent, subsequent_indent=indent + "    ") for text in texts]
+        function.__doc__ = before + "\n".join(filled).lstrip() + after
         return function
 
     return decorate

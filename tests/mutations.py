@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from dfa2_jax.io.errors import CheckpointError
-from dfa2_jax.plan.plan import Method, Plan, PlanError
+from dfa2_jax.plan.method import Method, PlanError
+from dfa2_jax.plan.plan import Plan
 from dfa2_jax.plan.setting import AttentionLayer, CalibrationRecord, Density, Setting
 from dfa2_jax.weights.safetensors import open_weights
 

@@ -14,7 +14,7 @@ from dfa2_jax.calibration.baselines import (
     calibrate_scheme,
     sample_scheme,
 )
-from dfa2_jax.plan.plan import Method
+from dfa2_jax.plan.method import Method
 from pallas_kernels import Layout
 
 ARGUMENTS = {

@@ -1,21 +1,117 @@
 """`dfa2` as a user runs it."""
 
 import errno
+import inspect
 import json
 import os
+import platform
+import resource
 import subprocess
 import sys
+from dataclasses import fields
+from importlib.metadata import version
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
+from mutations import sample_plan
 from PIL import Image
 
-from dfa2_jax import Pipeline, Plan, cli
+import dfa2_jax
+from dfa2_jax import Pipeline, Plan, calibrate, cli, convert_checkpoint, options, quality_report
 from dfa2_jax.calibration import calibrate as calibration
 
 PROMPT = "a large red circle"
 SIZE = ["--height", "64", "--width", "96", "--steps", "2", "--max-sequence-length", "16"]
+
+
+def cpu_seconds():
+    """Of all processes that this one has started and waited for."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["sample", "--help"], ["--version"]], ids=" ".join)
+def test_help_answers_at_once(arguments):
+    code = """
+import atexit, sys
+atexit.register(lambda: print({"jax", "numpy"} & {*sys.modules}, file=sys.stderr))
+from dfa2_jax.cli import main
+main()
+"""
+    before = cpu_seconds()
+    run = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
+    assert cpu_seconds() - before < 0.3
+    assert run.stderr == "set()\n", "imported without need"
+    assert run.stdout.startswith(f"dfa2 {dfa2_jax.__version__}" if arguments == ["--version"] else "usage: dfa2")
+
+
+def test_the_package_is_a_command_of_the_same_name():
+    run = subprocess.run([sys.executable, "-m", "dfa2_jax", "--version"], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == f"dfa2 {version('dfa2-jax')}"
+
+
+@pytest.mark.parametrize(
+    ("function", "groups", "others"),
+    [
+        (Pipeline.__call__, [options.Options], {"self"}),
+        (calibrate, [options.Options, options.CalibrationOptions], {"pipeline", "prompts"}),
+        (quality_report, [options.ReportOptions], {"folder", "plans", "prompts", "limits"}),
+    ],
+    ids=lambda value: getattr(value, "__qualname__", ""),
+)
+def test_options_are_those_of_the_functions(function, groups, others):
+    """Names and defaults: what a shell says by the one, Python says by the other."""
+    signature = inspect.signature(function).parameters.values()
+    taken = {name.name: name.default for name in signature if name.name not in others}
+    listed = {argument.name: argument.default for group in groups for argument in fields(group)}
+    if function is calibrate:
+        names = {*options.CALL} | {argument.name for argument in fields(options.CalibrationOptions)}
+        listed = {name: default for name, default in listed.items() if name in names}
+    assert taken == listed
+
+
+def test_flags_give_what_python_gives():
+    """A list of one is that one, where the argument takes one; numbers are numbers."""
+    parse = cli._parser().parse_args
+    args = parse(["sample", "folder", "--out", "d", "--prompt", "a", "--seed", "3", "--skip-guidance-layers", "7"])
+    values = cli.given(args, options.Options)
+    said = {"prompt": "a", "seed": 3, "skip_guidance_layers": [7]}
+    assert values == {argument.name: argument.default for argument in cli.flagged(options.Options)} | said
+    args = parse(
+        ["sample", "folder", "--out", "d", "--prompt", "a", "--prompt", "b", "--prompt-2", "c", "--seed", "1", "2"]
+        + ["--sigmas", "1", "0.5", "--clip-skip", "1", "--skip-layer-guidance-scale", "3", "--plan", "p.json"]
+    )
+    values = cli.given(args, options.Options)
+    assert values["prompt"] == ["a", "b"] and values["prompt_2"] == "c" and values["seed"] == [1, 2]
+    assert values["sigmas"] == [1.0, 0.5] and values["clip_skip"] == 1 and values["skip_layer_guidance_scale"] == 3.0
+    calibration_of = ["calibrate", "folder", "--prompts", "p", "--out", "d"]
+    args = parse([*calibration_of, "--windows", "--tiles", "64", "32", "--no-cache"])
+    values = cli.given(args, options.CalibrationOptions)
+    assert values["windows"] == () and values["tiles"] == (64, 32) and values["cache"] is False
+    args = parse(["report", "folder", "--prompts", "p", "--plan", "p", "--out", "d", "--quick", "--dtype", "float16"])
+    values = cli.given(args, options.ReportOptions)
+    assert values["quick"] is True and values["dtype"] == "float16" and values["seed"] == 0
+
+
+@pytest.mark.parametrize(
+    ("function", "wrong", "nearest"),
+    [(quality_report, "guidence_scale", "guidance_scale"), (convert_checkpoint, "dtpye", "dtype")],
+    ids=["report", "convert"],
+)
+def test_a_misspelt_option_is_told_the_nearest(function, wrong, nearest):
+    with pytest.raises(TypeError, match=f"{function.__name__} has no argument '{wrong}': did you mean '{nearest}'"):
+        function("folder", **{wrong: 1})
+    with pytest.raises(TypeError, match="Options has no argument 'heigth': did you mean 'height'"):
+        options.of_names(options.Options, {"heigth": 512})
+    assert options.of_names(options.Options, {"height": 512}).height == 512
+
+
+def test_help_in_python_describes_every_option():
+    for argument in fields(options.ReportOptions):
+        assert f"{argument.name}: {argument.metadata['description']}"[:60] in quality_report.__doc__
+    assert "{options}" not in quality_report.__doc__
 
 
 def test_sample_writes_images_that_say_how_they_were_made(tiny_sd35, tmp_path, cache, capsys):
@@ -204,3 +300,61 @@ def test_doctor_names_device_and_attention(capsys):
     printed = capsys.readouterr().out
     for words in (f"jax               {jax.__version__}", "blockwise: the default device is", "host memory", "driver"):
         assert words in printed
+    assert f"python            {platform.python_version()}" in printed and "Mosaic kernels" not in printed
+
+
+@pytest.mark.parametrize(
+    ("python", "jax_version", "capability", "words"),
+    [
+        ((3, 11), "0.10.2", "9.0", ["pip on Python 3.11 resolves jax 0.10.2", "make an environment of Python 3.12"]),
+        ((3, 12), "0.10.2", "9.0", ["this is 0.10.2. To have them, pip install 'dfa2-jax[cuda13]' 'jax>=0.11'"]),
+        ((3, 12), "0.11.2", "9.0", []),
+        ((3, 11), "0.10.2", "8.0", []),
+    ],
+)  # fmt: skip
+def test_doctor_says_what_an_old_jax_costs_on_hopper(python, jax_version, capability, words, monkeypatch, capsys):
+    gpu = SimpleNamespace(
+        device_kind="NVIDIA H200", platform="gpu", compute_capability=capability, memory_stats=lambda: None
+    )
+    monkeypatch.setattr(jax, "devices", lambda: [gpu])
+    monkeypatch.setattr(jax, "__version__", jax_version)
+    monkeypatch.setattr(jax, "__version_info__", tuple(map(int, jax_version.split("."))))
+    monkeypatch.setattr(sys, "version_info", python)
+    assert cli.main(["doctor"]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("missing")]
+    assert len(lines) == bool(words)
+    for word in ["Mosaic kernels, the fastest ones on this GPU", *words] if words else []:
+        assert word in lines[0]
+
+
+@pytest.fixture
+def without(monkeypatch):
+    """Packages that cannot be imported."""
+
+    def hide(*names):
+        for name in names:
+            monkeypatch.setitem(sys.modules, name, None)
+
+    return hide
+
+
+def test_a_plan_is_summarised_without_matplotlib(without, tmp_path, capsys):
+    path, picture = tmp_path / "plan.json", tmp_path / "other.png"
+    sample_plan(0).save(path)
+    without("matplotlib")
+    assert cli.main(["plan", "show", str(path)]) == 0
+    printed = capsys.readouterr()
+    assert "128 x 128, 3 steps, guided" in printed.out and "png" not in printed.out
+    assert "needs matplotlib: pip install 'dfa2-jax[plots]'" in printed.err
+    assert cli.main(["plan", "show", str(path), "--png", str(picture)]) == 2
+    assert "dfa2-jax[plots]" in capsys.readouterr().err and not picture.exists()
+
+
+@pytest.mark.parametrize("package", ["skimage.metrics", "matplotlib"])
+def test_a_report_asks_for_its_extra_before_any_work(package, without, prompts, tmp_path, cache, capsys):
+    sample_plan(0).save(tmp_path / "plan.json")
+    without(package)
+    arguments = ["report", str(tmp_path / "absent"), "--plan", str(tmp_path / "plan.json"), "--prompts", str(prompts)]
+    assert cli.main([*arguments, "--out", str(tmp_path / "report")]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert f"A report needs {package.partition('.')[0]}: pip install 'dfa2-jax[report]'" in line

@@ -16,15 +16,25 @@ import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 
-from convert.__main__ import main
 from dfa2_jax import conversion as convert_module
-from dfa2_jax.conversion import convert_checkpoint
+from dfa2_jax.conversion import convert_checkpoint, main
 from dfa2_jax.families.registry import networks, open_checkpoint
 from dfa2_jax.io.errors import CheckpointError
-from dfa2_jax.weights import checkpoint as checkpoint_module
+from dfa2_jax.weights import leaf as leaf_module
 from dfa2_jax.weights.checkpoint import compute_dtype
 
 FOLDERS = ["tiny_sd35", "tiny_flux_dev"]
+
+
+@pytest.fixture(scope="module")
+def converted(tiny_flux_dev, tmp_path_factory):
+    return convert_checkpoint(tiny_flux_dev, tmp_path_factory.mktemp("converted") / "flux-dev")
+
+
+@pytest.fixture(scope="module")
+def half(tiny_flux_dev, tmp_path_factory):
+    """In bfloat16."""
+    return convert_checkpoint(tiny_flux_dev, tmp_path_factory.mktemp("half") / "flux-dev", "bfloat16")
 
 
 def leaves(checkpoint, component, dtype=None):
@@ -87,10 +97,8 @@ def test_large_tables_go_in_equal_blocks_of_rows(tiny_sd35, tmp_path, monkeypatc
     assert_plain_orbax_restores(tmp_path / "out")
 
 
-def test_dtypes_agree_between_the_routes_and_keep_the_fingerprint(tiny_flux_dev, tmp_path):
-    source = open_checkpoint(tiny_flux_dev)
-    convert_checkpoint(tiny_flux_dev, tmp_path / "out", "bfloat16")
-    converted = open_checkpoint(tmp_path / "out")
+def test_dtypes_agree_between_the_routes_and_keep_the_fingerprint(tiny_flux_dev, half):
+    source, converted = open_checkpoint(tiny_flux_dev), open_checkpoint(half)
     assert converted.fingerprint == source.fingerprint
     assert converted.stored_dtype("transformer") == jnp.bfloat16
     assert_equal_weights(converted, source, "transformer", "bfloat16")
@@ -103,16 +111,19 @@ def test_parameters_equal_the_torch_tensors(tiny_flux_dev, tiny_sd35):
     flux = leaves(open_checkpoint(tiny_flux_dev), "transformer")
     torch = {key: tensor.array() for key, tensor in open_weights(tiny_flux_dev / "transformer").items()}
     single = torch["single_transformer_blocks.2.proj_out.weight"]
-    np.testing.assert_array_equal(flux["single_transformer_blocks", "ff", "down", "kernel"][2], single[:, 64:].T)
     np.testing.assert_array_equal(
-        flux["transformer_blocks", "attn", "to_out", "kernel"][1], torch["transformer_blocks.1.attn.to_out.0.weight"].T
+        flux["single_transformer_blocks", "ff", "down", "weight", "kernel"][2], single[:, 64:].T
+    )
+    np.testing.assert_array_equal(
+        flux["transformer_blocks", "visual", "attn", "to_out", "weight", "kernel"][1],
+        torch["transformer_blocks.1.attn.to_out.0.weight"].T,
     )
     sd3 = leaves(open_checkpoint(tiny_sd35), "transformer")
     torch = {key: tensor.array() for key, tensor in open_weights(tiny_sd35 / "transformer").items()}
     patch = torch["pos_embed.proj.weight"]
     np.testing.assert_array_equal(sd3["patch_embed", "kernel"][...], patch.transpose(2, 3, 1, 0))
     np.testing.assert_array_equal(
-        sd3["segments", 1, "attn", "to_q", "bias"][0], torch["transformer_blocks.2.attn.to_q.bias"]
+        sd3["segments", 1, "visual", "attn", "to_q", "bias"][0], torch["transformer_blocks.2.attn.to_q.bias"]
     )
     assert isinstance(sd3["pos_embed",].get_value(), np.ndarray), "the position table left the host"
 
@@ -292,14 +303,14 @@ def test_a_read_only_folder(tiny_flux_dev, tmp_path, monkeypatch):
 @pytest.mark.parametrize("cpu", [True, False], ids=["cpu", "no-cpu-backend"])
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, jnp.bfloat16])
 def test_slabs_cover_a_parameter_in_small_parts(cpu, dtype, tiny_sd35, monkeypatch):
-    monkeypatch.setattr(checkpoint_module, "SLAB_BYTES", 1000)
+    monkeypatch.setattr(leaf_module, "SLAB_BYTES", 1000)
     if not cpu:
-        monkeypatch.setattr(checkpoint_module, "cpu_device", lambda: None)
+        monkeypatch.setattr(leaf_module, "cpu_device", lambda: None)
     cut = 0
     for leaf in open_checkpoint(tiny_sd35).leaves("transformer").values():
         whole = np.full(leaf.shape, np.nan, dtype)
         for block in leaf.blocks:
-            parts = list(checkpoint_module.slabs(block, np.dtype(dtype)))
+            parts = list(leaf_module.slabs(block, np.dtype(dtype)))
             assert all(rows.flags.c_contiguous and rows.dtype == dtype for _, rows in parts)
             for _, rows in parts:
                 count = rows.shape[1] if rows.ndim > 1 and len(block.read()) == 1 else len(rows)
@@ -317,25 +328,105 @@ def test_slabs_cover_a_parameter_in_small_parts(cpu, dtype, tiny_sd35, monkeypat
 def test_accelerators_get_the_same_arrays(dtype, tiny_flux_dev):
     """They are filled by a program of their own, which runs on CPU as well."""
     for leaf in open_checkpoint(tiny_flux_dev).leaves("transformer").values():
-        ours = checkpoint_module.on_accelerator(leaf, np.dtype(dtype))
-        np.testing.assert_array_equal(ours, checkpoint_module.on_host(leaf, np.dtype(dtype)))
+        ours = leaf_module.on_accelerator(leaf, np.dtype(dtype))
+        np.testing.assert_array_equal(ours, leaf_module.on_host(leaf, np.dtype(dtype)))
 
 
 def test_arrays_on_the_host_are_not_copied(tiny_flux_dev, monkeypatch):
-    on_host, pointers = checkpoint_module.on_host, []
+    on_host, pointers = leaf_module.on_host, []
 
     def watched(leaf, dtype):
         pointers.append(on_host(leaf, dtype))
         return pointers[-1]
 
-    monkeypatch.setattr(checkpoint_module, "on_host", watched)
+    monkeypatch.setattr(leaf_module, "on_host", watched)
     arrays = jax.tree.leaves(nnx.state(open_checkpoint(tiny_flux_dev).load("transformer")))
     assert {array.unsafe_buffer_pointer() for array in arrays} == {array.ctypes.data for array in pointers}
 
 
-def test_config_says_what_was_converted(tiny_sd35, tmp_path):
-    convert_checkpoint(tiny_sd35, tmp_path / "out", "bfloat16")
-    config = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert config["components"]["transformer"]["dtype"] == "bfloat16"
-    assert config["components"]["transformer"]["class"] == "SD3Transformer2DModel"
+def test_config_says_what_was_converted(tiny_flux_dev, half):
+    config = json.loads((half / "config.json").read_text())
+    transformer = config["components"]["transformer"]
+    assert transformer["class"] == "FluxTransformer2DModel" and config["format_version"] == 2
+    assert {array["dtype"] for array in transformer["arrays"].values()} == {"bfloat16"}
+    stored = open_checkpoint(tiny_flux_dev).leaves("transformer")
+    shapes = {".".join(map(str, path)): list(leaf.shape) for path, leaf in stored.items()}
+    assert {name: array["shape"] for name, array in transformer["arrays"].items()} == shapes
+    assert "arrays" not in config["components"]["scheduler"]
     assert set(config["versions"]) == {"dfa2-jax", "jax", "orbax-checkpoint"}
+
+
+ARRAY = "transformer_blocks.text.ff.up.weight.kernel"
+
+
+@pytest.fixture
+def edited(converted, tmp_path):
+    """A copy of a converted folder, config.json changed by `change(config, arrays of the transformer)`."""
+
+    def edit(change):
+        folder = shutil.copytree(converted, tmp_path / "edited folder", dirs_exist_ok=True)
+        config = json.loads((converted / "config.json").read_text())
+        change(config, config["components"]["transformer"]["arrays"])
+        (folder / "config.json").write_text(json.dumps(config))
+        return folder
+
+    return edit
+
+
+def test_one_array_may_have_another_type(converted, half, edited):
+    path, name = tuple(ARRAY.split(".")), f"{ARRAY}.value"
+    mixed = edited(lambda config, arrays: arrays[ARRAY].update(dtype="bfloat16"))
+    shutil.rmtree(mixed / "weights" / "transformer" / name)
+    shutil.copytree(half / "weights" / "transformer" / name, mixed / "weights" / "transformer" / name)
+    checkpoint = open_checkpoint(mixed)
+    assert checkpoint.stored_dtype("transformer") == jnp.float32, "the type of most of it"
+    ours, exact = leaves(checkpoint, "transformer"), leaves(open_checkpoint(converted), "transformer")
+    for key, leaf in exact.items():
+        rounded = leaf[...].astype(jnp.bfloat16).astype(jnp.float32) if key == path else leaf[...]
+        np.testing.assert_array_equal(ours[key][...], rounded, err_msg=str(key))
+
+
+CHANGES = {
+    "another type": (lambda _, arrays: arrays[ARRAY].update(dtype="float16"), "holds float32 .* expected float16"),
+    "another shape": (lambda _, arrays: arrays[ARRAY].update(shape=[2, 64]), r"\[2, 64\] in config.json, .2, 64, 256"),
+    "missing": (lambda _, arrays: arrays.pop(ARRAY), f"1 arrays missing in config.json: {ARRAY}"),
+    "unknown": (lambda _, arrays: arrays.update(extra=arrays[ARRAY]), "1 arrays without a parameter: extra"),
+    "no type": (lambda _, arrays: arrays[ARRAY].pop("dtype"), f"transformer.{ARRAY} has an unusable entry .dtype=None"),
+    "no such type": (lambda _, arrays: arrays[ARRAY].update(dtype="int3"), "dtype='int3' is not one of"),
+    "no shape": (lambda _, arrays: arrays[ARRAY].update(shape=[2, -1]), r"shape=\[2, -1\] is not a list of sizes"),
+    "no object": (lambda _, arrays: arrays.update({ARRAY: "float32"}), "unusable entry .'float32' is not an object"),
+    "format 1": (
+        lambda config, _: config.update(format_version=1),
+        r"format_version=1; this version reads .*, 2. Remove the folder .* `dfa2-convert SRC '.*edited folder'`",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CHANGES)
+def test_config_and_arrays_must_agree(case, edited):
+    change, message = CHANGES[case]
+    with pytest.raises(CheckpointError, match=message):
+        open_checkpoint(edited(change)).load("transformer")
+
+
+def test_what_a_later_version_says_of_an_array_is_no_fault(edited):
+    folder = edited(lambda _, arrays: arrays[ARRAY].update(crc32c="00000000"))
+    assert open_checkpoint(folder).leaves("transformer")
+
+
+def test_a_convert_py_of_the_user_is_not_run(tmp_path):
+    """`python -c` looks in the working directory first, as `python -m` and an editor do."""
+    (tmp_path / "convert.py").write_text("raise SystemExit('the wrong convert')")
+    code = "from dfa2_jax.conversion import main; main(['absent', 'out'])"
+    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert "dfa2-convert: absent is not a folder" in run.stderr and run.returncode == 0
+
+
+@pytest.mark.checkout
+def test_the_script_of_the_checkout():
+    import convert
+
+    assert convert.convert_checkpoint is convert_checkpoint and convert.main is main
+    root = os.path.dirname(os.path.dirname(convert.__file__))
+    run = subprocess.run([sys.executable, "-m", "convert", "--help"], cwd=root, capture_output=True, text=True)
+    assert run.returncode == 0 and run.stdout.startswith("usage: dfa2-convert")

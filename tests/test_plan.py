@@ -12,7 +12,7 @@ from mutations import sample_plan
 
 import dfa2_jax
 from dfa2_jax import Method, Plan, PlanError
-from dfa2_jax.plan.plan import schema
+from dfa2_jax.plan.file import schema
 from dfa2_jax.plan.view import density_table, draw, summary
 from pallas_kernels import CACHED, FULL
 from pallas_kernels.mask import dense_mask
@@ -40,6 +40,26 @@ def test_a_file_gives_the_plan_back(seed, steps, tmp_path_factory):
     assert again == plan and again.setting == plan.setting and again.calibration == plan.calibration
     assert again.methods == plan.methods and (again.choices == plan.choices).all()
     assert plan != sample_plan(seed + 1, steps + 1)
+
+
+def test_plans_of_version_1_load_and_keep_their_digest(tmp_path):
+    """The file is as the first release wrote it."""
+    path = Path(__file__).parent / "data" / "plan-version-1.json"
+    plan = Plan.load(path)
+    assert plan.digest == "sha256:5d40970fb5308a4aee081a262d2d0ad41e1e22e9a8c7cd044b99e6ea4d8bdafa"
+    assert plan == sample_plan(3) and plan.calibration.num_prompts == sample_plan(3).calibration.num_prompts
+    plan.save(tmp_path / "plan.json")
+    assert (tmp_path / "plan.json").read_bytes() == path.read_bytes()
+
+
+def test_a_plan_says_in_three_lines_what_it_is():
+    plan = sample_plan(3)
+    first, second, third = repr(plan).splitlines()
+    assert first == "Plan for StableDiffusion3Pipeline: 128 x 128, 3 steps, guided"
+    assert sum(plan.shares().values()) == pytest.approx(1)
+    assert all(f"{name} {share:.1%}" in second for name, share in plan.shares().items()) and "full" in second
+    assert f"density {plan.density():.3f}" in third and plan.digest[:19] in third and "edited" not in third
+    assert repr(plan.for_weights("other")).endswith("edited by hand")
 
 
 def test_a_file_has_a_line_for_each_layer_of_a_step(file):
@@ -205,8 +225,9 @@ def test_a_call_that_differs_is_told_every_field(file):
 
 
 def test_the_schema_in_the_package_is_the_models():
-    """python -c "from dfa2_jax.plan import *; print(json.dumps(schema(), indent=1))" > dfa2_jax/plan.schema.json"""
-    path = Path(dfa2_jax.__file__).with_name("plan.schema.json")
+    """python -c "import json; from dfa2_jax.plan.file import schema; print(json.dumps(schema(), indent=1))" \\
+    > dfa2_jax/plan/plan.schema.json"""
+    path = Path(dfa2_jax.__file__).with_name("plan") / "plan.schema.json"
     assert json.loads(path.read_text()) == schema()
 
 

@@ -14,7 +14,7 @@ from report_cases import PROMPTS, SIZE, noisy, three_plans
 from dfa2_jax import Pipeline, quality_report
 from dfa2_jax.report import metrics, report
 from dfa2_jax.report import table as report_table
-from dfa2_jax.report.table import Judges, Report, Row, Shot
+from dfa2_jax.report.table import Judges, Line, Report, Shot
 
 
 @pytest.fixture(scope="module")
@@ -30,17 +30,17 @@ def made(plans, tiny_sd35):
 
 def line_of(made, name):
     """Of the report's table."""
-    return next(line for line in made.rows if line.name == name)
+    return next(line for line in made.lines if line.name == name)
 
 
 def test_rows_are_the_plans_between_noise_and_another_seed(made):
     names = ["dense", "float32, sums reordered", "bfloat16 against float32", "bfloat16, sums reordered"]
-    assert [line.name for line in made.rows] == [*names, "full", "arrows", "broken", "another seed"]
-    psnr = {line.name: line.mean("psnr") for line in made.rows[1:]}
+    assert [line.name for line in made.lines] == [*names, "full", "arrows", "broken", "another seed"]
+    psnr = {line.name: line.mean("psnr") for line in made.lines[1:]}
     assert metrics.EQUAL_PSNR > psnr["float32, sums reordered"] > 120
     assert 70 > psnr["bfloat16 against float32"] > psnr["arrows"]
     assert 70 > psnr["bfloat16, sums reordered"] > psnr["broken"] > psnr["another seed"]
-    assert all(len(line.scores["ssim"]) == 6 for line in made.rows[1:])
+    assert all(len(line.scores["ssim"]) == 6 for line in made.lines[1:])
 
 
 def test_a_full_plan_is_within_the_noise_and_the_others_are_not(made):
@@ -80,24 +80,24 @@ def test_heads_are_told_by_layer(made, plans):
 def test_the_first_call_of_a_program_is_not_timed(no_shape_checks):
     compiled = []
 
-    def denoiser(call, plan, implementation):
-        def run(tokens, caches, start, stop):
+    def program(plan, *, implementation):
+        def run(state, start, stop):
             if (program := (plan is None, implementation)) not in compiled:
                 compiled.append(program)
                 time.sleep(0.5)
-            return np.full(1, stop), caches
+            return SimpleNamespace(latents=np.full(1, stop))
 
-        return run, None, None
+        return run, None
 
-    sampler = report.Sampler(SimpleNamespace(denoiser=denoiser), {}, 1)
-    call = SimpleNamespace(request=SimpleNamespace(steps=3))
+    sampler = report.Sampler(None, {}, 1)
+    call = SimpleNamespace(request=SimpleNamespace(steps=3), program=program)
     for implementation in (None, "reference", None):
         tokens, seconds = sampler.denoise(call, None, implementation)
         assert tokens == [3] and seconds < 0.1
 
 
 def test_time_is_of_interleaved_rounds(made):
-    dense, full = made.rows[0], line_of(made, "full")
+    dense, full = made.lines[0], line_of(made, "full")
     assert len(dense.seconds) == len(full.seconds) == report.ROUNDS
     assert made.speedup(full) == median(a / b for a, b in zip(dense.seconds, full.seconds, strict=True))
 
@@ -187,20 +187,20 @@ def test_an_image_that_is_not_finite_fails_any_gate():
     bad = near.copy()
     bad[3, 4] = np.nan
     judges = Judges({"psnr": metrics.psnr, "ssim": metrics.ssim}, {})
-    judged = Row("bad", "plan")
+    judged = Line("bad", "plan")
     judged.add(judges, [Shot("a", 0), Shot("b", 0)], np.stack([near, bad]), np.stack([image, image]))
-    made = Report((Row("dense", "dense"), judged), ("a", "b"), (0,), {}, None, {})
+    made = Report((Line("dense", "dense"), judged), ("a", "b"), (0,), {}, None, {})
     assert made.failures == ["plan bad: 1 of 2 images are not finite"]
 
 
 def test_a_floor_that_does_not_fit_in_memory_is_left_out():
-    floor, plan = Row("float32", "floor"), Row("plan", "plan")
+    floor, plan = Line("float32", "floor"), Line("plan", "plan")
     with report.fitting(floor):
         raise MemoryError("27 GB of scores")
     assert floor.left_out == "does not fit in memory: 27 GB of scores"
     with pytest.raises(MemoryError), report.fitting(plan):
         raise MemoryError
-    with pytest.raises(jax.errors.JaxRuntimeError), report.fitting(Row("float32", "floor")):
+    with pytest.raises(jax.errors.JaxRuntimeError), report.fitting(Line("float32", "floor")):
         raise jax.errors.JaxRuntimeError("INTERNAL: another fault")
 
 
@@ -209,7 +209,7 @@ def test_a_16_bit_report_has_the_same_rows(plans, tiny_sd35, tmp_path, monkeypat
     monkeypatch.setattr(report, "watch", lambda *args, **options: None)  # its program takes 10 s to compile
     options = {"seed": [0, 1, 2, 3], "batch": 4, "dtype": "bfloat16", "progress": False}
     made = quality_report(tiny_sd35, {"full": plans["full"]}, PROMPTS[3:], **options)
-    names = [line.name for line in made.rows]
+    names = [line.name for line in made.lines]
     assert names[1:4] == ["float32, sums reordered", "bfloat16 against float32", "bfloat16, sums reordered"]
     assert made.distances(line_of(made, "full"))[2]["within"]
     psnr = {name: line_of(made, name).mean("psnr") for name in names[1:4]}

@@ -1,12 +1,15 @@
 """What heads look at: masses of hand-made attention, and those of a dense trajectory."""
 
-import jax
+from dataclasses import replace
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from report_cases import PROMPTS, SIZE
 
 from dfa2_jax import Pipeline, Plan
+from dfa2_jax.nn.attention import in_order
+from dfa2_jax.options import Options
 from dfa2_jax.report import attention_maps
 from pallas_kernels import Layout
 
@@ -48,19 +51,19 @@ def test_masses_without_text():
 
 def test_masses_at_every_step_are_those_of_the_dense_trajectory(tiny_flux_schnell):
     pipeline = Pipeline.from_pretrained(tiny_flux_schnell)
-    call = pipeline.prepare(prompt=PROMPTS[0], **SIZE, output_type="latent")
-    plan = Plan.full(pipeline.setting_of(call)).with_method(2, 1, 0, "arrow(1/4)")
+    call = pipeline.prepare(Options(prompt=PROMPTS[0], **SIZE, output_type="latent"))
+    plan = Plan.full(call.setting).with_method(2, 1, 0, "arrow(1/4)")
     visual = plan.setting.layers[0].num_visual
     assert attention_maps.windows_of([plan]) == (visual // 8,)
-    watched = attention_maps.watch(pipeline, call, (1, 3, visual), progress=False)
+    watched = attention_maps.watch(call, (1, 3, visual), progress=False)
     assert watched.text.shape == plan.choices.shape
     assert np.all(np.diff(watched.near, axis=0) >= 0)
     np.testing.assert_allclose(watched.text + watched.near[-1], 1, atol=1e-5)
 
-    run, tokens, _ = pipeline.denoiser(call, None)
-    later = np.asarray(run(tokens, None, 0, 2)[0])  # the third step, from what two dense ones left
-    options = {"heads": pipeline.config.num_attention_heads, "half_windows": (1, 3, visual)}
-    transformer, inputs = pipeline.transformer, jax.device_put(call.inputs)
-    _, third = attention_maps.watched_step(transformer.graph, transformer.params, later, inputs, 2, **options)
+    run, state = call.program()
+    later = np.asarray(run(state, 0, 2).latents)  # the third step, from what two dense ones left
+    attend = attention_maps.Watching((1, 3, visual))
+    run, state = replace(call, tokens=later, options=replace(call.options, attend=attend)).program()
+    third = in_order(call.layers, run(state, 2, 3).memory)
     np.testing.assert_allclose(watched.text[2], third[..., 0], atol=1e-5)
     assert np.abs(watched.text[1] - third[..., 0]).max() > 1e-3

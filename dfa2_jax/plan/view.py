@@ -6,35 +6,35 @@ from typing import Any
 import numpy as np
 
 from dfa2_jax.io.atomic import replacing
-from dfa2_jax.plan.plan import Method, Plan
+from dfa2_jax.io.extras import need
+from dfa2_jax.plan.method import Method
+from dfa2_jax.plan.plan import Plan
 from pallas_kernels.layout import CACHED, FULL
 from pallas_kernels.mask import density
 
 
 def summary(plan: Plan) -> str:
     """What it is for, how it was found, and what it does, in a dozen lines."""
-    setting, found = plan.setting, plan.calibration
-    counts = np.bincount(plan.choices.ravel(), minlength=len(plan.methods))
-    shares = [f"{method} {count / plan.choices.size:.1%}" for method, count in zip(plan.methods, counts, strict=True)]
+    setting, origin = plan.setting, plan.calibration
     densities = density_table(plan).mean(1)
     layers = f"{len(setting.layers)} layers x {setting.num_heads} heads"
     guided = ", guided" if setting.doubled_batch else ""
     lines = {
         "model": f"{setting.pipeline_class}, {layers}, weights {setting.weights[:12]}",
         "image": f"{setting.height} x {setting.width}, {setting.num_inference_steps} steps{guided}",
-        "methods": ", ".join(shares),
+        "methods": ", ".join(f"{method} {share:.1%}" for method, share in plan.shares().items()),
         "density": f"{plan.density():.3f} of query-key pairs; a step {densities.min():.3f} to {densities.max():.3f}",
         "digest": plan.digest + (", edited by hand" if plan.edited else ""),
     }
-    if found is not None:
-        rows, keys = found.tiles
-        lines["density"] += f"; {plan.density(found.tiles):.3f} of tiles of {rows} x {keys}"
-        lines["found with"] = f"{found.num_prompts} prompts, seed {found.seed}, delta {found.delta}, c {found.c}"
-        spent = np.array(found.errors)[1:]
+    if origin is not None:
+        queries, keys = origin.tiles
+        lines["density"] += f"; {plan.density(origin.tiles):.3f} of tiles of {queries} x {keys}"
+        lines["found with"] = f"{origin.num_prompts} prompts, seed {origin.seed}, delta {origin.delta}, c {origin.c}"
+        spent = np.array(origin.errors)[1:]
         if spent.size:
             edited = ", before it was edited" if plan.edited else ""
             lines["errors"] = (
-                f"{spent.mean():.4f} of delta {found.delta} on average in a layer, {spent.max():.4f} at most{edited}"
+                f"{spent.mean():.4f} of delta {origin.delta} on average in a layer, {spent.max():.4f} at most{edited}"
             )
     return "\n".join(f"{name:11s} {line}" for name, line in lines.items())
 
@@ -51,7 +51,12 @@ def density_table(plan: Plan) -> np.ndarray:
 
 def draw(plan: Plan, path: Path) -> None:
     """A PNG: the method of every head, steps from left to right, layers from top to bottom, heads side by side within;
-    and the kept share of each step and layer."""
+    and the kept share of each step and layer.
+
+    Raises:
+        MissingExtra: matplotlib is not installed.
+    """
+    need("matplotlib", "The picture of a plan", "plots")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.colors import ListedColormap
     from matplotlib.figure import Figure

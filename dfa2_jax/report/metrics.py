@@ -1,7 +1,7 @@
 """How near an image is to another, and how well it suits its prompt; and how sure a mean over prompts is.
 
-PSNR and SSIM (scikit-image) need nothing but the images. LPIPS and CLIP score run on torch, from weights that the user
-has on disk, as safetensors: nothing is downloaded, and pickle is never read.
+PSNR and SSIM need nothing but the images and scikit-image (the extra `report`). LPIPS and CLIP score run on torch, from
+weights that the user has on disk, as safetensors: nothing is downloaded, and pickle is never read.
 """
 
 import warnings
@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float
+
+from dfa2_jax.io.extras import need
 
 Image = Float[np.ndarray, "H W 3"]
 """Float32, from 0 to 1."""
@@ -53,7 +55,7 @@ def lpips(weights: Path) -> Callable[[Image, Image], float]:
             f"lpips={str(weights)!r} must be a .safetensors file (pickle, .pth, is never read): where lpips has its "
             'weights, safetensors.torch.save_model(lpips.LPIPS(net="alex"), "lpips.safetensors") writes it.'
         )
-    package, torch, safetensors = (_need(name, "lpips") for name in ("lpips", "torch", "safetensors.torch"))
+    package, torch, safetensors = (need(name, "lpips", "quality") for name in ("lpips", "torch", "safetensors.torch"))
     try:
         found = safetensors.load_file(weights)
         net = "alex" if found["net.slice1.0.weight"].shape[-1] == 11 else "vgg"
@@ -88,7 +90,7 @@ def clip_score(folder: Path) -> Callable[[Image, str], float]:
             f"clip={str(folder)!r} must be a folder of transformers' CLIPModel in safetensors (pickle, .bin, is "
             "never read), as CLIPModel.save_pretrained and CLIPProcessor.save_pretrained write it."
         )
-    transformers, torch = (_need(name, "clip") for name in ("transformers", "torch"))
+    transformers, torch = (need(name, "clip", "quality") for name in ("transformers", "torch"))
     try:
         local = {"local_files_only": True}
         model = transformers.CLIPModel.from_pretrained(folder, use_safetensors=True, **local).eval()
@@ -130,14 +132,3 @@ def mean_interval(values: Float[np.ndarray, " prompts"], confidence: float = 0.9
     means = drawn @ values / count
     low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(low), float(high)
-
-
-def _need(name: str, option: str) -> Any:
-    from importlib import import_module
-
-    try:
-        return import_module(name)
-    except ImportError as error:
-        raise ValueError(
-            f"{option} needs {name.split('.')[0]}: pip install 'dfa2-jax[quality]' ({error!s:.200})."
-        ) from error

@@ -39,7 +39,7 @@ def page(content: Mapping[str, Any], worst: Mapping[str, Sequence[Any]], figures
     """
     Args:
         content: `Report.content`, from which all numbers come.
-        worst: by plan, its worst pairs of images (`report_table.Pair`).
+        worst: by plan, its worst pairs of images (`table.Pair`).
         figures: by plan, a PNG of what its heads do.
     """
     rows = content["rows"]

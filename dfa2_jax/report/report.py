@@ -1,8 +1,8 @@
 """A quality report: images of plans against dense ones, next to what mere rounding changes and what another seed does.
 
-Rows of the noise floor are dense too: the same sums in another order (another implementation of attention), and another
-dtype. They say how much a change that nobody calls a loss moves each metric; another seed says what no likeness at all
-is worth. Networks, prompts and seeds are the same in all rows.
+Lines of the noise floor are dense too: the same sums in another order (another implementation of attention), and
+another dtype. They say how much a change that nobody calls a loss moves each metric. Another seed says what no likeness
+at all is worth. Networks, prompts and seeds are the same in all lines.
 """
 
 import math
@@ -22,15 +22,18 @@ import numpy as np
 from tqdm import tqdm
 
 from dfa2_jax.calibration.calibrate import PLANNING_TILES
+from dfa2_jax.io.extras import need
 from dfa2_jax.nn.attention import dense_implementation
-from dfa2_jax.options import Options
+from dfa2_jax.options import Options, ReportOptions, described, suggests_names
 from dfa2_jax.pipeline.call import Call
 from dfa2_jax.pipeline.pipeline import Pipeline
-from dfa2_jax.plan.plan import Plan, PlanError
+from dfa2_jax.plan.method import PlanError
+from dfa2_jax.plan.plan import Plan
+from dfa2_jax.plan.setting import Setting
 from dfa2_jax.report import metrics as quality
 from dfa2_jax.report.attention_maps import watch, windows_of
 from dfa2_jax.report.attention_share import attention_share
-from dfa2_jax.report.table import Judges, Report, Row, Shot
+from dfa2_jax.report.table import Judges, Line, Report, Shot
 
 OTHER_SEED = 1000
 """Added to an image's seed for the ceiling."""
@@ -80,7 +83,7 @@ class Sampler:
 
 
 class Study:
-    """The rows of a report, and the sampling that fills them: in the plans' dtype first, in the other one after it.
+    """The lines of a report, and the sampling that fills them: in the plans' dtype first, in the other one after it.
 
     exact: the dense images by batch, kept for the other dtype: 13 MB each at 1024 px.
     """
@@ -89,14 +92,14 @@ class Study:
         self.judges, self.batches, self.quick = judges, batches, quick
         other = "bfloat16" if dtype == "float32" else "float32"
         self.wide, self.narrow = (dtype, other) if dtype == "float32" else (other, dtype)
-        self.dtype, self.exact = dtype, list[np.ndarray]()
-        self.dense, self.ceiling = Row("dense", "dense"), Row("another seed", "ceiling", "dense")
-        self.plans = [Row(name, "plan", "dense", plan) for name, plan in plans.items()]
-        self.reordered = {one: Row(f"{one}, sums reordered", "floor", f"{one} dense") for one in (dtype, other)}
-        self.rounded = Row(f"{self.narrow} against {self.wide}", "floor", f"{self.wide} dense")
+        self.dtype, self.other_dtype, self.exact = dtype, other, list[np.ndarray]()
+        self.dense, self.ceiling = Line("dense", "dense"), Line("another seed", "ceiling", "dense")
+        self.plans = [Line(name, "plan", "dense", plan) for name, plan in plans.items()]
+        self.reordered = {name: Line(f"{name}, sums reordered", "floor", f"{name} dense") for name in (dtype, other)}
+        self.rounded = Line(f"{self.narrow} against {self.wide}", "floor", f"{self.wide} dense")
 
     @property
-    def rows(self) -> list[Row]:
+    def lines(self) -> list[Line]:
         if self.quick:
             return [self.dense, *self.plans]
         floor = self.reordered[self.wide], self.rounded, self.reordered[self.narrow]
@@ -113,61 +116,62 @@ class Study:
                 raise ValueError(
                     f"The dense image of {shots[0].prompt!r:.200} is not finite in {self.dtype}: try another."
                 )
-            for row in self.plans:
-                self._take(sampler, call, shots, row, exact, bar)
+            for line in self.plans:
+                self._take(sampler, call, shots, line, exact, bar)
             if not self.quick:
                 self.exact.append(exact)
                 self._reorder(sampler, call, shots, self.reordered[self.dtype], exact, bar)
                 self._take(sampler, sampler.prepare(shots, OTHER_SEED), shots, self.ceiling, exact, bar)
         assert call is not None
         for _ in range(len(self.batches), ROUNDS):
-            for row in (self.dense, *self.plans):
-                row.seconds.append(sampler.denoise(call, row.plan)[1])
+            for line in (self.dense, *self.plans):
+                line.seconds.append(sampler.denoise(call, line.plan)[1])
 
     def other(self, sampler: Sampler, bar: tqdm) -> None:
-        other = self.narrow if self.dtype == self.wide else self.wide
         for shots, exact in zip(self.batches, self.exact, strict=True):
             call = sampler.prepare(shots)
             images = self._take(sampler, call, shots, self.rounded, exact, bar)
             if images is not None:
-                self._reorder(sampler, call, shots, self.reordered[other], images, bar)
+                self._reorder(sampler, call, shots, self.reordered[self.other_dtype], images, bar)
 
     def _take(
-        self, sampler: Sampler, call: Call, shots: list[Shot], row: Row, exact: np.ndarray | None, bar: tqdm,
+        self, sampler: Sampler, call: Call, shots: list[Shot], line: Line, exact: np.ndarray | None, bar: tqdm,
         implementation: str | None = None,
     ) -> np.ndarray | None:  # fmt: skip
-        """A batch's images, scored in their row; None where a row of the floor does not fit in memory."""
-        if row.left_out:
+        """A batch's images, scored in their line; None where a line of the floor does not fit in memory."""
+        if line.left_out:
             return None
-        with fitting(row):
-            tokens, seconds = sampler.denoise(call, row.plan, implementation)
+        with fitting(line):
+            tokens, seconds = sampler.denoise(call, line.plan, implementation)
             images = call.images(tokens)[: len(shots)]
-            if row.kind in ("dense", "plan"):
-                row.seconds.append(seconds)
-            if exact is not None and row is self.rounded and self.dtype == self.narrow:
-                row.add(self.judges, shots, exact, images)  # the narrow one's, against the wide one's
+            if line.kind in ("dense", "plan"):
+                line.seconds.append(seconds)
+            if exact is not None and line is self.rounded and self.dtype == self.narrow:
+                line.add(self.judges, shots, exact, images)  # the narrow one's, against the wide one's
             else:
-                row.add(self.judges, shots, images, exact)
+                line.add(self.judges, shots, images, exact)
             bar.update()
             return images
 
-    def _reorder(self, sampler: Sampler, call: Call, shots: list[Shot], row: Row, exact: Any, bar: tqdm) -> None:
-        self._take(sampler, call, shots, row, exact, bar, sampler.other_implementation)
+    def _reorder(self, sampler: Sampler, call: Call, shots: list[Shot], line: Line, exact: Any, bar: tqdm) -> None:
+        self._take(sampler, call, shots, line, exact, bar, sampler.other_implementation)
 
 
 @contextmanager
-def fitting(*rows: Row) -> Iterator[None]:
-    """Rows of the floor that do not fit in memory are left out, and say so; for others the report ends."""
+def fitting(*lines: Line) -> Iterator[None]:
+    """Lines of the floor that do not fit in memory are left out, and say so; for others the report ends."""
     try:
         yield
     except (MemoryError, jax.errors.JaxRuntimeError) as error:
         exhausted = isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
-        if not exhausted or any(row.kind != "floor" for row in rows):
+        if not exhausted or any(line.kind != "floor" for line in lines):
             raise
-        for row in rows:
-            row.left_out = f"does not fit in memory: {error!s:.200}"
+        for line in lines:
+            line.left_out = f"does not fit in memory: {error!s:.200}"
 
 
+@suggests_names
+@described(ReportOptions)
 def quality_report(
     folder: str | PathLike[str],
     plans: Mapping[str, Plan],
@@ -188,19 +192,13 @@ def quality_report(
     """Measure plans against dense sampling. `Report.save` writes it, `Report.failures` is the gate.
 
     Args:
-        folder: of the model, as `Pipeline.from_pretrained` takes it: it is loaded in two dtypes, one after the other.
+        folder: of the model, as `Pipeline.from_pretrained` takes it. It is loaded twice, in two dtypes.
         plans: by the names that the report gives them, all for the same size and steps.
-        seed: one or several: every prompt is sampled from each.
-        negative_prompt: for all prompts.
-        guidance_scale: None: the first plan's.
-        batch: images at a time.
-        dtype: of the plans' images. None: the checkpoint's; float32 on CPU.
         limits: of a plan's mean: at least so much "psnr" (dB) and "ssim", at most so much "lpips".
-        lpips, clip: weights on disk, see `quality`. image_reward is refused there.
-        quick: no noise floor and no heads, for a gate.
+        {options}
 
     Raises:
-        ValueError: an argument out of range, metrics that cannot be had, or dense images that are not finite.
+        ValueError: an argument is out of range, a metric cannot be had, or a dense image is not finite.
         PlanError: a plan is for another model, size or number of steps.
         MemoryError: what a plan keeps from step to step does not fit.
     """
@@ -208,31 +206,26 @@ def quality_report(
     limits = {} if limits is None else dict(limits)
     _check(prompts, seeds, batch, plans, limits, lpips)
     judges = _judges(lpips, clip, image_reward)
-    shots = [Shot(prompt, one) for prompt in prompts for one in seeds]
+    shots = [Shot(prompt, number) for prompt in prompts for number in seeds]
     batch = min(batch, len(shots))
+    batches = [shots[i : i + batch] for i in range(0, len(shots), batch)]
     arguments = {"negative_prompt": negative_prompt, "guidance_scale": guidance_scale}
     arguments["plan"] = next(iter(plans.values()))
     sampler = Sampler(Pipeline.from_pretrained(folder, dtype=dtype), arguments, batch)
     first = replace(sampler, batch=1).prepare(shots[:1])
-    for name, plan in plans.items():
-        try:
-            plan.check(first.setting)
-        except PlanError as error:
-            raise PlanError(f"plan {name}: {error}") from error
+    _check_plans(plans, first.setting)
     facts = _facts(sampler, folder, first) | {"negative_prompt": negative_prompt}
 
-    batches = [shots[i : i + batch] for i in range(0, len(shots), batch)]
     study = Study(plans, judges, batches, sampler.pipeline.dtype.name, quick)
-    masses = None
-    with tqdm(total=len(batches) * len(study.rows), desc="report", disable=not progress) as bar:
+    with tqdm(total=len(batches) * len(study.lines), desc="report", disable=not progress) as bar:
         study.own(sampler, bar)
+        masses = None if quick else watch(first, windows_of([*plans.values()]), progress=progress)
+        del sampler, first  # two sets of weights need not fit
         if not quick:
-            masses = watch(first, windows_of([*plans.values()]), progress=progress)
-            del sampler  # two sets of weights need not fit
-            other = study.narrow if study.dtype == study.wide else study.wide
-            with fitting(study.rounded, study.reordered[other]):
-                study.other(Sampler(Pipeline.from_pretrained(folder, dtype=other), arguments, batch), bar)
-    return Report(tuple(study.rows), tuple(prompts), tuple(seeds), limits, masses, facts)
+            with fitting(study.rounded, study.reordered[study.other_dtype]):
+                pipeline = Pipeline.from_pretrained(folder, dtype=study.other_dtype)
+                study.other(Sampler(pipeline, arguments, batch), bar)
+    return Report(tuple(study.lines), tuple(prompts), tuple(seeds), limits, masses, facts)
 
 
 def _check(
@@ -253,7 +246,17 @@ def _check(
         raise ValueError(f"A limit of {limits['lpips']} on LPIPS needs the metric's weights: give lpips too.")
 
 
+def _check_plans(plans: Mapping[str, Plan], setting: Setting) -> None:
+    for name, plan in plans.items():
+        try:
+            plan.check(setting)
+        except PlanError as error:
+            raise PlanError(f"plan {name}: {error}") from error
+
+
 def _judges(lpips: Any, clip: Any, image_reward: Any) -> Judges:
+    for package in ("skimage.metrics", "matplotlib"):
+        need(package, "A report", "report")
     near: dict[str, Any] = {"psnr": quality.psnr, "ssim": quality.ssim}
     if lpips is not None:
         near["lpips"] = quality.lpips(Path(lpips))

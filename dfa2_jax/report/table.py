@@ -1,4 +1,4 @@
-"""What a quality report says: its rows, their statistics, the gate, and the two files that hold them."""
+"""What a quality report says: its lines, their statistics, the gate, and the two files that hold them."""
 
 import json
 import os
@@ -52,8 +52,8 @@ class Judges(NamedTuple):
 
 
 @dataclass(eq=False)
-class Row:
-    """One line of the table, filled batch by batch.
+class Line:
+    """What the table says of one kind of image, filled batch by batch.
 
     kind: "dense", "plan", "floor" or "ceiling".
     against: what its images are compared with.
@@ -99,65 +99,66 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """What was found.
+    """What plans do to images.
 
-    rows: dense, the noise floor from small to large, the plans, another seed.
+    lines: dense, the noise floor from small to large, the plans, another seed.
     limits: by metric, what a plan's mean must keep.
     masses: where heads look, of the first prompt and seed; None if that was not asked for.
     facts: model, machine, versions and arguments; JSON-serialisable.
     """
 
-    rows: tuple[Row, ...]
+    lines: tuple[Line, ...]
     prompts: tuple[str, ...]
     seeds: tuple[int, ...]
     limits: dict[str, float]
     masses: Masses | None
     facts: dict[str, Any]
 
-    def of_kind(self, kind: str) -> list[Row]:
-        return [row for row in self.rows if row.kind == kind]
+    def of_kind(self, kind: str) -> list[Line]:
+        return [line for line in self.lines if line.kind == kind]
 
     @property
     def failures(self) -> list[str]:
         """Which plan missed which limit, with both values; empty: the gate is open."""
-        found = []
-        for row in self.of_kind("plan"):
-            if row.not_finite:
-                found.append(f"plan {row.name}: {row.not_finite} of {len(row.scores['psnr'])} images are not finite")
+        failures = []
+        for line in self.of_kind("plan"):
+            if line.not_finite:
+                count = len(line.scores["psnr"])
+                failures.append(f"plan {line.name}: {line.not_finite} of {count} images are not finite")
             for metric, limit in self.limits.items():
-                mean, worst, higher = row.mean(metric), row.extreme(metric), HIGHER_IS_BETTER[metric]
+                mean, worst, higher = line.mean(metric), line.extreme(metric), HIGHER_IS_BETTER[metric]
                 if not (mean >= limit if higher else mean <= limit):
                     side = "below" if higher else "above"
-                    found.append(
-                        f"plan {row.name}: mean {metric.upper()} {mean:.4f} is {side} the limit {limit:g} "
+                    failures.append(
+                        f"plan {line.name}: mean {metric.upper()} {mean:.4f} is {side} the limit {limit:g} "
                         f"(worst image {worst:.4f})"
                     )
-        return found
+        return failures
 
-    def distances(self, plan: Row) -> list[dict[str, Any]]:
-        """From each row of the noise floor: by metric, how much worse the plan's mean is; within: in no metric is it
-        worse than the floor's worst image."""
-        found = []
+    def distances(self, plan: Line) -> list[dict[str, Any]]:
+        """Per line of the noise floor and metric: by how much the plan's mean is worse. `within`: no mean is worse than
+        that line's worst image."""
+        distances = []
         for floor in self.of_kind("floor"):
             if floor.left_out:
                 continue
             metrics = [metric for metric in ("psnr", "ssim", "lpips") if metric in plan.scores]
             sign = {metric: 1 if HIGHER_IS_BETTER[metric] else -1 for metric in metrics}
-            one = {metric: sign[metric] * (floor.mean(metric) - plan.mean(metric)) for metric in metrics}
+            worse = {metric: sign[metric] * (floor.mean(metric) - plan.mean(metric)) for metric in metrics}
             within = all(sign[metric] * (plan.mean(metric) - floor.extreme(metric)) >= 0 for metric in metrics)
-            found.append({"floor": floor.name, "within": within, **one})
-        return found
+            distances.append({"floor": floor.name, "within": within, **worse})
+        return distances
 
-    def speedup(self, plan: Row) -> float:
+    def speedup(self, plan: Line) -> float:
         """Of a step, over dense: the median of the rounds' ratios."""
-        return median(a / b for a, b in zip(self.rows[0].seconds, plan.seconds, strict=True))
+        return median(a / b for a, b in zip(self.lines[0].seconds, plan.seconds, strict=True))
 
     def content(self) -> dict[str, Any]:
         """All numbers, as JSON knows them."""
         return self.facts | {
             "prompts": list(self.prompts),
             "seeds": list(self.seeds),
-            "rows": [self._row(row) for row in self.rows],
+            "rows": [self._numbers(line) for line in self.lines],
             "limits": self.limits,
             "failures": self.failures,
             "heads": self.masses
@@ -168,28 +169,28 @@ class Report:
             },
         }
 
-    def _row(self, row: Row) -> dict[str, Any]:
-        content: dict[str, Any] = {"name": row.name, "kind": row.kind, "against": row.against}
-        if row.left_out:
-            return content | {"left_out": row.left_out}
-        if row.seconds:
-            content["seconds_per_step"] = {"median": median(row.seconds), "rounds": row.seconds}
-        if row.plan is not None:
+    def _numbers(self, line: Line) -> dict[str, Any]:
+        content: dict[str, Any] = {"name": line.name, "kind": line.kind, "against": line.against}
+        if line.left_out:
+            return content | {"left_out": line.left_out}
+        if line.seconds:
+            content["seconds_per_step"] = {"median": median(line.seconds), "rounds": line.seconds}
+        if line.plan is not None:
             tiles = self.facts["tiles"]
-            content |= {"digest": row.plan.digest, "speedup": self.speedup(row), "distances": self.distances(row)}
-            content["density"] = {"exact": row.plan.density(), "tiles": row.plan.density(tuple(tiles))}
-            content["predicted_speedup"] = predicted_speedup(self.facts["attention_share"], row.plan.density())
+            content |= {"digest": line.plan.digest, "speedup": self.speedup(line), "distances": self.distances(line)}
+            content["density"] = {"exact": line.plan.density(), "tiles": line.plan.density(tuple(tiles))}
+            content["predicted_speedup"] = predicted_speedup(self.facts["attention_share"], line.plan.density())
         metrics = {}
-        for metric in row.scores:
-            values = row.values(metric, len(self.seeds))
+        for metric in line.scores:
+            values = line.values(metric, len(self.seeds))
             interval = quality.mean_interval(values.mean(1))
             metrics[metric] = {
-                "mean": row.mean(metric),
-                "worst": row.extreme(metric),
+                "mean": line.mean(metric),
+                "worst": line.extreme(metric),
                 "interval": None if interval is None else list(interval),
                 "values": values.tolist(),
             }
-        return content | {"not_finite": row.not_finite, "metrics": metrics}
+        return content | {"not_finite": line.not_finite, "metrics": metrics}
 
     def save(self, folder: str | PathLike[str]) -> Path:
         """Write report.html and report.json, both whole or neither, and return the first.
@@ -198,11 +199,12 @@ class Report:
             OSError: the folder cannot be written to.
         """
         folder, figures = writable(Path(folder)), {}
-        for row in self.of_kind("plan"):
-            if self.masses is not None and row.plan is not None:
-                figures[row.name] = draw(row.plan, self.masses)
+        plans = self.of_kind("plan")
+        for line in plans:
+            if self.masses is not None and line.plan is not None:
+                figures[line.name] = draw(line.plan, self.masses)
         content = self.content()
-        html = page(content, {row.name: row.worst for row in self.of_kind("plan")}, figures)
+        html = page(content, {line.name: line.worst for line in plans}, figures)
         with replacing(folder / "report.html") as shown, replacing(folder / "report.json") as numbers:
             shown.write(html.encode())
             numbers.write((json.dumps(content, ensure_ascii=False, allow_nan=False, indent=1) + "\n").encode())

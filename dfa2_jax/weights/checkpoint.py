@@ -7,16 +7,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
 from dfa2_jax.io.errors import CheckpointError, blame, check_fields
+from dfa2_jax.weights.dtypes import FLOAT_DTYPES
 from dfa2_jax.weights.leaf import Leaf, load_leaf
 from dfa2_jax.weights.spec import REQUIRED, ComponentSpec, PipelineSpec, class_names
-
-FLOAT_DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 
 
 def compute_dtype(spec: ComponentSpec, stored: DTypeLike, requested: DTypeLike | None, platform: str) -> np.dtype:

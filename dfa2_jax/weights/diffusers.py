@@ -12,7 +12,8 @@ import numpy as np
 from flax import nnx
 
 from dfa2_jax.io.errors import CheckpointError, read_json
-from dfa2_jax.weights.checkpoint import FLOAT_DTYPES, Checkpoint, check_pipeline
+from dfa2_jax.weights.checkpoint import Checkpoint, check_pipeline
+from dfa2_jax.weights.dtypes import FLOAT_DTYPES
 from dfa2_jax.weights.leaf import Leaf
 from dfa2_jax.weights.rules import map_weights
 from dfa2_jax.weights.safetensors import DTYPES, Tensor, open_weights

@@ -1,6 +1,9 @@
 """Folders that `dfa2-convert` wrote: config.json, one Orbax checkpoint per component, tokenizers."""
 
+import shlex
+from collections import Counter
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,11 +13,44 @@ import numpy as np
 from flax import nnx
 
 from dfa2_jax.io.errors import CheckpointError, raise_faults, read_json
-from dfa2_jax.weights.checkpoint import FLOAT_DTYPES, Checkpoint, check_pipeline
+from dfa2_jax.weights.checkpoint import Checkpoint, check_pipeline
+from dfa2_jax.weights.dtypes import FLOAT_DTYPES
 from dfa2_jax.weights.leaf import Block, Leaf
 from dfa2_jax.weights.spec import PipelineSpec
 
-FORMAT, FORMAT_VERSION = "dfa2-jax checkpoint", 1
+FORMAT, FORMAT_VERSION = "dfa2-jax checkpoint", 2
+"""Version 1 had one type per component, and other names of the parameters."""
+
+
+@dataclass(frozen=True)
+class StoredArray:
+    """What config.json says of one array: an object, which may say more in later versions."""
+
+    dtype: np.dtype
+    shape: tuple[int, ...]
+
+    @classmethod
+    def parse(cls, entry: Any) -> "StoredArray":
+        """
+        Raises:
+            ValueError: the entry is no object, or lacks a dtype or a shape.
+        """
+        if not isinstance(entry, dict):
+            raise ValueError(f"{entry!r:.100} is not an object")
+        dtype, shape = entry.get("dtype"), entry.get("shape")
+        if not isinstance(dtype, str) or dtype not in FLOAT_DTYPES:
+            raise ValueError(f"dtype={dtype!r:.100} is not one of {sorted(FLOAT_DTYPES)}")
+        if not isinstance(shape, list) or not all(type(size) is int and size >= 0 for size in shape):
+            raise ValueError(f"shape={shape!r:.100} is not a list of sizes")
+        return cls(jnp.dtype(dtype), tuple(shape))
+
+    def content(self) -> dict[str, Any]:
+        """As config.json has it."""
+        return {"dtype": self.dtype.name, "shape": list(self.shape)}
+
+    @property
+    def nbytes(self) -> int:
+        return int(np.prod(self.shape)) * self.dtype.itemsize
 
 
 class ConvertedCheckpoint(Checkpoint):
@@ -27,19 +63,18 @@ class ConvertedCheckpoint(Checkpoint):
             raise CheckpointError(
                 f"{path} has format={config.get('format')!r:.100}, "
                 f"format_version={config.get('format_version')!r:.100}; this version reads {FORMAT!r}, "
-                f"{FORMAT_VERSION}. Convert the diffusers folder again."
+                f"{FORMAT_VERSION}. Remove the folder and convert the diffusers folder or hub id SRC that it came from "
+                f"again: `dfa2-convert SRC {shlex.quote(str(folder))}`."
             )
         try:
             components = {name: dict(entry) for name, entry in config["components"].items()}
             classes = {name: entry["class"] for name, entry in components.items()}
             configs = {name: dict(entry["config"]) for name, entry in components.items()}
-            self._dtypes = {name: entry["dtype"] for name, entry in components.items() if name != "scheduler"}
+            arrays = {name: dict(entry["arrays"]) for name, entry in components.items() if name != "scheduler"}
             self._fingerprint = str(config["fingerprint"])
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CheckpointError(f"{path} lacks or garbles a field ({error!r:.200}): convert again.") from error
-        for name, dtype in self._dtypes.items():
-            if not isinstance(dtype, str) or dtype not in FLOAT_DTYPES:
-                raise CheckpointError(f"{path}: dtype={dtype!r:.100} of {name} is not one of {sorted(FLOAT_DTYPES)}.")
+        self._arrays = {name: parse_arrays(f"{path}: {name}", entries) for name, entries in arrays.items()}
         super().__init__(folder, check_pipeline(path, config.get("pipeline_class"), classes, specs), classes, configs)
 
     @property
@@ -48,24 +83,57 @@ class ConvertedCheckpoint(Checkpoint):
 
     def stored_dtype(self, component: str) -> np.dtype:
         self.check_component(component)
-        return jnp.dtype(self._dtypes[component])
+        nbytes: Counter[np.dtype] = Counter()
+        for array in self._arrays[component].values():
+            nbytes[array.dtype] += array.nbytes
+        return nbytes.most_common(1)[0][0] if nbytes else jnp.dtype("float32")
 
     def leaves(self, component: str) -> dict[tuple[Any, ...], Leaf]:
-        folder = self.folder / "weights" / component
-        state = nnx.state(self.abstract(component, self.stored_dtype(component)))
-        leaves, faults = {}, []
-        for path, variable in nnx.to_flat_state(state):
-            try:
-                leaves[path] = open_zarr(folder / orbax_name(path), variable.shape, variable.dtype)
-            except CheckpointError as error:
-                faults.append(str(error))
-        raise_faults(f"{folder} does not fit its config.json; convert again", {"": faults})
+        folder, arrays = self.folder / "weights" / component, self._arrays.get(component, {})
+        state = nnx.to_flat_state(nnx.state(self.abstract(component, self.stored_dtype(component))))
+        leaves, faults = {}, {"arrays missing in config.json": [], "arrays without a parameter": [], "": []}
+        for path, variable in state:
+            name, shape = array_name(path), tuple(variable.shape)
+            if name not in arrays:
+                faults["arrays missing in config.json"].append(name)
+            elif arrays[name].shape != shape:
+                faults[""].append(f"{name} is {list(arrays[name].shape)} in config.json, {shape} in the model")
+            else:
+                try:
+                    leaves[path] = open_zarr(folder / orbax_name(path), shape, arrays[name].dtype)
+                except CheckpointError as error:
+                    faults[""].append(str(error))
+        names = {array_name(path) for path, _ in state}
+        faults["arrays without a parameter"] += [name for name in arrays if name not in names]
+        raise_faults(f"{folder} does not fit its config.json; convert again", faults)
         return leaves
+
+
+def parse_arrays(owner: str, entries: Mapping[str, Any]) -> dict[str, StoredArray]:
+    """Arrays by name.
+
+    Raises:
+        CheckpointError: an entry is none; the message begins with `owner`.
+    """
+    arrays = {}
+    for name, entry in entries.items():
+        try:
+            arrays[name] = StoredArray.parse(entry)
+        except ValueError as error:
+            raise CheckpointError(
+                f"{owner}.{name:.200} has an unusable entry ({error!s:.200}): convert again."
+            ) from error
+    return arrays
+
+
+def array_name(path: tuple[Any, ...]) -> str:
+    """The name of a parameter in config.json."""
+    return ".".join(map(str, path))
 
 
 def orbax_name(path: tuple[Any, ...]) -> str:
     """The folder of a parameter in an Orbax checkpoint of an NNX state."""
-    return ".".join(map(str, path)) + ".value"
+    return array_name(path) + ".value"
 
 
 def open_zarr(folder: Path, shape: tuple[int, ...], dtype: np.dtype) -> Leaf:
@@ -91,8 +159,8 @@ def open_zarr(folder: Path, shape: tuple[int, ...], dtype: np.dtype) -> Leaf:
         """The chunk's file, mapped: TensorStore would copy it twice."""
         path = folder / ".".join(map(str, [start // step, *(0 for _ in chunk[1:])]))
         try:
-            if (found := path.stat().st_size) != nbytes:
-                raise CheckpointError(f"{path} cannot be read: it has {found} bytes, not {nbytes}. Convert again.")
+            if (size := path.stat().st_size) != nbytes:
+                raise CheckpointError(f"{path} cannot be read: it has {size} bytes, not {nbytes}. Convert again.")
             return np.memmap(path, dtype, "r", shape=chunk)
         except OSError as error:
             raise CheckpointError(f"{folder} cannot be read: {error.strerror or error}. Convert again.") from error

@@ -1,0 +1,161 @@
+"""A plan's file: JSON that a person can read and edit, its schema, and all that is checked when it is read."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from jaxtyping import UInt8
+from pydantic import Field, ValidationError
+
+from dfa2_jax.io.errors import CheckpointError, read_json
+from dfa2_jax.plan.method import Method, PlanError, letters
+from dfa2_jax.plan.setting import CalibrationRecord, Record, Setting
+
+MAX_BYTES = 20_000_000  # FLUX.1-dev at 50 steps: 0.2 MB
+FORMAT, VERSION = "dfa2-plan", 1
+
+Choices = UInt8[np.ndarray, "steps layers heads"]
+
+
+class PlanFile(Record):
+    """A plan's JSON. Methods have one letter each; a step gives every layer a string of them, one for each head."""
+
+    format: Literal["dfa2-plan"]
+    version: Literal[1]
+    digest: str
+    edited: bool
+    setting: Setting
+    calibration: CalibrationRecord | None
+    methods: Annotated[dict[Annotated[str, Field(min_length=1, max_length=1)], str], Field(min_length=1, max_length=64)]
+    steps: Annotated[list[dict[str, str]], Field(max_length=1000)]
+
+    def parse_methods(self) -> tuple[Method, ...]:
+        """The methods, in the order of their numbers.
+
+        Raises:
+            PlanError: a name or a letter is wrong, or a method is there twice.
+        """
+        if len({*self.methods.values()}) < len(self.methods):
+            raise PlanError(f"methods: one is there twice: {self.methods}.")
+        methods = tuple(Method(name) for name in self.methods.values())
+        if letters(methods) != list(self.methods):
+            raise PlanError(f"methods: {list(self.methods)} stand for {[*map(str, methods)]}, not {letters(methods)}.")
+        return methods
+
+    def parse_steps(self) -> Choices:
+        """The number of the method of every head.
+
+        Raises:
+            PlanError: steps, layers, heads or letters are not those of the setting and of the methods.
+        """
+        setting, names = self.setting, [layer.name for layer in self.setting.layers]
+        if len({*names}) < len(names):
+            raise PlanError(f"setting.layers: {max(names, key=names.count)!r} is there twice.")
+        if len(self.steps) != setting.num_inference_steps:
+            raise PlanError(
+                f"steps: there are {len(self.steps)}, but setting.sigmas has {setting.num_inference_steps}."
+            )
+        numbers = {letter: number for number, letter in enumerate(self.methods)}
+        choices = np.zeros((len(self.steps), len(names), setting.num_heads), np.uint8)
+        for i, step in enumerate(self.steps):
+            if list(step) != names:
+                raise PlanError(
+                    f"steps[{i}]: layers are not those of setting.layers in their order: {list(step)!s:.200}."
+                )
+            for j, (name, heads) in enumerate(step.items()):
+                place = f"steps[{i}].{name}"
+                if len(heads) != setting.num_heads:
+                    raise PlanError(f"{place} has {len(heads)} heads, but setting.num_heads is {setting.num_heads}.")
+                if unknown := {*heads} - {*numbers}:
+                    raise PlanError(f"{place} has {sorted(unknown)}, which methods {list(numbers)} do not explain.")
+                choices[i, j] = [numbers[letter] for letter in heads]
+        return choices
+
+    def check_errors(self) -> None:
+        """The errors of a calibration have the shape of its plan.
+
+        Raises:
+            PlanError: they have another.
+        """
+        if self.calibration is None:
+            return
+        sizes, layers = [len(errors) for errors in self.calibration.errors], len(self.setting.layers)
+        if sizes != [layers] * len(self.steps):
+            raise PlanError(f"calibration.errors must be {len(self.steps)} rows of {layers}, got {sizes!s:.200}.")
+
+
+def schema() -> dict[str, Any]:
+    """JSON Schema of a plan's file: plan.schema.json is this."""
+    return PlanFile.model_json_schema()
+
+
+def read(path: Path) -> PlanFile:
+    """A file whose fields have the right types; `blame_file` says what else may be wrong.
+
+    Raises:
+        PlanError: it cannot be read, is of a newer version, or a field is of another type.
+    """
+    try:
+        content = read_json(path, MAX_BYTES)
+    except CheckpointError as error:
+        raise PlanError(str(error)) from error
+    version = content.get("version")
+    if content.get("format") == FORMAT and isinstance(version, int) and version > VERSION:
+        raise PlanError(f"{path}: version is {version}, made by a newer dfa2_jax; this one reads version {VERSION}.")
+    try:
+        return PlanFile.model_validate(content)
+    except ValidationError as error:
+        faults = [f"{'.'.join(map(str, fault['loc'])):.200}: {fault['msg']:.200}" for fault in error.errors()[:8]]
+        raise PlanError(f"{path} is not a plan.\n" + "\n".join(faults)) from error
+    except RecursionError as error:
+        raise PlanError(f"{path} is not a plan: it is nested too deeply.") from error
+
+
+@contextmanager
+def blame_file(path: Path) -> Iterator[None]:
+    """Errors of the code within are the file's: they name it."""
+    try:
+        yield
+    except PlanError as error:
+        raise PlanError(f"{path}: {error}") from error
+
+
+def content_of(
+    setting: Setting, methods: Sequence[Method], choices: Choices, calibration: CalibrationRecord | None, edited: bool
+) -> dict[str, Any]:
+    """What a file says beside format, version and digest."""
+    names, table = [layer.name for layer in setting.layers], np.array(letters(methods))
+    steps = [dict(zip(names, map("".join, table[step]), strict=True)) for step in choices]
+    return {
+        "edited": edited,
+        "setting": setting.model_dump(mode="json"),
+        "calibration": calibration and calibration.model_dump(mode="json"),
+        "methods": dict(zip(letters(methods), map(str, methods), strict=True)),
+        "steps": steps,
+    }
+
+
+def digest_of(content: dict[str, Any]) -> str:
+    """The sha256 of a file's content."""
+    compact = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return "sha256:" + hashlib.sha256(compact.encode()).hexdigest()
+
+
+def written(content: dict[str, Any]) -> bytes:
+    """The whole file: one line for each layer of a step, and for each list of numbers."""
+
+    def write(value: Any, indent: str) -> str:
+        deeper = indent + " "
+        if isinstance(value, dict) and value:
+            lines = [f"{deeper}{json.dumps(key)}: {write(part, deeper)}" for key, part in value.items()]
+            return "{\n" + ",\n".join(lines) + f"\n{indent}}}"
+        if isinstance(value, list) and any(isinstance(part, list | dict) for part in value):
+            return "[\n" + ",\n".join(deeper + write(part, deeper) for part in value) + f"\n{indent}]"
+        return json.dumps(value, allow_nan=False)
+
+    head = {"format": FORMAT, "version": VERSION, "digest": digest_of(content)}
+    return (write(head | content, "") + "\n").encode()
