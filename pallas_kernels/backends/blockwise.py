@@ -6,13 +6,14 @@ product on one core and a plain one on all, so there the loop is over heads and 
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, UInt
 
+from pallas_kernels.backends.base import Device, Problem
 from pallas_kernels.layout import CACHED, FULL, Layout
 
 SCORE_BYTES = 2**28
@@ -43,6 +44,25 @@ Bits = UInt[Array, "*dims"] | Float[Array, "*dims"]
 Index = tuple[Array, Array]
 Carry = tuple[Array, Array, Array]  # of the keys so far: maximum, sum of weights, weighted values
 Carries = tuple[Carry, ...]
+
+
+class Blockwise:
+    interpretable = False
+
+    def lacks(self, problem: Problem[Any], device: Device) -> str | None:
+        return None
+
+    def arrow(self, problem: Problem[Array], *, interpret: bool) -> Float[Array, "*L B T N H"]:
+        q, k, v, cache, layer = problem.q, problem.k, problem.v, problem.cache, problem.layer
+        return arrow_attention(q, k, v, problem.windows, problem.layout, cache, layer)
+
+    def nested(
+        self, problem: Problem[Array], half_windows: Int[Array, " W"], *, interpret: bool
+    ) -> Float[Array, "W+1 B T N H"]:
+        return nested_arrow_attention(problem.q, problem.k, problem.v, half_windows, problem.layout)
+
+    def dense(self, problem: Problem[Array], *, interpret: bool) -> Float[Array, "B T N H"]:
+        return dense_attention(problem.q, problem.k, problem.v)
 
 
 @jax.custom_jvp

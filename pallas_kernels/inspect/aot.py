@@ -74,7 +74,9 @@ def target(name: str, devices: int = 1) -> Target:
         RuntimeError: jax finds no CUDA plugin, or its start failed; the message has the lines that help.
     """
     if name not in targets():
-        raise ValueError(f"GPU {name!r} is not described, only {targets()}: add pallas_kernels/targets/{name}.txtpb.")
+        raise ValueError(
+            f"GPU {name!r} is not described, only {targets()}: add pallas_kernels/inspect/targets/{name}.txtpb."
+        )
     description = _descriptions().joinpath(f"{name}.txtpb").read_text()
     try:
         topology = topologies.get_topology_desc(platform="cuda", target_config=description, topology=f"1x1x{devices}")
@@ -224,4 +226,4 @@ def _tool(name: str) -> Path:
 
 
 def _descriptions() -> Any:
-    return files("pallas_kernels").joinpath("targets")
+    return files("pallas_kernels.inspect").joinpath("targets")
