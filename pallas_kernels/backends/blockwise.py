@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int, UInt
 
 from pallas_kernels.backends.base import Device, Problem
 from pallas_kernels.layout import CACHED, FULL, Layout
+from pallas_kernels.mask import UNSEEN
 
 SCORE_BYTES = 2**28
 """Float32 scores held at once in chunks of queries. FLUX at 2048 px would need 27 GB for all of them."""
@@ -34,9 +35,6 @@ BAND_KEYS = (160, 192, 256, 384, 512, 640, 768, 1152, 1536)
 """Compiled sizes of a block of band keys: without waste for windows of 64, 128, 256 and 512 tokens on each side."""
 
 LOG2_E = 1.4426950408889634
-
-UNSEEN = -1e30
-"""Score of a masked pair. Finite: weights of a wholly masked tile become 0 with the first true score."""
 
 Bits = UInt[Array, "*dims"] | Float[Array, "*dims"]
 """Of 16-bit floats, as integers."""
@@ -219,8 +217,8 @@ class _Head(NamedTuple):
     def of(cls, q: Array, k: Array, v: Array, index: Index) -> "_Head":
         def cut(x: Array) -> Float[Array, "T H"]:
             size = 1, x.shape[1], 1, x.shape[3]
-            one = jax.lax.dynamic_slice(_bits(x), (index[0], 0, index[1], 0), size).reshape(size[1::2])
-            return _values(one, x.dtype).astype(jnp.float32)
+            bits = jax.lax.dynamic_slice(_bits(x), (index[0], 0, index[1], 0), size).reshape(size[1::2])
+            return _values(bits, x.dtype).astype(jnp.float32)
 
         return cls(cut(q) * (q.shape[-1] ** -0.5 * LOG2_E), cut(k), cut(v))
 
