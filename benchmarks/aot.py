@@ -6,7 +6,7 @@ For every shipped configuration, and for the other tiles that were considered: r
 per multiprocessor, asynchronous instructions, copies and aliasing in the program, instructions per score element of the
 loops without and with masks. `pallas_kernels.cost` turns them into seconds; `predicted` is the time of FLUX (head_dim
 128) or SD3 (64) at 2048 px with every head full, and with V/64 tokens on each side. Writes JSON and a Markdown table.
-`pallas_kernels.aot` says what must be installed. About five minutes.
+`pallas_kernels.inspect.aot` says what must be installed. About five minutes.
 
 `python3.12 -m benchmarks.attention --aot` sets the implementations side by side instead (`compare`): half a minute.
 """
@@ -25,8 +25,8 @@ from tqdm import tqdm
 
 from benchmarks.machine import describe_machine
 from benchmarks.tiles import CANDIDATES
-from pallas_kernels import FULL, Layout, arrow_attention, cost, nested_arrow_attention
-from pallas_kernels import api as arrow
+from pallas_kernels import FULL, Layout, arrow_attention, cost, nested_arrow_attention, register
+from pallas_kernels.backends.triton.backend import Triton
 from pallas_kernels.backends.triton.tiles import TABLE, Tiles
 from pallas_kernels.inspect import aot
 from pallas_kernels.inspect.hlo import weight_copies
@@ -58,9 +58,9 @@ def build(
 
 
 def examine(gpu: str, kind: str, head_dim: int, dtype: str, tiles: Tiles) -> dict[str, Any]:
-    """One of the "triton" kernels."""
-    arrow.tiles_for = lambda *_: tiles
-    target, compiled, kernel = build(gpu, kind, head_dim, dtype, "triton")
+    """One of the "triton" kernels, with other tiles."""
+    register(str(tiles), Triton(tiles))
+    target, compiled, kernel = build(gpu, kind, head_dim, dtype, str(tiles))
     inputs = ["q", "k", "v"] + ["cache"] * (kind == "arrow")
     scores = tiles.rows * tiles.keys // (32 * tiles.warps)
     loops = [loop.per_score(scores) for loop in kernel.softmax_loops]
@@ -118,7 +118,7 @@ def _summary(gpu: str, implementation: str, head_dim: int) -> dict[str, Any]:
         rows, keys, warps, alone = mosaic.ROWS, mosaic.KEYS, 4, cost.FETCHED
         computing = kernel.warps - warps  # the last warpgroup fetches
     else:
-        tiles = TABLE[gpu.upper(), head_dim, 2]
+        tiles = TABLE[gpu, head_dim, 2]
         rows, keys, warps, alone = tiles.rows, tiles.keys, tiles.warps, cost.ALONE
         computing = kernel.warps
     clean, *_, masked = (loop.per_score(rows * keys // (32 * warps)) for loop in kernel.softmax_loops)
@@ -214,10 +214,10 @@ def main() -> None:
         dtype, kinds = (
             ("bfloat16", ["arrow", "nested"]) if size == 2 else ("float32", ["arrow"])
         )  # float16: as bfloat16
-        jobs += [(gpu.lower(), kind, head_dim, dtype, shipped) for kind in kinds]
+        jobs += [(gpu, kind, head_dim, dtype, shipped) for kind in kinds]
     for (gpu, head_dim, size), shipped in TABLE.items():
         others = [Tiles(*tiles) for tiles in {*CANDIDATES[head_dim], (64, 64, 4, 2)}] if size == 2 else []
-        jobs += [(gpu.lower(), "arrow", head_dim, "bfloat16", tiles) for tiles in others if tiles != shipped]
+        jobs += [(gpu, "arrow", head_dim, "bfloat16", tiles) for tiles in others if tiles != shipped]
     rows = []
     for job in tqdm(jobs):
         row = examine(*job)

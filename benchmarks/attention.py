@@ -3,7 +3,7 @@
     python -m benchmarks.attention [--rounds 5] [--only 1K] [--out benchmarks/results/attention_cpu.json]
     JAX_PLATFORMS=cpu python3.12 -m benchmarks.attention --aot [--out benchmarks/results/attention_aot.json]
 
-Every result is first compared with float64 over some of the rows; nothing wrong is timed. Rows: dense; all heads at
+Every result is first compared with float64 over some of the queries; nothing wrong is timed. Rows: dense; all heads at
 V/16, V/32 and V/64 tokens on each side; a third of the heads each full, 1/8 and 1/32; all cached; and a nested call
 that gives full attention and four windows at once. Contenders are timed in turn, medians are taken. `efficiency` is the
 speedup over a dense contender times the exact density, `tile_efficiency` (on a GPU) times the share of tiles that the
@@ -38,9 +38,9 @@ import numpy as np
 from tqdm import tqdm
 
 from benchmarks.machine import describe_machine
-from pallas_kernels import CACHED, FULL, Layout, arrow_attention, nested_arrow_attention
-from pallas_kernels import api as arrow
-from pallas_kernels.backends.triton.tiles import tiles_for
+from pallas_kernels import CACHED, FULL, Device, Layout, arrow_attention, arrow_implementation, nested_arrow_attention
+from pallas_kernels.backends.registry import interpretable_names
+from pallas_kernels.backends.triton.tiles import TABLE
 from pallas_kernels.mask import EVERYTHING, count_tiles, density
 
 BURST, REST = 0.012, 0.05
@@ -122,77 +122,100 @@ def check(out: Any, qkv: list[np.ndarray], half_window: np.ndarray, shape: Shape
     return float(error)
 
 
-def contenders(shape: Shape) -> tuple[dict[str, Callable[[], Any]], dict[str, str], dict[str, float]]:
-    """Ready calls; why others are missing; errors."""
-    generator = np.random.default_rng(0)
-    size = shape.batch, shape.layout.length, shape.heads, shape.head_dim
-    q, k, v = (jnp.asarray(generator.standard_normal(size, np.float32), shape.dtype) for _ in range(3))
-    exact = [np.asarray(x, np.float64) for x in (q, k, v)]
-    calls: dict[str, Callable[[], Any]] = {}
-    failed: dict[str, str] = {}
-    errors: dict[str, float] = {}
+class Contenders:
+    """Ready calls by name, each compared with float64; why others are missing; errors."""
 
-    def add(name: str, call: Callable[[], Any], to_numpy: Callable[[Any], Any], half_window: np.ndarray) -> None:
+    def __init__(self, shape: Shape):
+        generator = np.random.default_rng(0)
+        size = shape.batch, shape.layout.length, shape.heads, shape.head_dim
+        tokens = (jnp.asarray(generator.standard_normal(size, np.float32), shape.dtype) for _ in range(3))
+        self.shape, self.on_gpu = shape, jax.default_backend() == "gpu"
+        self.qkv: tuple[jax.Array, ...] = tuple(tokens)
+        self.exact = [np.asarray(x, np.float64) for x in self.qkv]
+        self.plans = windows(shape.layout.num_visual, shape.heads)
+        self.cache = jnp.zeros_like(self.qkv[0])
+        self.calls: dict[str, Callable[[], Any]] = {}
+        self.failed: dict[str, str] = {}
+        self.errors: dict[str, float] = {}
+
+    def add(
+        self, name: str, call: Callable[[], Any], half_window: np.ndarray, to_numpy: Callable[[Any], Any] | None = None
+    ) -> None:
+        to_numpy = to_numpy or partial(np.asarray, dtype=np.float64)
         try:
-            errors[name] = check(to_numpy(call()), exact, half_window, shape)
-            calls[name] = call
+            self.errors[name] = check(to_numpy(call()), self.exact, half_window, self.shape)
+            self.calls[name] = call
         except AssertionError:
             raise
         except Exception as error:
             if name.startswith("arrow "):
                 raise  # all others are compared with it
-            failed[name] = f"{type(error).__name__}: {str(error)[:200]}"
+            self.failed[name] = f"{type(error).__name__}: {str(error)[:200]}"
 
-    plans = windows(shape.layout.num_visual, shape.heads)
-    carry = [jnp.zeros_like(q)]
+    def add_arrows(self) -> None:
+        """What this device gets by default, and on a GPU the other kernels. One cache goes from call to call."""
+        implementations: dict[str, str | None] = {"arrow": None}
+        if self.on_gpu:
+            default = arrow_implementation(self.shape.dtype, self.shape.head_dim).implementation
+            implementations |= {name: name for name in interpretable_names() if name != default}
+        for label, implementation in implementations.items():
+            options = {"layout": self.shape.layout, "implementation": implementation}
+            attend = jax.jit(partial(arrow_attention, **options), donate_argnames="cache")
+            for name, half_window in self.plans.items():
+                call = partial(self._with_cache, attend, jnp.asarray(half_window))
+                if name != "cached":
+                    self.add(f"{label} {name}", call, half_window, np.array)
+                elif f"{label} full" in self.calls:
+                    self._add_cached(label, call)
 
-    def ours(attend: Any, half_window: jax.Array) -> jax.Array:
-        carry[0] = attend(q, k, v, half_window, cache=carry[0])
-        return carry[0]
+    def _with_cache(self, attend: Callable[..., jax.Array], half_window: jax.Array) -> jax.Array:
+        self.cache = attend(*self.qkv, half_window, cache=self.cache)
+        return self.cache
 
-    contestants: dict[str, str | None] = {"arrow": None}  # what this device gets by default
-    if jax.default_backend() == "gpu":
-        default = arrow.arrow_implementation(shape.dtype, shape.head_dim).implementation
-        contestants |= {name: name for name in arrow.KERNELS if name != default}
-    for label, implementation in contestants.items():
-        options = {"layout": shape.layout, "implementation": implementation}
-        attend = jax.jit(partial(arrow_attention, **options), donate_argnames="cache")
-        for name, row in plans.items():
-            call = partial(ours, attend, jnp.asarray(row))
-            if name != "cached":
-                add(f"{label} {name}", call, np.array, row)
-            elif f"{label} full" in calls:
-                before = np.array(carry[0])
-                if not np.array_equal(before, call()):
-                    raise AssertionError(f"{shape.name}: {label} changed what cached heads return; nothing was timed.")
-                calls[f"{label} cached"] = call
-    ladder = [shape.layout.num_visual // part for part in (64, 32, 16, 8)]
-    nested = jax.jit(partial(nested_arrow_attention, layout=shape.layout))
-    outs = np.asarray(nested(q, k, v, jnp.array(ladder, jnp.int32)))
-    for window, out in zip([*ladder, FULL], outs, strict=True):
-        errors["nested"] = max(errors.get("nested", 0), check(out, exact, np.full(shape.heads, window), shape))
-    calls["nested"] = partial(nested, q, k, v, jnp.array(ladder, jnp.int32))
-    as_float = partial(np.asarray, dtype=np.float64)
-    full = plans["full"]
-    baseline = "cudnn" if jax.default_backend() == "gpu" else None
-    dense = jax.jit(partial(arrow_attention, layout=shape.layout, implementation=baseline))
-    add("dense", partial(dense, q, k, v), as_float, full)
-    scores = 4 * shape.batch * shape.heads * shape.layout.length**2
-    if scores <= LARGEST_SCORES:
-        plain = jax.jit(jax.nn.dot_product_attention)
-        add("jax.nn", partial(plain, q, k, v), as_float, full)
-    else:
-        failed["jax.nn"] = f"its scores take {scores / 1e9:.1f} GB"
-    if jax.default_backend() == "gpu":
+    def _add_cached(self, label: str, call: Callable[[], jax.Array]) -> None:
+        before = np.array(self.cache)
+        if not np.array_equal(before, call()):
+            raise AssertionError(f"{self.shape.name}: {label} changed what cached heads return; nothing was timed.")
+        self.calls[f"{label} cached"] = call
+
+    def add_nested(self) -> None:
+        ladder = [self.shape.layout.num_visual // part for part in (64, 32, 16, 8)]
+        nested = jax.jit(partial(nested_arrow_attention, layout=self.shape.layout))
+        call = partial(nested, *self.qkv, jnp.array(ladder, jnp.int32))
+        for window, out in zip([*ladder, FULL], np.asarray(call()), strict=True):
+            error = check(out, self.exact, np.full(self.shape.heads, window), self.shape)
+            self.errors["nested"] = max(self.errors.get("nested", 0), error)
+        self.calls["nested"] = call
+
+    def add_dense(self) -> None:
+        """Ours, that of `jax.nn`, and on a GPU tokamax's."""
+        shape, full = self.shape, self.plans["full"]
+        baseline = "cudnn" if self.on_gpu else None
+        dense = jax.jit(partial(arrow_attention, layout=shape.layout, implementation=baseline))
+        self.add("dense", partial(dense, *self.qkv), full)
+        scores = 4 * shape.batch * shape.heads * shape.layout.length**2
+        if scores <= LARGEST_SCORES:
+            self.add("jax.nn", partial(jax.jit(jax.nn.dot_product_attention), *self.qkv), full)
+        else:
+            self.failed["jax.nn"] = f"its scores take {scores / 1e9:.1f} GB"
+        if not self.on_gpu:
+            return
         try:
             import tokamax
 
-            other = jax.jit(tokamax.dot_product_attention)
-            add("tokamax", partial(other, q, k, v), as_float, full)
+            self.add("tokamax", partial(jax.jit(tokamax.dot_product_attention), *self.qkv), full)
         except ImportError as error:
-            failed["tokamax"] = str(error)
-    add_torch(add, failed, [np.array(x, np.float32) for x in (q, k, v)], shape, plans)
-    return calls | limits(q.dtype), failed, errors
+            self.failed["tokamax"] = str(error)
+
+
+def contenders(shape: Shape) -> Contenders:
+    ready = Contenders(shape)
+    ready.add_arrows()
+    ready.add_nested()
+    ready.add_dense()
+    add_torch(ready)
+    ready.calls |= limits(ready.qkv[0].dtype)
+    return ready
 
 
 def limits(dtype: Any) -> dict[str, Callable[[], Any]]:
@@ -204,34 +227,38 @@ def limits(dtype: Any) -> dict[str, Callable[[], Any]]:
     return {"product": partial(jax.jit(jnp.matmul), a, b), "copy": partial(jax.jit(jnp.copy), long)}
 
 
-def add_torch(add: Any, failed: dict[str, str], qkv: list[np.ndarray], shape: Shape, plans: dict) -> None:
+def add_torch(ready: Contenders) -> None:
     """torch's SDPA, and FlexAttention with the same masks (compiled once for all of them)."""
     try:
         import torch
         from torch.nn.attention.flex_attention import create_block_mask, flex_attention
     except ImportError as error:
-        failed["torch"] = str(error)
+        ready.failed["torch"] = str(error)
         return
     if not os.environ.get("TRITON_CACHE_DIR"):  # jax-triton empties it on import, and torch.compile then fails
         os.environ.pop("TRITON_CACHE_DIR", None)
-    on_gpu = jax.default_backend() == "gpu"
-    device = "cuda" if on_gpu else "cpu"
+    device = "cuda" if ready.on_gpu else "cpu"
     q, k, v = (
-        torch.from_numpy(x).to(device=device, dtype=getattr(torch, shape.dtype)).transpose(1, 2).contiguous()
-        for x in qkv
+        torch.from_numpy(np.array(x, np.float32))
+        .to(device=device, dtype=getattr(torch, ready.shape.dtype))
+        .transpose(1, 2)
+        .contiguous()
+        for x in ready.qkv
     )
-    layout, length = shape.layout, shape.layout.length
+    plans, layout, length = ready.plans, ready.shape.layout, ready.shape.layout.length
     text = torch.zeros(length, dtype=torch.bool, device=device)
     text[layout.text] = True
     torch._dynamo.reset()  # else it stops compiling at the eighth set of shapes and masks
     compiled = torch.compile(flex_attention, dynamic=False)
-    make_mask = torch.compile(create_block_mask) if on_gpu else create_block_mask  # else it makes all of the mask first
+    # Not compiled, it makes all of the mask first.
+    make_mask = torch.compile(create_block_mask) if ready.on_gpu else create_block_mask
 
     def back(out: Any) -> Any:
         return out.transpose(1, 2).double().cpu().numpy()
 
     with torch.no_grad():
-        add("torch SDPA", partial(torch.nn.functional.scaled_dot_product_attention, q, k, v), back, plans["full"])
+        sdpa = torch.nn.functional.scaled_dot_product_attention
+        ready.add("torch SDPA", partial(sdpa, q, k, v), plans["full"], back)
         for name in ("full", "V/16", "V/64", "mixed"):
             window = torch.as_tensor(np.where(plans[name] == FULL, length, plans[name]), device=device)
 
@@ -239,11 +266,11 @@ def add_torch(add: Any, failed: dict[str, str], qkv: list[np.ndarray], shape: Sh
                 return text[i] | text[j] | ((i - j).abs() <= window[h])
 
             try:
-                mask = make_mask(kept, 1, shape.heads, length, length, device=device)
+                mask = make_mask(kept, 1, ready.shape.heads, length, length, device=device)
             except Exception as error:
-                failed[f"FlexAttention {name}"] = f"{type(error).__name__}: {str(error)[:200]}"
+                ready.failed[f"FlexAttention {name}"] = f"{type(error).__name__}: {str(error)[:200]}"
                 continue
-            add(f"FlexAttention {name}", partial(compiled, q, k, v, block_mask=mask), back, plans[name])
+            ready.add(f"FlexAttention {name}", partial(compiled, q, k, v, block_mask=mask), plans[name], back)
 
 
 def wait(out: Any) -> None:
@@ -290,22 +317,23 @@ def clock() -> int | None:
     return int(subprocess.run(query, capture_output=True, text=True, check=True).stdout)
 
 
-def visited(row: np.ndarray, shape: Shape) -> float | None:
+def visited(half_window: np.ndarray, shape: Shape) -> float | None:
     """Share of its tiles that the kernel visits which `arrow_attention` picks; "blockwise" has none of one size."""
     if jax.default_backend() != "gpu":
         return None
-    if arrow.arrow_implementation(shape.dtype, shape.head_dim).implementation != "mosaic":
-        tiles = tiles_for(arrow.gpu_kind(), shape.head_dim, shape.dtype)
-        return float(count_tiles(row, shape.layout, tiles.rows, tiles.keys).density.mean())
+    if arrow_implementation(shape.dtype, shape.head_dim).implementation != "mosaic":
+        itemsize = jnp.dtype(shape.dtype).itemsize
+        tiles = TABLE[Device.current().tiles_row, shape.head_dim, itemsize]
+        return float(count_tiles(half_window, shape.layout, tiles.rows, tiles.keys).density.mean())
     from pallas_kernels.backends.mosaic import arrow as mosaic  # need a newer jax than the rest
-    from pallas_kernels.backends.mosaic import block as mosaic_common
+    from pallas_kernels.backends.mosaic import block
 
-    rows = mosaic_common.warpgroups(shape.head_dim, False) * mosaic_common.ROWS
+    rows = block.warpgroups(shape.head_dim, False) * block.ROWS
     jobs = mosaic.Jobs(shape.layout, rows, shape.heads, shape.batch)
 
     def steps(job: jax.Array) -> tuple[jax.Array, jax.Array]:
         place, _, first = jobs(job)
-        window = jnp.asarray(row)[place]
+        window = jnp.asarray(half_window)[place]
         all_of_them = mosaic.Walk(shape.layout, jobs.rows, first, jnp.int32(EVERYTHING)).stop
         walk = mosaic.Walk(shape.layout, jobs.rows, first, jnp.where(window == FULL, EVERYTHING, window))
         return jnp.where(window == CACHED, 0, walk.stop), all_of_them
@@ -314,30 +342,37 @@ def visited(row: np.ndarray, shape: Shape) -> float | None:
     return float(some.sum() / every.sum())
 
 
+def line(name: str, times: dict[str, list[float]], shape: Shape) -> dict[str, Any]:
+    """What follows from the times of arrows under one of `windows`."""
+    half_window = windows(shape.layout.num_visual, shape.heads)[name]
+    exact, tiles = float(density(half_window, shape.layout).mean()), visited(half_window, shape)
+    arrows = times[f"arrow {name}"]
+    rivals = [rival for rival in ("dense", "torch SDPA", f"FlexAttention {name}") if rival in times]
+    speedups = {rival: median(a / b for a, b in zip(times[rival], arrows, strict=True)) for rival in rivals}
+    over_dense = {rival: speedup for rival, speedup in speedups.items() if not rival.startswith("Flex")}
+    derived = {
+        "density": exact,
+        "speedup_over": speedups,
+        "efficiency": {rival: speedup * exact for rival, speedup in over_dense.items()},
+    }
+    if tiles is not None:
+        derived |= {
+            "tile_density": tiles,
+            "tflops": 1e-12 * operations(shape) * tiles / median(arrows),
+            "tile_efficiency": {rival: speedup * tiles for rival, speedup in over_dense.items()},
+        }
+    return derived
+
+
+def operations(shape: Shape) -> int:
+    """Floating-point operations of dense attention."""
+    return 4 * shape.batch * shape.heads * shape.layout.length**2 * shape.head_dim
+
+
 def run(shape: Shape, rounds: int) -> dict[str, Any]:
-    calls, failed, errors = contenders(shape)
-    times = measure(calls, rounds)
+    ready = contenders(shape)
+    times = measure(ready.calls, rounds)
     seconds = {name: median(values) for name, values in times.items()}
-    operations = 4 * shape.batch * shape.heads * shape.layout.length**2 * shape.head_dim
-    rows = {}
-    for name, row in windows(shape.layout.num_visual, shape.heads).items():
-        exact, tiles = float(density(row, shape.layout).mean()), visited(row, shape)
-        rivals = [rival for rival in ("dense", "torch SDPA", f"FlexAttention {name}") if rival in seconds]
-        speedups = {
-            rival: median(a / b for a, b in zip(times[rival], times[f"arrow {name}"], strict=True)) for rival in rivals
-        }
-        ours = {rival: speedup for rival, speedup in speedups.items() if not rival.startswith("Flex")}
-        rows[name] = {
-            "density": exact,
-            "speedup_over": speedups,
-            "efficiency": {rival: speedup * exact for rival, speedup in ours.items()},
-        }
-        if tiles is not None:
-            rows[name] |= {
-                "tile_density": tiles,
-                "tflops": 1e-12 * operations * tiles / seconds[f"arrow {name}"],
-                "tile_efficiency": {rival: speedup * tiles for rival, speedup in ours.items()},
-            }
     sizes = {"batch": shape.batch, "heads": shape.heads, "head_dim": shape.head_dim, "dtype": shape.dtype}
     return {
         "machine": describe_machine(),
@@ -345,17 +380,17 @@ def run(shape: Shape, rounds: int) -> dict[str, Any]:
         "shape": shape.name,
         "layout": str(shape.layout),
         **sizes,
-        "arrow": arrow.arrow_implementation(shape.dtype, shape.head_dim).implementation,
+        "arrow": arrow_implementation(shape.dtype, shape.head_dim).implementation,
         "clock_mhz": clock(),
-        "dense_tflops": 1e-12 * operations / seconds["dense"],
+        "dense_tflops": 1e-12 * operations(shape) / seconds["dense"],
         "ceilings": {
             "product_tflops": 2e-12 * PRODUCT[jax.default_backend()] ** 3 / seconds["product"],
             "copy_gb_s": 2e-9 * COPY[jax.default_backend()] / seconds["copy"],
         },
         "milliseconds": {name: 1e3 * value for name, value in seconds.items()},
-        "rows": rows,
-        "largest_error": errors,
-        "not_run": failed,
+        "rows": {name: line(name, times, shape) for name in ready.plans},
+        "largest_error": ready.errors,
+        "not_run": ready.failed,
         "all_seconds": times,
     }
 

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from benchmarks.machine import describe_machine
 from pallas_kernels import CACHED, FULL, Layout, arrow_attention, dense_mask, nested_arrow_attention
-from pallas_kernels.api import IMPLEMENTATIONS
+from pallas_kernels.backends.registry import BACKENDS
 
 
 class Case(NamedTuple):
@@ -135,7 +135,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="part of the names of the cases to run")
     parser.add_argument("--dtype", choices=DTYPES, help="only this one")
-    tested = [name for name in IMPLEMENTATIONS if name != "reference"]
+    tested = [name for name in BACKENDS if name != "reference"]
     parser.add_argument("--implementation", choices=tested, nargs="+", default=tested, help="only these")
     kind = "gpu" if jax.default_backend() == "gpu" else "cpu"
     parser.add_argument("--out", type=Path, default=Path(f"benchmarks/results/correct_{kind}.json"))

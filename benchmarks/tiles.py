@@ -1,4 +1,4 @@
-"""Tile sizes of the arrow kernel, timed side by side on a GPU: `python -m benchmarks.tiles [--out FILE]`.
+"""Tile sizes of the "triton" arrow kernel, timed side by side on a GPU: `python -m benchmarks.tiles [--out FILE]`.
 
 The candidates are those that compile for the GPU without spills. Tiles are timed in turn, medians are taken.
 """
@@ -17,8 +17,8 @@ from tqdm import tqdm
 
 from benchmarks.attention import measure, shapes, windows
 from benchmarks.machine import describe_machine
-from pallas_kernels import api as arrow
-from pallas_kernels import arrow_attention
+from pallas_kernels import arrow_attention, register
+from pallas_kernels.backends.triton.backend import Triton
 from pallas_kernels.backends.triton.tiles import Tiles
 
 CANDIDATES = {
@@ -43,8 +43,8 @@ def main() -> None:
         plans = windows(shape.layout.num_visual, shape.heads)
         calls: dict[str, Any] = {}
         for candidate in CANDIDATES[shape.head_dim]:
-            arrow.tiles_for = partial(lambda tiles, *_: tiles, Tiles(*candidate))
-            attend = jax.jit(partial(arrow_attention, layout=shape.layout))
+            register(str(candidate), Triton(Tiles(*candidate)))
+            attend = jax.jit(partial(arrow_attention, layout=shape.layout, implementation=str(candidate)))
             for name in ("full", "V/16", "V/64", "mixed"):
                 call = partial(attend, q, k, v, jnp.asarray(plans[name]))
                 call()  # compiles with these tiles

@@ -1,22 +1,21 @@
 """What `arrow_attention` and `nested_arrow_attention` refuse: each message shows both values."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from jax.typing import ArrayLike
 from jaxtyping import Array
 
 from pallas_kernels.layout import CACHED, Layout
 
 
-def concrete(x: Any) -> np.ndarray | None:
+def concrete(x: ArrayLike) -> np.ndarray | None:
     """The values, outside of `jax.jit` and other transformations."""
     return None if isinstance(x, Tracer) else np.asarray(x)
 
 
-def check_int32(name: str, x: Any, shape: tuple[int, ...]) -> None:
+def check_int32(name: str, x: object, shape: tuple[int, ...]) -> None:
     if not isinstance(x, np.ndarray | jax.Array):
         raise ValueError(f"{name} must be an array, int32 {list(shape)}, got {x!r:.100}.")
     if x.shape != shape or x.dtype != np.int32:
@@ -41,7 +40,7 @@ def check_tokens(q: Array, k: Array, v: Array, layout: Layout) -> None:
         raise ValueError(f"{k.shape[1]=} tokens do not match {layout} of {layout.length}.")
 
 
-def check_heads(q: Array, k: Array, half_window: Any, head_order: Any) -> None:
+def check_heads(q: Array, k: Array, half_window: Array | None, head_order: Array | None) -> None:
     heads = q.shape[2]
     if head_order is not None:
         if half_window is None:
@@ -59,7 +58,7 @@ def check_heads(q: Array, k: Array, half_window: Any, head_order: Any) -> None:
             raise ValueError(f"Arrows need every query: {q.shape[1]=} but {k.shape[1]=}.")
 
 
-def check_cache(q: Array, half_window: Any, cache: Array | None, layer: Any) -> None:
+def check_cache(q: Array, half_window: Array | None, cache: Array | None, layer: ArrayLike | None) -> None:
     if cache is None:
         if layer is not None:
             raise ValueError(f"{layer=} names an entry of a cache stack, but cache is None.")

@@ -174,4 +174,4 @@ def memory_bound_from(length: int, block_rows: int, flops: float, bandwidth: flo
 
 
 def _shipped(gpu: str, head_dim: int) -> Tiles:
-    return TABLE[gpu.upper(), head_dim, 2]
+    return TABLE[gpu, head_dim, 2]

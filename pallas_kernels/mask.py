@@ -118,7 +118,7 @@ def steps(segments: Sequence[Segment]) -> Any:
     return sum(segment.tiles for segment in segments)
 
 
-def tile_at(step: Any, segments: Sequence[Segment], keys: int) -> Any:
+def tile_at(step: IntArray, segments: Sequence[Segment], keys: int) -> Any:
     """Position of the first key of a step's tile, in a loop that runs over all segments: one loop is one pipeline."""
     first, passed = segments[0].first + step * keys, segments[0].tiles
     for segment in segments[1:]:

@@ -9,6 +9,9 @@ import pytest
 from hypothesis import strategies as st
 
 from pallas_kernels import CACHED, FULL, Layout
+from pallas_kernels.backends import registry
+from pallas_kernels.backends.jax_triton.backend import JaxTriton
+from pallas_kernels.backends.triton.backend import Triton
 from pallas_kernels.backends.triton.tiles import Tiles
 
 DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
@@ -25,6 +28,18 @@ DRAWN = {
 }
 """What `calls` draws for each. Mosaic's interpret mode takes seconds a call, Triton's 3 ms for a tile of any size; left
 out are the longer ones, and Mosaic has no float32."""
+
+
+def options_for(implementation):
+    """Kernels run in interpret mode."""
+    interpret = registry.backend_named(implementation).interpretable
+    return {"implementation": implementation, "interpret": interpret}
+
+
+def use_tiles(patch, tiles):
+    """Instead of the device's own, in the kernels whose tiles have a table."""
+    patch.setitem(registry.BACKENDS, "triton", Triton(tiles))
+    patch.setitem(registry.BACKENDS, "jax_triton", JaxTriton(tiles))
 
 
 def dtype_for(implementation):

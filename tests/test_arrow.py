@@ -22,6 +22,8 @@ from attention_cases import (
     dtype_for,
     kept_pairs,
     layouts,
+    options_for,
+    use_tiles,
     windows,
 )
 from hypothesis import given, settings
@@ -29,7 +31,6 @@ from hypothesis import strategies as st
 from lowering import triton_kernels
 
 from pallas_kernels import CACHED, FULL, Layout, arrow_attention, mask, nested_arrow_attention
-from pallas_kernels import api as arrow
 from pallas_kernels.backends.triton import arrow as triton
 from pallas_kernels.backends.triton import nested as triton_nested
 from pallas_kernels.backends.triton.tiles import TABLE, Tiles
@@ -88,10 +89,9 @@ def check_arrows(implementation, call, seed):
     computed, cached = half_window != CACHED, half_window == CACHED
     cache = jnp.where(cached[:, None], cache, jnp.nan)  # nothing of it may show, and nothing may be left unwritten
     order = jnp.asarray(np.random.default_rng(seed).permutation(shape[2]), jnp.int32)
-    call = partial(arrow_attention, layout=layout, implementation=implementation)
-    call = partial(call, interpret=implementation in arrow.KERNELS)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(arrow, "tiles_for", lambda *_: tiles)
+        use_tiles(patch, tiles)
+        call = partial(arrow_attention, layout=layout, **options_for(implementation))
         out = jax.jit(call)(q, k, v, jnp.asarray(half_window), cache=cache, head_order=order)
     assert out.dtype == dtype
     np.testing.assert_array_equal(out[:, :, cached], cache[:, :, cached])
@@ -100,31 +100,33 @@ def check_arrows(implementation, call, seed):
         assert_as_good_as_xla(*(x[:, :, computed] for x in (out, q, k, v)), kept)
 
 
-BACKENDS = {
+FILES = {
     "reference": ("reference",),
     "blockwise": ("blockwise",),
-    "triton": ("triton", "triton_nested", "triton_common"),
-    "mosaic": ("mosaic", "mosaic_nested", "mosaic_common", "mosaic_jobs"),
-    "jax_triton": ("jax_triton",),
+    "triton": ("triton.backend", "triton.arrow", "triton.nested", "triton.softmax"),  # not the tiles, which are data
+    "mosaic": ("mosaic.backend", "mosaic.arrow", "mosaic.nested", "mosaic.block", "mosaic.jobs"),
+    "jax_triton": ("jax_triton.backend", "jax_triton.arrow"),
 }
 
 
-@pytest.mark.parametrize("removed", BACKENDS)
+@pytest.mark.parametrize("removed", FILES)
 def test_any_backend_can_be_removed_and_the_rest_works(removed):
     """In a process of its own, where importing the backend's files fails."""
     missing = {"mosaic"} if jax.__version_info__ < (0, 11) else set()
     missing |= {"jax_triton"} if find_spec("jax_triton") is None else set()
-    kept = sorted(BACKENDS.keys() - missing - {removed})
+    kept = sorted(FILES.keys() - missing - {removed})
+    default = [None] if removed != "blockwise" else []
     code = f"""
 import sys
-sys.modules.update(dict.fromkeys({[f"pallas_kernels.{name}" for name in BACKENDS[removed]]}))
+sys.modules.update(dict.fromkeys({[f"pallas_kernels.backends.{name}" for name in FILES[removed]]}))
 import jax, jax.numpy as jnp
-from pallas_kernels import Layout, arrow, arrow_attention
+from pallas_kernels import Layout, arrow_attention
+from pallas_kernels.backends.registry import interpretable_names
 q = jnp.ones((1, 48, 2, 64), jnp.bfloat16)
 def attend(name):
-    options = dict(implementation=name, interpret=name in arrow.KERNELS, layout=Layout(16, 32, False))
+    options = dict(implementation=name, interpret=name in interpretable_names(), layout=Layout(16, 32, False))
     return jax.eval_shape(lambda q: arrow_attention(q, q, q, jnp.array([-1, 3], jnp.int32), **options), q)
-for name in {kept}:
+for name in {kept + default}:
     assert attend(name).shape == q.shape, name
 try:
     attend({removed!r})
@@ -161,10 +163,10 @@ def test_nested_outputs_in_16_bits(implementation, dtype):
 
 def check_nested(implementation, layout, ladder, shape, dtype, tiles):
     q, k, v = (draw(shape, seed, dtype) for seed in range(3))
-    options = {"layout": layout, "implementation": implementation, "interpret": implementation in arrow.KERNELS}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(arrow, "tiles_for", lambda *_: tiles or Tiles(32, 32, 4, 2))
-        outs = jax.jit(partial(nested_arrow_attention, **options))(q, k, v, jnp.array(ladder, jnp.int32))
+        use_tiles(patch, tiles or Tiles(32, 32, 4, 2))
+        call = partial(nested_arrow_attention, layout=layout, **options_for(implementation))
+        outs = jax.jit(call)(q, k, v, jnp.array(ladder, jnp.int32))
     assert outs.shape == (len(ladder) + 1, *q.shape)
     assert outs.dtype == dtype
     for window, out in zip([*ladder, FULL], outs, strict=True):
@@ -187,7 +189,7 @@ def test_blockwise_computes_nothing_for_cached_heads():
 def test_keys_that_no_tile_visits_are_never_read(implementation, text_first, monkeypatch):
     """Cost follows the window: NaN out of its reach shows nowhere."""
     layout, window = Layout(40, 1000, text_first), 30
-    monkeypatch.setattr(arrow, "tiles_for", lambda *_: Tiles(32, 32, 4, 2))
+    use_tiles(monkeypatch, Tiles(32, 32, 4, 2))
     monkeypatch.setattr("pallas_kernels.backends.blockwise.BAND_ROWS", 32)
     q, k, v = (draw((1, 1040, 1, 64), seed, dtype_for(implementation)) for seed in range(3))
     visual = layout.visual.start
@@ -195,8 +197,7 @@ def test_keys_that_no_tile_visits_are_never_read(implementation, text_first, mon
     poisoned[visual + 130 : visual + 200] = True  # further left, Mosaic's ragged tile of text holds them, with weight 0
     poisoned[visual + 900 : visual + 1000] = True
     k, v = (jnp.where(poisoned[:, None, None], jnp.nan, x) for x in (k, v))
-    call = partial(arrow_attention, layout=layout, implementation=implementation)
-    call = partial(call, interpret=implementation in arrow.KERNELS)
+    call = partial(arrow_attention, layout=layout, **options_for(implementation))
     out = jax.jit(call)(q, k, v, jnp.array([window], jnp.int32))
     clear = slice(visual + 400, visual + 600)
     kept = kept_pairs([window], layout)

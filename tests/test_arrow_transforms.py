@@ -18,10 +18,20 @@ from attention_cases import (
     draw,
     dtype_for,
     kept_pairs,
+    options_for,
+    use_tiles,
 )
 
-from pallas_kernels import CACHED, FULL, Layout, arrow_attention, nested_arrow_attention
-from pallas_kernels import api as arrow
+from pallas_kernels import (
+    CACHED,
+    FULL,
+    Layout,
+    arrow_attention,
+    arrow_implementation,
+    dense_implementation,
+    nested_arrow_attention,
+)
+from pallas_kernels.backends.jax_triton import backend as jax_triton
 from pallas_kernels.backends.triton.tiles import Tiles
 
 
@@ -34,13 +44,9 @@ def arguments(attend):
 LAYOUT = Layout(20, 100, True)
 
 
-def options_for(implementation):
-    return {"implementation": implementation, "interpret": implementation in arrow.KERNELS}
-
-
 @pytest.fixture(params=["reference", *IMPLEMENTATIONS])
 def attend(request, monkeypatch):
-    monkeypatch.setattr(arrow, "tiles_for", lambda *_: Tiles(32, 32, 4, 2, 64))
+    use_tiles(monkeypatch, Tiles(32, 32, 4, 2, 64))
     return partial(arrow_attention, layout=LAYOUT, **options_for(request.param))
 
 
@@ -57,7 +63,7 @@ def test_vmap(attend):
 
 @pytest.mark.parametrize("implementation", ["reference", *NESTED])
 def test_nested_windows_under_transformations(implementation, monkeypatch):
-    monkeypatch.setattr(arrow, "tiles_for", lambda *_: Tiles(32, 32, 4, 2, 64))
+    use_tiles(monkeypatch, Tiles(32, 32, 4, 2, 64))
     nested = partial(nested_arrow_attention, layout=LAYOUT, **options_for(implementation))
     q, k, v = (draw((2, 1, LAYOUT.length, 2, 64), seed, dtype_for(implementation)) for seed in range(3))
     ladders = jnp.array([[3, 50], [0, 7]], jnp.int32)
@@ -284,12 +290,12 @@ def test_an_implementation_says_what_it_cannot_do(options, dtype, dim, message):
         arrow_attention(q, q, q, layout=Layout(2, 8, True), **({"half_window": jnp.zeros(2, jnp.int32)} | options))
 
 
-@pytest.mark.parametrize("found", [{"triton": "3.6.0"}, {"jax-triton": "0.4.1", "triton": "3.7.0"}])
-def test_jax_triton_names_the_line_that_installs_it(found, monkeypatch):
-    monkeypatch.setattr(arrow, "_version", lambda name: found.get(name, "none"))
-    why = arrow.jax_triton_lacks(jnp.bfloat16, 64)
+@pytest.mark.parametrize("installed", [{"triton": "3.6.0"}, {"jax-triton": "0.4.1", "triton": "3.7.0"}])
+def test_jax_triton_names_the_line_that_installs_it(installed, monkeypatch):
+    monkeypatch.setattr(jax_triton, "_version", lambda name: installed.get(name, "none"))
+    why = jax_triton.missing()
     assert "pip install jax-triton==0.3.1 triton==3.6.0" in why
-    assert all(version in why for version in found.values())
+    assert all(version in why for version in installed.values())
 
 
 @NEEDS_JAX_TRITON
@@ -317,7 +323,7 @@ def programs_for(gpu):
 )
 def test_dense_attention_on_an_nvidia_gpu(gpu, dim, dtype, implementation):
     with programs_for(gpu):
-        choice = arrow.dense_implementation(dtype, dim)
+        choice = dense_implementation(dtype, dim)
     older = jax.__version_info__ < (0, 11)
     assert choice.implementation == ("cudnn" if implementation == "mosaic" and older else implementation)
 
@@ -334,7 +340,7 @@ def test_dense_attention_on_an_nvidia_gpu(gpu, dim, dtype, implementation):
 )
 def test_the_default_on_an_nvidia_gpu(gpu, dim, dtype, implementation):
     with programs_for(gpu):
-        choice = arrow.arrow_implementation(dtype, dim)
+        choice = arrow_implementation(dtype, dim)
     if implementation == "mosaic" and jax.__version_info__ < (0, 11):
         assert choice.implementation == "triton" and "jax 0.11" in choice.why
     else:

@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import Layout, arrow_attention, cost, nested_arrow_attention
-from pallas_kernels.backends.triton.tiles import tiles_for
+from pallas_kernels.backends.triton.tiles import TABLE
 from pallas_kernels.inspect import aot
 from pallas_kernels.inspect.hlo import weight_copies
 
@@ -80,7 +80,7 @@ def test_arrows_spill_nothing_in_loops_and_copy_nothing(gpu, layout, head_dim, d
 
 def code(target, kernel, head_dim):
     """As `pallas_kernels.cost` knows it."""
-    tiles = tiles_for(f"NVIDIA {target.name.upper()}", head_dim, jnp.bfloat16)
+    tiles = TABLE[target.name, head_dim, 2]
     loops = [loop.per_score(tiles.rows * tiles.keys // (32 * tiles.warps)) for loop in kernel.softmax_loops]
     clean, masked = max(loops[:-1]), loops[-1]
     return cost.Code(aot.blocks_per_sm(kernel, target), clean, masked)
@@ -235,7 +235,7 @@ def test_where_mosaic_dumps_is_put_back(before, monkeypatch):
 def test_jax_triton_arrows_spill_nothing_and_copy_nothing(gpu, layout, head_dim, dtype, layers):
     target, compiled, kernels = compiled_arrow(gpu, layout, head_dim, dtype, layers, "jax_triton")
     (kernel,) = (kernel for kernel in kernels if kernel.name == "_arrow_attention")
-    assert kernel.warps == tiles_for(f"NVIDIA {gpu.upper()}", head_dim, dtype).warps
+    assert kernel.warps == TABLE[gpu, head_dim, jnp.dtype(dtype).itemsize].warps
     for name in ("q", "k", "v", "cache"):
         assert not weight_copies(compiled.hlo, name)
     assert compiled.alias_bytes == compiled.output_bytes  # the cache's buffer

@@ -6,14 +6,16 @@ product on one core and a plain one on all, so there the loop is over heads and 
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, UInt
 
+from pallas_kernels.backends.base import Device, Problem
 from pallas_kernels.layout import CACHED, FULL, Layout
+from pallas_kernels.mask import UNSEEN
 
 SCORE_BYTES = 2**28
 """Float32 scores held at once in chunks of queries. FLUX at 2048 px would need 27 GB for all of them."""
@@ -34,15 +36,31 @@ BAND_KEYS = (160, 192, 256, 384, 512, 640, 768, 1152, 1536)
 
 LOG2_E = 1.4426950408889634
 
-UNSEEN = -1e30
-"""Score of a masked pair. Finite: weights of a wholly masked tile become 0 with the first true score."""
-
 Bits = UInt[Array, "*dims"] | Float[Array, "*dims"]
 """Of 16-bit floats, as integers."""
 
 Index = tuple[Array, Array]
 Carry = tuple[Array, Array, Array]  # of the keys so far: maximum, sum of weights, weighted values
 Carries = tuple[Carry, ...]
+
+
+class Blockwise:
+    interpretable = False
+
+    def lacks(self, problem: Problem[Any], device: Device) -> str | None:
+        return None
+
+    def arrow(self, problem: Problem[Array], *, interpret: bool) -> Float[Array, "*L B T N H"]:
+        q, k, v, cache, layer = problem.q, problem.k, problem.v, problem.cache, problem.layer
+        return arrow_attention(q, k, v, problem.windows, problem.layout, cache, layer)
+
+    def nested(
+        self, problem: Problem[Array], half_windows: Int[Array, " W"], *, interpret: bool
+    ) -> Float[Array, "W+1 B T N H"]:
+        return nested_arrow_attention(problem.q, problem.k, problem.v, half_windows, problem.layout)
+
+    def dense(self, problem: Problem[Array], *, interpret: bool) -> Float[Array, "B T N H"]:
+        return dense_attention(problem.q, problem.k, problem.v)
 
 
 @jax.custom_jvp
@@ -199,8 +217,8 @@ class _Head(NamedTuple):
     def of(cls, q: Array, k: Array, v: Array, index: Index) -> "_Head":
         def cut(x: Array) -> Float[Array, "T H"]:
             size = 1, x.shape[1], 1, x.shape[3]
-            one = jax.lax.dynamic_slice(_bits(x), (index[0], 0, index[1], 0), size).reshape(size[1::2])
-            return _values(one, x.dtype).astype(jnp.float32)
+            bits = jax.lax.dynamic_slice(_bits(x), (index[0], 0, index[1], 0), size).reshape(size[1::2])
+            return _values(bits, x.dtype).astype(jnp.float32)
 
         return cls(cut(q) * (q.shape[-1] ** -0.5 * LOG2_E), cut(k), cut(v))
 

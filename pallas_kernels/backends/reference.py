@@ -1,11 +1,37 @@
 """Arrow attention written down plainly, in float32. Memory is quadratic: for tests and small shapes."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.backends.base import Device, Problem
 from pallas_kernels.layout import CACHED, FULL, Layout
 from pallas_kernels.mask import dense_mask
+
+
+class Reference:
+    interpretable = False
+
+    def lacks(self, problem: Problem[Any], device: Device) -> str | None:
+        return None
+
+    def arrow(self, problem: Problem[Array], *, interpret: bool) -> Float[Array, "*L B T N H"]:
+        q, k, v, cache, layer = problem.q, problem.k, problem.v, problem.cache, problem.layer
+        if cache is None or layer is None:
+            return attention(q, k, v, problem.windows, problem.layout, cache)
+        entry = jax.lax.dynamic_index_in_dim(cache, layer, keepdims=False)
+        out = attention(q, k, v, problem.windows, problem.layout, entry)
+        return jax.lax.dynamic_update_index_in_dim(cache, out, layer, 0)
+
+    def nested(
+        self, problem: Problem[Array], half_windows: Int[Array, " W"], *, interpret: bool
+    ) -> Float[Array, "W+1 B T N H"]:
+        return nested_arrow_attention(problem.q, problem.k, problem.v, half_windows, problem.layout)
+
+    def dense(self, problem: Problem[Array], *, interpret: bool) -> Float[Array, "B T N H"]:
+        return attention(problem.q, problem.k, problem.v, None, problem.layout, None)
 
 
 def attention(

@@ -74,7 +74,9 @@ def target(name: str, devices: int = 1) -> Target:
         RuntimeError: jax finds no CUDA plugin, or its start failed; the message has the lines that help.
     """
     if name not in targets():
-        raise ValueError(f"GPU {name!r} is not described, only {targets()}: add pallas_kernels/targets/{name}.txtpb.")
+        raise ValueError(
+            f"GPU {name!r} is not described, only {targets()}: add pallas_kernels/inspect/targets/{name}.txtpb."
+        )
     description = _descriptions().joinpath(f"{name}.txtpb").read_text()
     try:
         topology = topologies.get_topology_desc(platform="cuda", target_config=description, topology=f"1x1x{devices}")
@@ -139,10 +141,10 @@ def kernels(target: Target, function: Any, *args: Any, **kwargs: Any) -> tuple[C
             modules.append(ptx)
             launched.append(launch)
     threads, shared = ({entry[0]: int(entry[i]) for entry in launched} for i in (1, 2))
-    found = [
+    own = [
         kernel for ptx in modules if ".entry" in ptx for kernel in disassemble(ptx, threads, shared, ptxas, nvdisasm)
     ]
-    return compiled, found
+    return compiled, own
 
 
 def _mosaic_launch(ptx: str, passes: Path) -> tuple[str, str, str]:
@@ -204,9 +206,9 @@ def blocks_per_sm(kernel: Kernel, target: Target) -> int:
 
 
 def _figure(gpu: str, name: str) -> int:
-    found = re.search(rf"\b{name}: (\d+)", _descriptions().joinpath(f"{gpu}.txtpb").read_text())
-    assert found is not None, name
-    return int(found[1])
+    figure = re.search(rf"\b{name}: (\d+)", _descriptions().joinpath(f"{gpu}.txtpb").read_text())
+    assert figure is not None, name
+    return int(figure[1])
 
 
 def _tool(name: str) -> Path:
@@ -224,4 +226,4 @@ def _tool(name: str) -> Path:
 
 
 def _descriptions() -> Any:
-    return files("pallas_kernels").joinpath("targets")
+    return files("pallas_kernels.inspect").joinpath("targets")

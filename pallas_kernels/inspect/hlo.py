@@ -62,15 +62,15 @@ def weight_copies(hlo: str, argument: str = "params", *, unknown: int | None = N
         ValueError: no such argument, or a copy in an inner loop whose number of iterations is not known nor given.
     """
     module = _Module(hlo, unknown)
-    found = {
+    arguments: dict[int, Value] = {
         int(i.operands[0]): Source.WEIGHT if i.attribute(r'op_name="(\w+)') == argument else Source.OTHER
         for i in module.computations[module.entry]
         if i.opcode == "parameter"
     }
-    if Source.WEIGHT not in found.values():
+    if Source.WEIGHT not in arguments.values():
         raise ValueError(f"No parameter of the program belongs to {argument=}.")
     copies: list[WeightCopy] = []
-    module.run(module.entry, [found[number] for number in sorted(found)], copies, times=1, in_loop=False)
+    module.run(module.entry, [arguments[number] for number in sorted(arguments)], copies, times=1, in_loop=False)
     return copies
 
 

@@ -53,7 +53,7 @@ def disassemble(ptx: str, threads: dict[str, int], shared: dict[str, int], ptxas
         threads, shared: of each kernel by name, the threads of a block and the bytes of shared memory of its launch.
         ptxas, nvdisasm: the programs.
     """
-    gpu = _found(r"\.target (\w+)", ptx)
+    gpu = _first_group(r"\.target (\w+)", ptx)
     with tempfile.TemporaryDirectory() as folder:
         source, cubin = Path(folder, "x.ptx"), Path(folder, "x.cubin")
         source.write_text(ptx)
@@ -62,15 +62,15 @@ def disassemble(ptx: str, threads: dict[str, int], shared: dict[str, int], ptxas
         sass = subprocess.run([nvdisasm, "-c", cubin], capture_output=True, text=True, check=True).stdout
     kernels = []
     for name, facts in re.findall(r"Compiling entry function '(\S+)'(.*?)(?=Compiling entry|\Z)", report, re.S):
-        code = _found(rf"\.text\.{re.escape(name)}:\n(.*?)(?=\n\.text\.|\Z)", sass, re.S)
-        registers = int(_found(r"Used (\d+) registers", facts))
+        code = _first_group(rf"\.text\.{re.escape(name)}:\n(.*?)(?=\n\.text\.|\Z)", sass, re.S)
+        registers = int(_first_group(r"Used (\d+) registers", facts))
         kernels.append(
             Kernel(
                 name=name,
                 warps=-(-threads[name] // 32),
                 registers=registers,
                 most_registers=max([registers, *map(int, re.findall(r"setmaxnreg\.inc\D+?32 (\d+)", ptx))]),
-                spill_bytes=int(_found(r"(\d+) bytes spill stores", facts)),
+                spill_bytes=int(_first_group(r"(\d+) bytes spill stores", facts)),
                 shared_bytes=shared[name],
                 wgmma=ptx.count("wgmma.mma_async"),
                 mma=len(re.findall(r"mma\.sync\.aligned", ptx)),
@@ -112,7 +112,7 @@ def _opcode(instruction: str) -> str:
     return ".".join(name[: 2 if name[0] == "MUFU" else 1])
 
 
-def _found(pattern: str, text: str, flags: int = 0) -> str:
+def _first_group(pattern: str, text: str, flags: int = 0) -> str:
     match = re.search(pattern, text, flags)
     if match is None:
         raise ValueError(f"No {pattern!r} in {text[:200]!r}.")

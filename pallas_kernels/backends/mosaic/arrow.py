@@ -10,17 +10,17 @@ first.
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels.backends.mosaic import block as common
-from pallas_kernels.backends.mosaic.block import KEYS, ROWS, Running, across
+from pallas_kernels.backends.kernel_types import Flag, Ref, Scalar
+from pallas_kernels.backends.mosaic import block
+from pallas_kernels.backends.mosaic.block import KEYS, ROWS, Running, Shared, Work, across
 from pallas_kernels.backends.mosaic.jobs import Jobs
 from pallas_kernels.layout import CACHED, FULL, Layout
 from pallas_kernels.mask import EVERYTHING, band
@@ -39,12 +39,12 @@ def arrow_attention(
     interpret: bool,
 ) -> Float[Array, "*L B T N H"]:
     batch, _, heads, dim = q.shape
-    jobs = Jobs(layout, common.warpgroups(dim, interpret) * ROWS, heads, batch)
+    jobs = Jobs(layout, block.warpgroups(dim, interpret) * ROWS, heads, batch)
     order = jnp.arange(heads, dtype=jnp.int32) if head_order is None else head_order
     out = jax.new_ref(jnp.full(q.shape, jnp.nan, q.dtype) if cache is None else cache)
     entry = jnp.zeros(1, jnp.int32) if layer is None else layer[None]
     body = partial(_attend, jobs=jobs, stacked=layer is not None, interpret=interpret)
-    call = common.kernel(body, jobs, q.dtype, dim, "arrow_attention_mosaic", interpret, out_type=())
+    call = block.kernel(body, jobs, q.dtype, dim, "arrow_attention_mosaic", interpret, out_type=())
     call(entry, order, half_window, q, k, v, out)
     return out[...]
 
@@ -53,35 +53,48 @@ class Walk:
     """The key tiles of one job: `whole` steps of text without masks, masks until `inner_start`, none until
     `inner_stop`, masks until `stop`."""
 
-    def __init__(self, layout: Layout, rows: int, first: Any, window: Any):
+    def __init__(self, layout: Layout, rows: int, first: Scalar, window: Scalar):
         text, visual = layout.text, layout.visual
         last = first + rows - 1
-        some = (first < text.stop) & (last >= text.start)
-        every = (last < visual.start) | (first >= visual.stop)
-        window = jnp.where(some, jnp.int32(EVERYTHING), window)
+        has_text = (first < text.stop) & (last >= text.start)
+        has_only_text = (last < visual.start) | (first >= visual.stop)
+        window = jnp.where(has_text, jnp.int32(EVERYTHING), window)
         seen = band(first - visual.start, last - visual.start, window, layout.num_visual, KEYS)
-        mixed = some & jnp.logical_not(every)
+        is_mixed = has_text & jnp.logical_not(has_only_text)
         self.text_start, self.visual_start = text.start, visual.start
         self.whole, ragged = divmod(layout.num_text, KEYS)
         self.text_steps = self.whole + (ragged > 0)
         self.skipped = seen.start
-        inner_start, inner_stop = (jnp.where(mixed, seen.stop, edge) for edge in (seen.inner_start, seen.inner_stop))
+        inner_start, inner_stop = (jnp.where(is_mixed, seen.stop, edge) for edge in (seen.inner_start, seen.inner_stop))
         self.inner_start, self.inner_stop, self.stop = (
             self.text_steps + edge - seen.start for edge in (inner_start, inner_stop, seen.stop)
         )
 
-    def first_key(self, step: Any) -> Any:
+    def first_key(self, step: Scalar) -> Int[Array, ""]:
         text = self.text_start + step * KEYS
         return jnp.where(
             step < self.text_steps, text, self.visual_start + (step - self.text_steps + self.skipped) * KEYS
         )
 
 
-def _attend(entry, order, half_window, q, k, v, out, shared, *, jobs: Jobs, stacked: bool, interpret: bool):
+def _attend(
+    entry: Ref,
+    order: Ref,
+    half_window: Ref,
+    q: Ref,
+    k: Ref,
+    v: Ref,
+    out: Ref,
+    shared: Shared,
+    *,
+    jobs: Jobs,
+    stacked: bool,
+    interpret: bool,
+) -> tuple[Jobs, Work, Work]:
     target = out.at[entry[0]] if stacked else out
 
-    def unless_cached(body: Callable[..., None]) -> Callable[[Any, Any], Any]:
-        def job(number, passed):
+    def unless_cached(body: Callable[..., None]) -> Work:
+        def job(number: Scalar, passed: Array) -> Array:
             place, b, first = jobs(number)
             head = order[place]
             window = half_window[head]
@@ -97,19 +110,19 @@ def _attend(entry, order, half_window, q, k, v, out, shared, *, jobs: Jobs, stac
         return job
 
     @unless_cached
-    def compute(walk, passed, b, head, first, width):
+    def compute(walk: Walk, passed: Array, b: Scalar, head: Scalar, first: Scalar, width: Scalar) -> None:
         warpgroup = lax.axis_index("warpgroup")
-        row, queries = first + warpgroup * ROWS, shared.queries.tiles.at[warpgroup]
+        first_row, queries = first + warpgroup * ROWS, shared.queries.tiles.at[warpgroup]
         plgpu.barrier_wait(shared.queries.filled.at[warpgroup])
-        attend = partial(common.attend_tile, queries=queries, ring=shared.ring, interpret=interpret)
-        running = _softmax(attend, walk, passed, row, width, jobs.layout, common.nothing(queries.shape[0]))
+        attend = partial(block.attend_tile, queries=queries, ring=shared.ring, interpret=interpret)
+        running = _softmax(attend, walk, passed, first_row, width, jobs.layout, block.nothing(queries.shape[0]))
         plgpu.barrier_arrive(shared.queries.free.at[warpgroup])
-        common.store(running.output, shared.staging.at[warpgroup], target, b, row, head, interpret)
+        block.store(running.output, shared.staging.at[warpgroup], target, b, first_row, head, interpret)
 
     @unless_cached
-    def fetch(walk, passed, b, head, first, width):
+    def fetch(walk: Walk, passed: Array, b: Scalar, head: Scalar, first: Scalar, width: Scalar) -> None:
         @pl.loop(jnp.int32(0), walk.stop)
-        def ahead(step):
+        def ahead(step: Scalar) -> None:
             shared.ring.send(k, v, b, head, walk.first_key(step), passed + step, interpret)
 
             @pl.when(step == 0)  # not before: the last job still needs its queries, but not all of the ring
@@ -120,10 +133,10 @@ def _attend(entry, order, half_window, q, k, v, out, shared, *, jobs: Jobs, stac
     return jobs, compute, fetch
 
 
-def _computed(order: Any, half_window: Any) -> Any:
+def _computed(order: Ref, half_window: Ref) -> Int[Array, ""]:
     """How many heads there are up to the last, in order, that is not cached."""
 
-    def is_cached(place):
+    def is_cached(place: Int[Array, ""]) -> Flag:
         return (place >= 0) & (half_window[order[jnp.maximum(place, 0)]] == CACHED)
 
     last = jnp.int32(order.shape[0] - 1)
@@ -133,31 +146,39 @@ def _computed(order: Any, half_window: Any) -> Any:
     return state[0] + 1
 
 
-def _softmax(attend: Any, walk: Walk, passed: Any, row: Any, width: Any, layout: Layout, running: Running) -> Running:
+def _softmax(
+    attend: Callable[..., Running],
+    walk: Walk,
+    passed: Array,
+    first_row: Scalar,
+    width: Scalar,
+    layout: Layout,
+    running: Running,
+) -> Running:
     """What 64 queries get."""
-    rows = common.rows_from(row)
+    rows = block.rows_from(first_row)
     is_text = (rows >= layout.text.start) & (rows < layout.text.stop)
     reach = jnp.where(is_text, jnp.int32(EVERYTHING), width)
     least, most = rows - reach, jnp.minimum(rows + reach, layout.visual.stop - 1)
 
-    def clean(at, running):
-        return attend(running, step=passed + at)
+    def clean(step: Scalar, running: Running) -> Running:
+        return attend(running, step=passed + step)
 
-    def masked(at, running):
-        def kept():
-            start = walk.visual_start + (at - walk.text_steps + walk.skipped) * KEYS
+    def masked(step: Scalar, running: Running) -> Running:
+        def kept() -> Bool[Array, "64 128"]:
+            start = walk.visual_start + (step - walk.text_steps + walk.skipped) * KEYS
             low, high = least, most
             if walk.text_steps > walk.whole:
-                of_text = at < walk.text_steps
-                start = jnp.where(of_text, walk.text_start + at * KEYS, start)
+                of_text = step < walk.text_steps
+                start = jnp.where(of_text, walk.text_start + step * KEYS, start)
                 low = jnp.where(of_text, jnp.int32(0), least)
                 high = jnp.where(of_text, jnp.int32(layout.text.stop - 1), most)
-            offset = (common.key_index() - across(low - start, KEYS)).astype(jnp.uint32)
+            offset = (block.key_index() - across(low - start, KEYS)).astype(jnp.uint32)
             return offset <= across((high - low).astype(jnp.uint32), KEYS)
 
-        return attend(running, step=passed + at, kept=kept)
+        return attend(running, step=passed + step, kept=kept)
 
-    def half(of_band, running):
+    def half(of_band: Scalar, running: Running) -> Running:
         """Up to the inside of the band, then from there: steps without masks, then with. One loop for both, as four
         in a row take more instructions a step (head_dim 128: 7.7 per score without masks instead of 7.5)."""
         start = jnp.where(of_band == 0, jnp.int32(0), walk.inner_start)

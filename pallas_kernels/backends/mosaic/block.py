@@ -19,6 +19,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
+from pallas_kernels.backends.kernel_types import Ref, Scalar
 from pallas_kernels.backends.mosaic.jobs import SLOTS, Jobs, Queue
 from pallas_kernels.mask import UNSEEN
 
@@ -46,17 +47,21 @@ REGISTERS = {2: (240, 24), 3: (160, 32)}
 BLOCKS = 132
 """Multiprocessors of an H100 or H200; one block fills one. Right on any other count, if not as well spread."""
 
-ROW, MATRIX = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA
+VECTOR, MATRIX = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA
+
+
+Work = Callable[[Scalar, Array], Array]
+"""Does one job. It gets the job's number and the steps of the ring before it, and returns the steps after it."""
 
 
 class Ring(NamedTuple):
     """Tiles of keys and values in shared memory, with a pair of barriers for each: filled, and free again."""
 
-    tiles: tuple[Any, Any]
-    filled: tuple[Any, Any]
-    free: tuple[Any, Any]
+    tiles: tuple[Ref, Ref]
+    filled: tuple[Ref, Ref]
+    free: tuple[Ref, Ref]
 
-    def send(self, k: Any, v: Any, b: Any, head: Any, first_key: Any, step: Any, interpret: bool) -> None:
+    def send(self, k: Ref, v: Ref, b: Scalar, head: Scalar, first_key: Scalar, step: Scalar, interpret: bool) -> None:
         """Fetch one tile of each, once its slot is free."""
         slot = lax.rem(step, jnp.int32(STAGES))
         for source, to, filled, free in zip((k, v), *self, strict=True):
@@ -67,11 +72,11 @@ class Ring(NamedTuple):
 class Queries(NamedTuple):
     """A tile of 64 queries in shared memory for each warpgroup that computes."""
 
-    tiles: Any
-    filled: Any
-    free: Any
+    tiles: Ref
+    filled: Ref
+    free: Ref
 
-    def send(self, q: Any, b: Any, head: Any, first: Any, interpret: bool) -> None:
+    def send(self, q: Ref, b: Scalar, head: Scalar, first: Scalar, interpret: bool) -> None:
         """Fetch each, once the last job is done with it."""
         for i in range(self.tiles.shape[0]):
             plgpu.barrier_wait(self.free.at[i])
@@ -85,10 +90,10 @@ class Shared(NamedTuple):
     queries: Queries
     ring: Ring
     queue: Queue
-    staging: Any
+    staging: Ref
     """A tile of 64 rows of output for each warpgroup that computes."""
 
-    def specialize(self, jobs: Jobs, compute: Callable, fetch: Callable, counter: Any, interpret: bool) -> None:
+    def specialize(self, jobs: Jobs, compute: Work, fetch: Work, counter: Ref, interpret: bool) -> None:
         """Run all jobs of this block, each warpgroup its part of them."""
         computing, warpgroup = self.queries.tiles.shape[0], lax.axis_index("warpgroup")
 
@@ -109,7 +114,7 @@ class Shared(NamedTuple):
                 plgpu.barrier_wait(barrier)
 
     @property
-    def _read_by_all(self) -> Iterator[Any]:
+    def _read_by_all(self) -> Iterator[Ref]:
         """The barriers by which all warpgroups that compute say that they have read something."""
         for free in self.ring.free:
             yield from (free.at[slot] for slot in range(STAGES))
@@ -117,7 +122,7 @@ class Shared(NamedTuple):
 
 
 def kernel(
-    body: Callable[..., tuple[Jobs, Callable[[Any, Any], Any], Callable[[Any, Any], Any]]],
+    body: Callable[..., tuple[Jobs, Work, Work]],
     jobs: Jobs,
     dtype: DTypeLike,
     dim: int,
@@ -139,10 +144,10 @@ def kernel(
     def barriers(arrivals: int, count: int) -> Any:
         return plgpu.Barrier(num_arrivals=arrivals, num_barriers=count)
 
-    def run(counter, *refs, shared):
+    def run(counter: Ref, *refs: Ref, shared: Shared) -> None:
         shared.specialize(*body(*refs, shared), counter, interpret)
 
-    def allocate(*refs):
+    def allocate(*refs: Ref) -> None:
         filled, free = barriers(columns, STAGES), barriers(computing, STAGES)
         pl.run_scoped(
             lambda queries, ring, queue, staging: run(
@@ -158,7 +163,7 @@ def kernel(
     call = plgpu.kernel(
         allocate,
         out_type=out_type,
-        grid=(min(2 if interpret else BLOCKS, jobs.count),),
+        grid=(min(2 if interpret else BLOCKS, int(jobs.count)),),
         grid_names=("blocks",),
         num_threads=computing + 1,
         thread_name="warpgroup",
@@ -174,12 +179,12 @@ def warpgroups(dim: int, interpret: bool) -> int:
     return INTERPRETED if interpret else COMPUTE[dim]
 
 
-def flat(tile: Any, interpret: bool) -> Any:
+def flat(tile: Ref, interpret: bool) -> Ref:
     """A tile [R/8, 1, 8, 64] as [R, 64], for copies."""
     return tile if interpret else tile.reshape(tile.shape[0] * 8, COLUMNS)
 
 
-def matrix(tile: Any, interpret: bool) -> Any:
+def matrix(tile: Ref, interpret: bool) -> Ref:
     """The same, for wgmma."""
     if interpret:
         return tile
@@ -187,20 +192,24 @@ def matrix(tile: Any, interpret: bool) -> Any:
     return dataclasses.replace(tile, transforms=(*tile.transforms, untile))
 
 
-def fetch(source: Any, b: Any, row: Any, rows: int, head: Any, to: Any, barrier: Any, interpret: bool) -> None:
+def fetch(
+    source: Ref, b: Scalar, first_row: Scalar, rows: int, head: Scalar, to: Ref, barrier: Ref, interpret: bool
+) -> None:
     for column in range(to.shape[0]):
-        box = source.at[b, pl.ds(row, rows), head, pl.ds(column * COLUMNS, COLUMNS)]
+        box = source.at[b, pl.ds(first_row, rows), head, pl.ds(column * COLUMNS, COLUMNS)]
         plgpu.copy_gmem_to_smem(box, flat(to.at[column], interpret), barrier)
 
 
-def store(values: list[Array], tile: Any, target: Any, b: Any, row: Any, head: Any, interpret: bool) -> None:
+def store(
+    values: list[Array], tile: Ref, target: Ref, b: Scalar, first_row: Scalar, head: Scalar, interpret: bool
+) -> None:
     """Through shared memory. It does not wait for the copy, but for the one before, which reads the same tile."""
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
     for column, value in enumerate(values):
         matrix(tile.at[column], interpret)[...] = value.astype(target.dtype)
     plgpu.commit_smem()
     for column in range(len(values)):
-        box = target.at[b, pl.ds(row, ROWS), head, pl.ds(column * COLUMNS, COLUMNS)]
+        box = target.at[b, pl.ds(first_row, ROWS), head, pl.ds(column * COLUMNS, COLUMNS)]
         plgpu.copy_smem_to_gmem(flat(tile.at[column], interpret), box)
 
 
@@ -224,11 +233,11 @@ def nothing(columns: int) -> Running:
         return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
 
     zeros = constant((ROWS, columns * COLUMNS), 0.0, MATRIX)
-    return Running(zeros, constant((ROWS,), UNSEEN, ROW), constant((ROWS, 8), 0.0, MATRIX))
+    return Running(zeros, constant((ROWS,), UNSEEN, VECTOR), constant((ROWS, 8), 0.0, MATRIX))
 
 
-def rows_from(row: Any) -> Int[Array, "64"]:
-    return plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=ROW) + row
+def rows_from(first_row: Scalar) -> Int[Array, "64"]:
+    return plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=VECTOR) + first_row
 
 
 def key_index() -> Int[Array, "64 128"]:
@@ -241,9 +250,9 @@ def across(x: Array, size: int) -> Array:
 
 def attend_tile(
     running: Running,
-    queries: Any,
+    queries: Ref,
     ring: Ring,
-    step: Any,
+    step: Int[Array, ""],
     interpret: bool,
     kept: Callable[[], Bool[Array, "64 128"]] | None = None,
 ) -> Running:
@@ -254,7 +263,7 @@ def attend_tile(
     k_tile, v_tile = (tile.at[slot] for tile in ring.tiles)
     plgpu.barrier_wait(ring.filled[0].at[slot])
 
-    def scores_of(acc):
+    def scores_of(acc: Ref) -> Array:
         for column in range(columns):
             q_column, k_column = (matrix(tile.at[column], interpret) for tile in (queries, k_tile))
             plgpu.wgmma(acc, q_column, k_column.transpose((1, 0)))
@@ -277,7 +286,7 @@ def attend_tile(
         values += jnp.concatenate([jnp.dot(exact, v_tile[i].astype(jnp.float32)) for i in range(columns)], axis=1)
     else:
 
-        def add(acc):
+        def add(acc: Ref) -> None:
             for column in range(columns):
                 part = acc.at[:, pl.ds(column * COLUMNS, COLUMNS)]
                 plgpu.wgmma(part, weights, matrix(v_tile.at[column], interpret))

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
@@ -11,7 +11,9 @@ from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, memref
+from jaxtyping import Array
 
+from pallas_kernels.backends.kernel_types import Ref, Scalar
 from pallas_kernels.layout import Layout
 
 
@@ -21,7 +23,7 @@ class Jobs:
 
     layout: Layout
     rows: int
-    heads: Any
+    heads: Scalar
     batch: int
 
     @property
@@ -34,10 +36,10 @@ class Jobs:
         return pl.cdiv(text.stop, self.rows) - text.start // self.rows if self.layout.num_text else 0
 
     @property
-    def count(self) -> Any:
+    def count(self) -> Scalar:
         return self.tiles * self.heads * self.batch
 
-    def __call__(self, job: Any) -> tuple[Any, Any, Any]:
+    def __call__(self, job: Scalar) -> tuple[Scalar, Scalar, Scalar]:
         """Its place in the order of heads, its batch entry and its first query."""
         of_text = self.text_tiles * self.heads * self.batch
         is_text = job < of_text
@@ -48,13 +50,13 @@ class Jobs:
         first = (tile + jnp.where(is_text, jnp.int32(text_at), jnp.int32(visual_at))) * self.rows
         return lax.div(pair, jnp.int32(self.batch)), lax.rem(pair, jnp.int32(self.batch)), first
 
-    def each(self, body: Callable[[Any, Any], Any], following: Callable[[Any], Any]) -> None:
+    def each(self, body: Callable[[Scalar, Array], Array], following: Callable[[Scalar], Scalar]) -> None:
         """Run `body` on each job of this block. It gets the steps of the ring before it, and returns those after.
 
         The first job is known to all; `following` gives the next, by how many it has given before.
         """
 
-        def run(state):
+        def run(state: tuple[Scalar, Scalar, Array]) -> tuple[Scalar, Scalar, Array]:
             job, given, passed = state
             passed = body(job, passed)
             return following(given), given + 1, passed
@@ -75,11 +77,11 @@ class Queue(NamedTuple):
     (benchmarks/results/leave_out_h100.json).
     """
 
-    numbers: Any
-    posted: Any
-    free: Any
+    numbers: Ref
+    posted: Ref
+    free: Ref
 
-    def post(self, given: Any, counter: Any, interpret: bool) -> Any:
+    def post(self, given: Scalar, counter: Ref, interpret: bool) -> Scalar:
         slot = lax.rem(given, jnp.int32(SLOTS))
         plgpu.barrier_wait(self.free.at[slot])
         if interpret:  # has no atomic addition: the numbers are dealt out
@@ -91,7 +93,7 @@ class Queue(NamedTuple):
         plgpu.barrier_wait(self.posted.at[slot])
         return self.numbers[slot]
 
-    def read(self, given: Any) -> Any:
+    def read(self, given: Scalar) -> Scalar:
         slot = lax.rem(given, jnp.int32(SLOTS))
         plgpu.barrier_wait(self.posted.at[slot])
         number = self.numbers[slot]
@@ -99,11 +101,11 @@ class Queue(NamedTuple):
         return number
 
 
-def _draw(counter: Any, number: Any, first: int) -> None:
+def _draw(counter: Ref, number: Ref, first: int) -> None:
     """`number` becomes the next that no block has, `first` the first of them. Relaxed, as it orders nothing else: with
     the fence of MLIR's own `memref.atomic_rmw`, full heads took 1.03 to 1.05 times as long (H100, FLUX)."""
 
-    def draw(_, counter, number):
+    def draw(_: object, counter: ir.Value, number: ir.Value) -> None:
         i32 = ir.IntegerType.get_signless(32)
         one, taken = (arith.constant(i32, value) for value in (1, first))
         with mgpu.single_thread(scope=mgpu.ThreadSubset.WARPGROUP):

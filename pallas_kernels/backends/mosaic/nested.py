@@ -6,7 +6,7 @@ and visual ones walks the rings of the visual ones; its text queries have seen e
 """
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,11 +15,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels.backends.mosaic import block as common
-from pallas_kernels.backends.mosaic.block import KEYS, ROWS, across
+from pallas_kernels.backends.kernel_types import Ref, Scalar
+from pallas_kernels.backends.mosaic import block
+from pallas_kernels.backends.mosaic.block import KEYS, ROWS, Running, Shared, Work, across
 from pallas_kernels.backends.mosaic.jobs import Jobs
 from pallas_kernels.layout import Layout
-from pallas_kernels.mask import EVERYTHING, Band, Segment, band, ring, steps, tile_at
+from pallas_kernels.mask import EVERYTHING, Band, IntArray, Segment, band, ring, steps, tile_at
 
 
 def nested_arrow_attention(
@@ -32,12 +33,12 @@ def nested_arrow_attention(
     interpret: bool,
 ) -> Float[Array, "W+1 B T N H"]:
     batch, _, heads, dim = q.shape
-    jobs = Jobs(layout, common.warpgroups(dim, interpret) * ROWS, heads, batch)
+    jobs = Jobs(layout, block.warpgroups(dim, interpret) * ROWS, heads, batch)
     windows = jnp.append(half_windows, jnp.int32(EVERYTHING))
     body = partial(_attend, jobs=jobs, count=len(windows), interpret=interpret)
     outputs = jax.ShapeDtypeStruct((len(windows), *q.shape), q.dtype)
     name = "nested_arrow_attention_mosaic"
-    call = common.kernel(body, jobs, q.dtype, dim, name, interpret, out_type=outputs)
+    call = block.kernel(body, jobs, q.dtype, dim, name, interpret, out_type=outputs)
     out = call(windows, q, k, v)
     text = layout.text
     mixed = (
@@ -53,25 +54,25 @@ class Edges(NamedTuple):
     """Steps of a ring that need a mask: text at its end, if `text_steps`, then visual keys on the ring's edges."""
 
     segments: tuple[Segment, ...]
-    text_steps: Any
-    left_steps: Any
+    text_steps: IntArray
+    left_steps: IntArray
     """Of those that follow: they keep the ring's keys on the left of the diagonal, the rest those on its right."""
-    inner: Any
+    inner: IntArray
     """-1: none. Then there is one side, from edge to edge."""
-    outer: Any
+    outer: IntArray
 
 
 class Rings:
     """The keys of one job, ring after ring; text comes with the first."""
 
-    def __init__(self, layout: Layout, rows: int, first: Any, windows: Any):
+    def __init__(self, layout: Layout, rows: int, first: Scalar, windows: Ref):
         last = first + rows - 1
         self.layout, self.windows = layout, windows
         self.is_text = (last < layout.visual.start) | (first >= layout.visual.stop)
         self.first = first - layout.visual.start
         self.band = partial(band, self.first, last - layout.visual.start, num_visual=layout.num_visual, keys=KEYS)
 
-    def __call__(self, index: Any) -> tuple[tuple[Segment, ...], Edges]:
+    def __call__(self, index: Scalar) -> tuple[tuple[Segment, ...], Edges]:
         """Steps without and with masks. Text queries see everything in the first ring and nothing in those after."""
         inner, outer = self.windows[jnp.maximum(index - 1, 0)], self.windows[index]
         inner, outer = (jnp.where(self.is_text, jnp.int32(EVERYTHING), window) for window in (inner, outer))
@@ -95,47 +96,58 @@ class Rings:
         return clean, Edges(masked, ragged_steps, steps(masked[1:3]), inner, outer)
 
 
-def _attend(windows, q, k, v, out, shared, *, jobs: Jobs, count: int, interpret: bool):
+def _attend(
+    windows: Ref,
+    q: Ref,
+    k: Ref,
+    v: Ref,
+    out: Ref,
+    shared: Shared,
+    *,
+    jobs: Jobs,
+    count: int,
+    interpret: bool,
+) -> tuple[Jobs, Work, Work]:
     layout = jobs.layout
 
-    def compute(number, passed):
+    def compute(number: Scalar, passed: Array) -> Array:
         warpgroup = lax.axis_index("warpgroup")
         head, b, first = jobs(number)
-        row, queries = first + warpgroup * ROWS, shared.queries.tiles.at[warpgroup]
+        first_row, queries = first + warpgroup * ROWS, shared.queries.tiles.at[warpgroup]
         plgpu.barrier_wait(shared.queries.filled.at[warpgroup])
         rings = Rings(layout, jobs.rows, first, windows)
-        attend = partial(common.attend_tile, queries=queries, ring=shared.ring, interpret=interpret)
+        attend = partial(block.attend_tile, queries=queries, ring=shared.ring, interpret=interpret)
 
-        def attend_ring(index, carry):
+        def attend_ring(index: Scalar, carry: tuple[Running, Array]) -> tuple[Running, Array]:
             running, passed = carry
             clean, edges = rings(index)
 
-            def masked(step, running):
-                return attend(running, step=passed + step, kept=partial(_kept, layout, row, edges, step))
+            def masked(step: Scalar, running: Running) -> Running:
+                return attend(running, step=passed + step, kept=partial(_kept, layout, first_row, edges, step))
 
             running = lax.fori_loop(
                 jnp.int32(0), steps(clean), lambda step, running: attend(running, step=passed + step), running
             )
             passed = passed + steps(clean)
             running = lax.fori_loop(jnp.int32(0), steps(edges.segments), masked, running)
-            common.store(running.output, shared.staging.at[warpgroup], out.at[index], b, row, head, interpret)
+            block.store(running.output, shared.staging.at[warpgroup], out.at[index], b, first_row, head, interpret)
             return running, passed + steps(edges.segments)
 
-        start = common.nothing(queries.shape[0]), passed
+        start = block.nothing(queries.shape[0]), passed
         passed = lax.fori_loop(jnp.int32(0), jnp.int32(count), attend_ring, start)[1]
         plgpu.barrier_arrive(shared.queries.free.at[warpgroup])
         return passed
 
-    def fetch(number, passed):
+    def fetch(number: Scalar, passed: Array) -> Array:
         head, b, first = jobs(number)
         rings = Rings(layout, jobs.rows, first, windows)
 
-        def fetch_ring(index, passed):
+        def fetch_ring(index: Scalar, passed: Array) -> Array:
             clean, edges = rings(index)
             segments = *clean, *edges.segments
 
             @pl.loop(jnp.int32(0), steps(segments))
-            def ahead(step):
+            def ahead(step: Scalar) -> None:
                 shared.ring.send(k, v, b, head, tile_at(step, segments, KEYS), passed + step, interpret)
 
                 @pl.when((index == 0) & (step == 0))
@@ -149,7 +161,7 @@ def _attend(windows, q, k, v, out, shared, *, jobs: Jobs, count: int, interpret:
     return jobs, compute, fetch
 
 
-def _kept(layout: Layout, row: Any, edges: Edges, step: Any) -> Bool[Array, "64 128"]:
+def _kept(layout: Layout, first_row: Scalar, edges: Edges, step: Scalar) -> Bool[Array, "64 128"]:
     first_key, inner, outer, stop = tile_at(step, edges.segments, KEYS), edges.inner, edges.outer, layout.visual.stop
     is_left = step < edges.text_steps + edges.left_steps
     low = jnp.where(is_left | (inner < 0), -outer, inner + 1)
@@ -158,7 +170,7 @@ def _kept(layout: Layout, row: Any, edges: Edges, step: Any) -> Bool[Array, "64 
         of_text = step < edges.text_steps
         low, high = jnp.where(of_text, jnp.int32(-EVERYTHING), low), jnp.where(of_text, jnp.int32(EVERYTHING), high)
         stop = jnp.where(of_text, jnp.int32(layout.text.stop), jnp.int32(stop))
-    rows = common.rows_from(row - first_key)
+    rows = block.rows_from(first_row - first_key)
     least, most = rows + low, jnp.minimum(rows + high, stop - 1 - first_key)
     count = jnp.maximum(most - least + 1, 0).astype(jnp.uint32)
-    return (common.key_index() - across(least, KEYS)).astype(jnp.uint32) < across(count, KEYS)
+    return (block.key_index() - across(least, KEYS)).astype(jnp.uint32) < across(count, KEYS)

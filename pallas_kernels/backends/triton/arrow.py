@@ -9,7 +9,6 @@ key, and their programs would outlast all others; each takes a part of the keys,
 import math
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,10 +17,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.backends.kernel_types import Ref, Scalar
 from pallas_kernels.backends.triton.softmax import Running, attend_tile, nothing, queries, within
 from pallas_kernels.backends.triton.tiles import Tiles
 from pallas_kernels.layout import CACHED, FULL, Layout
-from pallas_kernels.mask import EVERYTHING, Segment, band, steps, tile_at
+from pallas_kernels.mask import EVERYTHING, IntArray, Segment, band, steps, tile_at
 
 WHOLE = pl.BlockSpec(memory_space=pl.ANY)
 
@@ -104,7 +104,7 @@ class Cut:
 class Program:
     """What one program works on: its rows, and the key tiles that it visits without and with a mask."""
 
-    def __init__(self, cut: Cut, program: Any, window: Any):
+    def __init__(self, cut: Cut, program: Scalar, window: Scalar):
         layout, rows, keys = cut.layout, cut.tiles.rows, cut.tiles.keys
         is_text = program < cut.text_programs
         self.part = program % cut.parts
@@ -114,7 +114,7 @@ class Program:
         visited = band(tile * rows, tile * rows + rows - 1, self.window, layout.num_visual, keys)
         whole, ragged = divmod(layout.num_text, keys)
 
-        def visual(start: Any, stop: Any) -> Segment:
+        def visual(start: IntArray, stop: IntArray) -> Segment:
             return Segment(layout.visual.start + start * keys, stop - start)
 
         self.clean = Segment(layout.text.start, whole), visual(visited.inner_start, visited.inner_stop)
@@ -129,7 +129,19 @@ class Program:
         self.masked_stop = jnp.where(is_text & (self.part < cut.parts - 1), 0, steps(self.masked))
 
 
-def _attend(layer, order, half_window, q, k, v, *refs, cut: Cut, scale: float, stacked: bool, inline_asm: bool):
+def _attend(
+    layer: Ref,
+    order: Ref,
+    half_window: Ref,
+    q: Ref,
+    k: Ref,
+    v: Ref,
+    *refs: Ref,
+    cut: Cut,
+    scale: float,
+    stacked: bool,
+    inline_asm: bool,
+) -> None:
     has_cache = len(refs) in (2, 4)  # it is the output's buffer
     out, *parts = refs[has_cache:]
     entry = (layer[...],) if stacked else ()
@@ -145,14 +157,14 @@ def _attend(layer, order, half_window, q, k, v, *refs, cut: Cut, scale: float, s
         q_tile = plgpu.load(q.at[b, pl.ds(mine.first, cut.tiles.rows), head, :], mask=mine.exist, other=0.0)
         attend = partial(attend_tile, q=q_tile, scale=scale * math.log2(math.e), inline_asm=inline_asm)
 
-        def tile(ref, first):
+        def tile(ref: Ref, first: Scalar) -> Ref:
             return ref.at[b, pl.ds(first, cut.tiles.keys), head, :]
 
-        def clean(step, running: Running) -> Running:
+        def clean(step: Scalar, running: Running) -> Running:
             first = tile_at(step, here.clean, cut.tiles.keys)
             return attend(running, k=plgpu.load(tile(k, first)), v=plgpu.load(tile(v, first)))
 
-        def masked(step, running: Running) -> Running:
+        def masked(step: Scalar, running: Running) -> Running:
             first = tile_at(step, here.masked, cut.tiles.keys)
             of_text = step < here.masked[0].tiles
             stop = jnp.where(of_text, jnp.int32(cut.layout.text.stop), jnp.int32(cut.layout.visual.stop))
@@ -189,7 +201,9 @@ def _attend(layer, order, half_window, q, k, v, *refs, cut: Cut, scale: float, s
             plgpu.store(target, jnp.full((cut.tiles.rows, q.shape[-1]), jnp.nan, out.dtype), mask=mine.exist)
 
 
-def _merge(layer, half_window, values, log_sums, _, out, *, cut: Cut, stacked: bool):
+def _merge(
+    layer: Ref, half_window: Ref, values: Ref, log_sums: Ref, _: Ref, out: Ref, *, cut: Cut, stacked: bool
+) -> None:
     """Text rows of one head from the parts that its programs left, weighted by the sums of their exponentials."""
     entry = (layer[...],) if stacked else ()
     tile, b, head = pl.program_id(0), pl.program_id(1), pl.program_id(2)
@@ -198,7 +212,7 @@ def _merge(layer, half_window, values, log_sums, _, out, *, cut: Cut, stacked: b
 
     @pl.when(half_window[head] != CACHED)
     def merge():
-        def add(part, sums):
+        def add(part: Scalar, sums: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             numerator, denominator, highest = sums
             log_sum = plgpu.load(log_sums.at[b, head, part, rows])
             new = jnp.maximum(highest, log_sum)

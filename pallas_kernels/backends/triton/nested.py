@@ -6,6 +6,7 @@ whole need no mask; those on its edges do, and are visited by both of the rings 
 """
 
 import math
+from collections.abc import Iterable
 from functools import partial
 
 import jax
@@ -15,10 +16,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.backends.kernel_types import Ref, Scalar
 from pallas_kernels.backends.triton.softmax import Running, attend_tile, nothing, queries
 from pallas_kernels.backends.triton.tiles import Tiles
 from pallas_kernels.layout import Layout
-from pallas_kernels.mask import EVERYTHING, Band, Segment, band, ring, steps, tile_at
+from pallas_kernels.mask import EVERYTHING, Band, IntArray, Segment, band, ring, steps, tile_at
 
 WHOLE = pl.BlockSpec(memory_space=pl.ANY)
 
@@ -46,7 +48,18 @@ def nested_arrow_attention(
     )(windows, q, k, v)
 
 
-def _attend(windows, q, k, v, out, *, layout: Layout, tiles: Tiles, scale: float, inline_asm: bool):
+def _attend(
+    windows: Ref,
+    q: Ref,
+    k: Ref,
+    v: Ref,
+    out: Ref,
+    *,
+    layout: Layout,
+    tiles: Tiles,
+    scale: float,
+    inline_asm: bool,
+) -> None:
     text_tiles = pl.cdiv(layout.num_text, tiles.rows)
     program, b, head = pl.program_id(0), pl.program_id(1), pl.program_id(2)
     is_text = program < text_tiles
@@ -54,14 +67,16 @@ def _attend(windows, q, k, v, out, *, layout: Layout, tiles: Tiles, scale: float
     q_tile = plgpu.load(q.at[b, pl.ds(mine.first, tiles.rows), head, :], mask=mine.exist, other=0.0)
     attend = partial(attend_tile, q=q_tile, scale=scale * math.log2(math.e), inline_asm=inline_asm)
 
-    def tile(ref, first):
+    def tile(ref: Ref, first: Scalar) -> Ref:
         return ref.at[b, pl.ds(first, tiles.keys), head, :]
 
-    def clean(segments, step, running: Running) -> Running:
+    def clean(segments: tuple[Segment, ...], step: Scalar, running: Running) -> Running:
         first = tile_at(step, segments, tiles.keys)
         return attend(running, k=plgpu.load(tile(k, first)), v=plgpu.load(tile(v, first)))
 
-    def masked(segments, stop, inner, outer, step, running: Running) -> Running:
+    def masked(
+        segments: tuple[Segment, ...], stop: int, inner: Scalar, outer: Scalar, step: Scalar, running: Running
+    ) -> Running:
         first = tile_at(step, segments, tiles.keys)
         keys = first + jnp.arange(tiles.keys, dtype=jnp.int32)
         exist = keys < stop
@@ -70,10 +85,10 @@ def _attend(windows, q, k, v, out, *, layout: Layout, tiles: Tiles, scale: float
         k_tile, v_tile = (plgpu.load(tile(ref, first), mask=exist[:, None], other=0.0) for ref in (k, v))
         return attend(running, k=k_tile, v=v_tile, kept=(distance > inner) & (distance <= outer))
 
-    def visual(ranges) -> tuple[Segment, ...]:
+    def visual(ranges: Iterable[tuple[IntArray, IntArray]]) -> tuple[Segment, ...]:
         return tuple(Segment(layout.visual.start + start * tiles.keys, stop - start) for start, stop in ranges)
 
-    def attend_ring(index, running: Running) -> Running:
+    def attend_ring(index: Scalar, running: Running) -> Running:
         """Text queries see everything in the first ring and nothing in those after."""
         inner, outer = windows[jnp.maximum(index - 1, 0)], windows[index]
         inner, outer = (jnp.where(is_text, jnp.int32(EVERYTHING), window) for window in (inner, outer))

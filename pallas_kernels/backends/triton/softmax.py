@@ -1,6 +1,6 @@
 """What the Triton kernels share: a step of online softmax (arXiv 1805.02867) in base 2, and a walk over keys."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +8,7 @@ from jax import lax
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Bool, Float, Int
 
+from pallas_kernels.backends.kernel_types import Flag, Scalar
 from pallas_kernels.layout import Layout
 from pallas_kernels.mask import UNSEEN
 
@@ -68,16 +69,16 @@ def attend_tile(
 class Queries(NamedTuple):
     """The rows of one program: all of text or all of visual tokens."""
 
-    is_text: Any
-    tile: Any
+    is_text: Flag
+    tile: Scalar
     """Which tile, counted from the first token of its kind."""
-    first: Any
+    first: Scalar
     """Position in the sequence of the first row."""
     rows: Int[Array, " R"]
     exist: Bool[Array, "R 1"]
 
 
-def queries(layout: Layout, is_text: Any, tile: Any, size: int) -> Queries:
+def queries(layout: Layout, is_text: Flag, tile: Scalar, size: int) -> Queries:
     start = jnp.where(is_text, jnp.int32(layout.text.start), jnp.int32(layout.visual.start))
     stop = jnp.where(is_text, jnp.int32(layout.text.stop), jnp.int32(layout.visual.stop))
     rows = start + tile * size + jnp.arange(size, dtype=jnp.int32)

@@ -1,9 +1,11 @@
 """Tile sizes of the Triton kernels, by GPU, head_dim and dtype."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax.numpy as jnp
-from jax.typing import DTypeLike
+
+from pallas_kernels.backends.base import Device, Problem
 
 
 @dataclass(frozen=True)
@@ -34,14 +36,14 @@ class Tiles:
 
 
 TABLE = {
-    ("H200", 64, 2): Tiles(rows=64, keys=64, warps=4, stages=3),
-    ("H200", 128, 2): Tiles(rows=64, keys=64, warps=4, stages=3),
-    ("H200", 64, 4): Tiles(rows=32, keys=32, warps=4, stages=2),
-    ("H200", 128, 4): Tiles(rows=32, keys=16, warps=8, stages=2),
-    ("A100", 64, 2): Tiles(rows=64, keys=64, warps=4, stages=2),
-    ("A100", 128, 2): Tiles(rows=128, keys=64, warps=8, stages=3),
-    ("A100", 64, 4): Tiles(rows=32, keys=32, warps=4, stages=2),
-    ("A100", 128, 4): Tiles(rows=32, keys=16, warps=8, stages=2),
+    ("h200", 64, 2): Tiles(rows=64, keys=64, warps=4, stages=3),
+    ("h200", 128, 2): Tiles(rows=64, keys=64, warps=4, stages=3),
+    ("h200", 64, 4): Tiles(rows=32, keys=32, warps=4, stages=2),
+    ("h200", 128, 4): Tiles(rows=32, keys=16, warps=8, stages=2),
+    ("a100", 64, 2): Tiles(rows=64, keys=64, warps=4, stages=2),
+    ("a100", 128, 2): Tiles(rows=128, keys=64, warps=8, stages=3),
+    ("a100", 64, 4): Tiles(rows=32, keys=32, warps=4, stages=2),
+    ("a100", 128, 4): Tiles(rows=32, keys=16, warps=8, stages=2),
 }
 """By GPU, head_dim and bytes of the dtype. In arrow attention none spills on an H200, nor in a loop on an
 A100 (tests/test_kernels_aot.py).
@@ -52,15 +54,18 @@ the fastest measured, or within 4 % of it, over full, narrow and mixed heads at 
 multiprocessor. On an A100 nothing was timed. In float32, as IEEE products without tensor cores, arrows at a head_dim
 of 128 take 4.4 (full) and 1.06 (V/64) times XLA's dense attention; 32x32 with 4 warps, which spills, 3.0 and 0.74."""
 
-SAME = {"H200": "H200", "H100": "H200", "GH200": "H200"}
-"""GPUs of one architecture share a row; the A100's fits every other one from compute capability 8.0 on."""
+
+def tiles_lack(problem: Problem[Any], device: Device) -> str | None:
+    """Why `TABLE` has no tiles for a problem, or a device cannot run them, if so."""
+    if problem.head_dim not in (64, 128):
+        return f"the Triton kernels are built for a head_dim of 64 and 128, not {problem.head_dim}"
+    if problem.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
+        return f"the Triton kernels take bfloat16, float16 and float32, not {jnp.dtype(problem.dtype).name}"
+    if device.capability is not None and device.capability < 8:
+        return f"the Triton kernels need compute capability 8.0 or above, not {device.capability}"
+    return None
 
 
-def row_for(gpu_kind: str | None) -> str:
-    """The GPU whose row of `TABLE` serves a GPU, by JAX's name for it."""
-    return next((row for name, row in SAME.items() if name in (gpu_kind or "")), "A100")
-
-
-def tiles_for(gpu_kind: str | None, head_dim: int, dtype: DTypeLike) -> Tiles:
-    """The table's entry for a GPU, by JAX's name for it; None is interpret mode."""
-    return TABLE[row_for(gpu_kind), head_dim, jnp.dtype(dtype).itemsize]
+def tiles_for(problem: Problem[Any], device: Device) -> Tiles:
+    """The table's entry for a problem; in interpret mode too."""
+    return TABLE[device.tiles_row, problem.head_dim, jnp.dtype(problem.dtype).itemsize]

@@ -21,16 +21,16 @@ from jax.custom_batching import sequential_vmap
 from jaxtyping import Array, Float, Int
 from triton.runtime import interpreter  # pyright: ignore[reportMissingImports] of an extra
 
-from pallas_kernels import mask
-from pallas_kernels.api import gpu_kind
+from pallas_kernels.backends.base import Device
 from pallas_kernels.backends.triton.tiles import Tiles
-from pallas_kernels.layout import Layout
+from pallas_kernels.layout import CACHED, FULL, Layout
+from pallas_kernels.mask import EVERYTHING, UNSEEN
 
-FULL, CACHED = tl.constexpr(mask.FULL), tl.constexpr(mask.CACHED)
-EVERYTHING, UNSEEN = tl.constexpr(mask.EVERYTHING), tl.constexpr(mask.UNSEEN)
+FULL, CACHED = tl.constexpr(FULL), tl.constexpr(CACHED)
+EVERYTHING, UNSEEN = tl.constexpr(EVERYTHING), tl.constexpr(UNSEEN)
 
-CAPABILITY = {"H100": 90, "H200": 90, "GH200": 90, "A100": 80}
-"""By JAX's name for the GPU: of those that programs are compiled for where they are not."""
+CAPABILITY = {"hopper": 90, "ampere": 80}
+"""By generation, of GPUs that programs are compiled for where they are not."""
 
 INTERPRETING = threading.Lock()
 """Triton's interpreter keeps the program that it runs in a global, and patches `triton.language` meanwhile."""
@@ -86,10 +86,9 @@ def arrow_attention(
 
 
 def _capability() -> int:
-    """Of the GPU that programs are for, ten times."""
-    kind = gpu_kind() or ""
-    named = next((capability for name, capability in CAPABILITY.items() if name in kind), None)
-    return named or round(10 * float(jax.devices()[0].compute_capability))
+    """Compute capability of the GPU that programs are for, times ten."""
+    device = Device.current()
+    return CAPABILITY.get(device.generation or "") or round(10 * float(device.capability or 0))
 
 
 @triton.jit  # pyright: ignore[reportAttributeAccessIssue] without the extra it is triton.py
@@ -180,7 +179,7 @@ def _arrow_attention(
                 v_tile = tl.load(v + base + at_keys)
             scores = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
             if masked:
-                # One unsigned comparison for least <= keys <= most, as `triton_common.within`
+                # One unsigned comparison for least <= keys <= most, as `triton.softmax.within`
                 width = tl.where(of_text, EVERYTHING, window)
                 least = rows - width
                 most = tl.minimum(rows + width, end - 1)

@@ -1,0 +1,1 @@
+"""A kernel in Triton itself, which jax-triton launches."""

@@ -1,0 +1,76 @@
+"""What the Mosaic GPU kernels compute, and what for. The kernels need jax 0.11, so they are imported where they run."""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.backends.base import ComputesDense, Device, Problem
+from pallas_kernels.backends.registry import backend_named
+from pallas_kernels.layout import FULL, Layout
+
+
+class Mosaic:
+    interpretable = True
+
+    def lacks(self, problem: Problem[Any], device: Device) -> str | None:
+        if jax.__version_info__ < (0, 11):
+            return f"the Mosaic kernel needs jax 0.11 or newer (Python 3.12), this is {jax.__version__}"
+        if problem.head_dim not in (64, 128):
+            return f"the Mosaic kernel is built for a head_dim of 64 and 128, not {problem.head_dim}"
+        if problem.dtype not in (jnp.bfloat16, jnp.float16):
+            return f"the Mosaic kernel takes bfloat16 and float16, not {jnp.dtype(problem.dtype).name}"
+        if device.capability is not None and int(device.capability) != 9:
+            return f"the Mosaic kernel is for compute capability 9 (Hopper), not {device.capability}"
+        if not problem.has_every_query:
+            return f"the Mosaic kernel needs every query: {problem.q.shape[1]=} but {problem.k.shape[1]=}"
+        return device.no_gpu
+
+    def arrow(self, problem: Problem[Array], *, interpret: bool) -> Float[Array, "*L B T N H"]:
+        from pallas_kernels.backends.mosaic.arrow import arrow_attention
+
+        return arrow_attention(
+            *(problem.q, problem.k, problem.v, problem.windows),
+            *(problem.layout, problem.cache, problem.layer, problem.head_order),
+            interpret=interpret,
+        )
+
+    def nested(
+        self, problem: Problem[Array], half_windows: Int[Array, " W"], *, interpret: bool
+    ) -> Float[Array, "W+1 B T N H"]:
+        from pallas_kernels.backends.mosaic.nested import nested_arrow_attention
+
+        return nested_arrow_attention(
+            problem.q, problem.k, problem.v, half_windows, problem.layout, interpret=interpret
+        )
+
+    def dense(self, problem: Problem[Array], *, interpret: bool) -> Float[Array, "B T N H"]:
+        return jnp.asarray(_dense_mosaic(problem.q, problem.k, problem.v, problem.layout, interpret))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _dense_mosaic(
+    q: Float[Array, "B T N H"], k: Float[Array, "B T N H"], v: Float[Array, "B T N H"], layout: Layout, interpret: bool
+) -> Float[Array, "B T N H"]:
+    full = jnp.full(q.shape[2], FULL, jnp.int32)
+    problem = Problem(operation="arrow", q=q, k=k, v=v, layout=layout, half_window=full)
+    return Mosaic().arrow(problem, interpret=interpret)
+
+
+def _dense_forward(
+    q: Float[Array, "B T N H"], k: Float[Array, "B T N H"], v: Float[Array, "B T N H"], layout: Layout, interpret: bool
+) -> tuple[Float[Array, "B T N H"], Any]:
+    """Where it is differentiated, another backend computes all of it."""
+    differentiable = backend_named("blockwise" if interpret else "cudnn")
+    assert isinstance(differentiable, ComputesDense)
+
+    def attend(q: Array, k: Array, v: Array) -> Array:
+        problem = Problem(operation="dense", q=q, k=k, v=v, layout=layout)
+        return differentiable.dense(problem, interpret=False)
+
+    return jax.vjp(attend, q, k, v)
+
+
+_dense_mosaic.defvjp(_dense_forward, lambda layout, interpret, pull_back, cotangent: pull_back(cotangent))
