@@ -3,6 +3,7 @@
 VENV := .venv
 AOT := .venv-aot
 NEXT := .venv-next
+DOCS := .venv-docs
 LOCKS := requirements
 BIN := $(VENV)/bin
 
@@ -24,7 +25,7 @@ CACHE := JAX_COMPILATION_CACHE_DIR=$(CURDIR)/build/xla JAX_PERSISTENT_CACHE_MIN_
 
 PYTEST := -m pytest -q -n auto --maxprocesses 4 --dist loadfile
 
-.PHONY: demo test lint aot versions next lock clean
+.PHONY: demo test lint aot versions next docs lock clean
 
 # Text to images by the model in the box, dense and by two plans, side by side: about seven minutes on two cores.
 SHAPE := --height 256 --width 256 --steps 20 --guidance-scale 4 --max-sequence-length 32
@@ -73,6 +74,17 @@ SLOW := training baselines report*
 next: $(NEXT)/ready build/tiny
 	JAX_PLATFORMS=cpu DFA2_TINY=build/tiny $(CACHE) $(NEXT)/bin/python $(PYTEST) -m "not aot and not torch" $(SLOW:%=--ignore-glob 'tests/test_%.py')
 
+# The site, in build/site; without a network, once its environment is there.
+docs: $(DOCS)/ready
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict
+	@echo "Open build/site/index.html"
+
+$(DOCS)/ready: $(LOCKS)/docs.txt
+	$(call need_python,PYTHON311,3.11)
+	$(PYTHON311) -m venv $(DOCS)
+	$(DOCS)/bin/pip install -q --no-deps -r $<
+	touch $@
+
 build/tiny: $(VENV)/ready tests/tiny.py
 	rm -rf $@
 	$(BIN)/python tests/tiny.py $@
@@ -115,6 +127,7 @@ lock:
 	./requirements/lock.sh "$(PYTHON311)" py311-jax0.10.2.txt "jax==0.10.2" ".[test,dev]" "torch==2.13.0"
 	./requirements/lock.sh "$(PYTHON312)" py312-jax0.11.2.txt "jax==0.11.2" . beartype hypothesis "pytest>=9" pytest-xdist safetensors transformers setuptools
 	./requirements/lock.sh "$(PYTHON312)" py312-jax0.12.0.1.txt "jax==0.12.0.1" . beartype hypothesis "pytest>=9" pytest-xdist safetensors transformers setuptools
+	./requirements/lock.sh "$(PYTHON311)" docs.txt mkdocs mkdocs-material "mkdocstrings[python]" ruff
 
 clean:
-	rm -rf $(VENV) $(AOT) $(NEXT) build dist *.egg-info
+	rm -rf $(VENV) $(AOT) $(NEXT) $(DOCS) build dist *.egg-info

@@ -1,0 +1,67 @@
+"""What plans do to images, and the model in the box."""
+
+from collections.abc import Iterator
+from statistics import mean
+from typing import Any
+
+import numpy as np
+
+from benchmarks.page_tables.base import table
+
+
+@table(
+    "demo",
+    "demo_report.json",
+    "images | PSNR, dB: mean, worst | SSIM: mean, worst | kept pairs | speedup, predicted",
+    "make demo",
+)
+def demo(data: Any) -> Iterator[list[str]]:
+    for one in data["rows"]:
+        if one["kind"] == "dense" or "left_out" in one:
+            continue
+        scores = [[one["metrics"][name][kind] for kind in ("mean", "worst")] for name in ("psnr", "ssim")]
+        cells = [f"{scores[0][0]:.1f}, {scores[0][1]:.1f}", f"{scores[1][0]:.4f}, {scores[1][1]:.4f}"]
+        if one["kind"] == "plan":
+            cells += [f"{one['density']['exact']:.2f}", f"{one['speedup']:.2f}x, {one['predicted_speedup']:.2f}x"]
+        name = f"plan, {one['name'].replace('-', ' ')}" if one["kind"] == "plan" else one["name"]
+        yield [name, *cells, *[""] * (4 - len(cells))]
+
+
+@table(
+    "checkpoint",
+    "checkpoint.json",
+    "size | captions | background, colours, shapes right | IoU",
+    "python -m toy.evaluate",
+)
+def checkpoint(data: Any) -> Iterator[list[str]]:
+    for one in data:
+        found = one["all"]
+        right = min(found[name] for name in ("background", "colour", "shape"))
+        yield [f"{one['size']} px", str(found["captions"]), f"{right:.0%}", f"{found['iou']:.2f}"]
+
+
+@table(
+    "ablations",
+    "ablations_toy.json",
+    "kept pairs | by heads | caching layers | DiTFastAttn | DiTFastAttn with arrows",
+)
+def ablations(data: Any) -> Iterator[list[str]]:
+    """SSIM at the densities of the default plans; between two points of a scheme by a straight line, as
+    `benchmarks.ablations.at_density` (which needs JAX)."""
+
+    def at(density: float, scheme: str) -> str:
+        points = sorted((point["density"], mean(point["ssim"])) for point in data["rows"][scheme])
+        inside = points[0][0] <= density <= points[-1][0]
+        return f"{np.interp(density, *zip(*points, strict=True)):.2f}" if inside else ""
+
+    others = ("attention caching", "DiTFastAttn", "DiTFastAttn, arrows")
+    for point in data["rows"]["c 1.5"]:
+        cells = [at(point["density"], scheme) for scheme in others]
+        yield [f"{point['density']:.2f}", f"{mean(point['ssim']):.2f}", *cells]
+
+
+@table("ablations-half", "ablations_toy_half.json", "methods | kept pairs | SSIM", "python -m benchmarks.ablations")
+def ablations_half(data: Any) -> Iterator[list[str]]:
+    names = {"c 1.5": "arrows and caching"}
+    for name, (point,) in data["rows"].items():
+        yield [names.get(name, name), f"{point['density']:.2f}", f"{mean(point['ssim']):.2f}"]
