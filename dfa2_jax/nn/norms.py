@@ -51,7 +51,7 @@ class AdaLN(nnx.Module):
         self.linear = Linear(width, 3 * branches * width, dtype=dtype, rngs=rngs)
         self.branches = branches
 
-    def __call__(self, vector: Float[Array, "B D"]) -> list[Modulation]:
+    def __call__(self, vector: Float[Array, "#B D"]) -> list[Modulation]:
         chunks = jnp.split(self.linear(jax.nn.silu(vector))[:, None], 3 * self.branches, axis=-1)
         return [Modulation(*chunks[i : i + 3]) for i in range(0, len(chunks), 3)]
 
@@ -62,6 +62,6 @@ class AdaLNOut(nnx.Module):
     def __init__(self, width: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
         self.linear = Linear(width, 2 * width, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "B T D"], vector: Float[Array, "B D"]) -> Float[Array, "B T D"]:
+    def __call__(self, x: Float[Array, "B T D"], vector: Float[Array, "#B D"]) -> Float[Array, "B T D"]:
         scale, shift = jnp.split(self.linear(jax.nn.silu(vector))[:, None], 2, axis=-1)
         return layer_norm(x) * (1 + scale) + shift

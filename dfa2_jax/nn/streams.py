@@ -23,7 +23,7 @@ JointQKV = tuple[Float[Array, "B S N H"], Float[Array, "B S N H"], Float[Array, 
 class Context:
     """Equal in all blocks of a forward: the vector that modulates, where the streams lie, rotary positions."""
 
-    vector: Float[Array, "B D"]
+    vector: Float[Array, "#B D"]
     layout: Layout
     rope: Rope | None = None
 
