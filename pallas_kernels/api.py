@@ -169,7 +169,7 @@ OPERATIONS = {
     "nested": (ComputesNested, "has no nested kernel; pass None or 'triton'"),
     "dense": (ComputesDense, "computes arrows; for dense attention pass None, or half windows of FULL"),
 }
-"""What a backend must be to compute an operation, and what is said of one that is not."""
+"""The protocol that an operation needs, and the refusal where a backend does not satisfy it."""
 
 
 def _without_gradient(problem: Problem[Array]) -> Problem[Array]:

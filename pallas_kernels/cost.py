@@ -26,7 +26,7 @@ class GPU(NamedTuple):
     tensor: int
     """Dense 16-bit floating-point operations per clock and multiprocessor."""
     bandwidth: float
-    """Of memory, bytes per second."""
+    """Bytes per second of memory."""
 
     @property
     def flops(self) -> float:
@@ -48,7 +48,7 @@ a head_dim of 64 and 128. With the code of today (6.3 and 7.5 instructions per s
 and 1.07 (benchmarks/results/attention_h100.json), at a clock of 1.98 GHz where `GPUS` has 1.83."""
 
 EXPOSED_CLOCKS = 550
-"""Of each tile, where its loads run one tile ahead only and no second block fills the wait."""
+"""Wait of each tile whose loads run one tile ahead only, where no second block fills the wait."""
 
 LAUNCH = 55e-6
 """Seconds of a call whatever it holds: two launches, the tail of the last programs."""
@@ -58,10 +58,10 @@ CUDNN = {64: 0.41, 128: 0.61}
 
 
 class Code(NamedTuple):
-    """What the cost of a compiled kernel follows from: `aot.kernels` and `aot.blocks_per_sm`."""
+    """Figures of a compiled kernel that determine its cost, from `aot.kernels` and `aot.blocks_per_sm`."""
 
     blocks: int
-    """That one multiprocessor holds at once."""
+    """Blocks that one multiprocessor holds at once."""
     clean: float
     """Instructions per score in the loop without masks."""
     masked: float
@@ -79,22 +79,22 @@ NESTED = {
     ("a100", 64): Code(2, 11.2, 18.7),
     ("a100", 128): Code(1, 16.0, 23.8),
 }
-"""Of the shipped 16-bit tiles, by GPU and head_dim; tests/test_kernels_aot.py compiles them anew."""
+"""Figures of the shipped 16-bit tiles, by GPU and head_dim; tests/test_kernels_aot.py compiles them anew."""
 
 
 def score_clocks(gpu: str, head_dim: int, warps: int, issued: float, alone: float = ALONE) -> float:
-    """That a score takes of a multiprocessor which computes in so many warps, at so many instructions per score."""
+    """Clocks of a multiprocessor per score. `warps` compute at once, and each score takes `issued` instructions."""
     pipes = 4 * head_dim / GPUS[gpu].tensor + 1 / EXPONENTIALS + issued / ISSUED
     return alone * (warps / 4) ** -OVERLAP * pipes  # a warp has one of four schedulers
 
 
 def ceiling_share(gpu: str, head_dim: int, warps: int, issued: float, alone: float = ALONE) -> float:
-    """Of `GPU.flops`: what the products of a loop reach, without launch, first loads and tail."""
+    """Share of `GPU.flops` that the products of a loop reach, without launch, first loads and tail."""
     return 4 * head_dim / GPUS[gpu].tensor / score_clocks(gpu, head_dim, warps, issued, alone)
 
 
 def tiles_seconds(gpu: str, head_dim: int, tiles: Tiles, code: Code, visited: int, masked: int) -> float:
-    """Of a launch that visits so many tiles in all, some of them masked."""
+    """Seconds of a launch. `visited` counts all tiles, `masked` those among them that need a mask."""
     machine, scores = GPUS[gpu], tiles.rows * tiles.keys
     warps = tiles.warps * code.blocks
     clean, edge = (scores * score_clocks(gpu, head_dim, warps, issued) for issued in (code.clean, code.masked))
@@ -114,7 +114,7 @@ def arrow_seconds(
     tiles: Tiles | None = None,
     code: Code | None = None,
 ) -> float:
-    """Of one call of the 16-bit "triton" `arrow_attention`.
+    """Seconds of one call of the 16-bit "triton" `arrow_attention`.
 
     Args:
         gpu: one of `GPUS`.
@@ -129,8 +129,10 @@ def arrow_seconds(
 def nested_seconds(
     gpu: str, head_dim: int, layout: Layout, half_windows: Int[np.ndarray, " W"], heads: int, batch: int = 1
 ) -> float:
-    """Of one call of the 16-bit "triton" `nested_arrow_attention`: a full pass, in which the tiles on the edge of each
-    window are masked and visited for both of the rings that share them."""
+    """Seconds of one call of the 16-bit "triton" `nested_arrow_attention`.
+
+    It is a full pass. Tiles on the edge of a window are masked, and visited for both rings that share them.
+    """
     tiles = _shipped(gpu, head_dim)
     edges = count_tiles(half_windows, layout, tiles.rows, tiles.keys).masked
     full = count_tiles(np.array([FULL]), layout, tiles.rows, tiles.keys)
@@ -142,14 +144,14 @@ def nested_seconds(
 
 
 def dense_seconds(gpu: str, head_dim: int, layout: Layout, heads: int, batch: int = 1) -> float:
-    """Of cuDNN's dense attention in 16 bits."""
+    """Seconds of cuDNN's dense attention in 16 bits."""
     return 4 * head_dim * batch * heads * layout.length**2 / (CUDNN[head_dim] * GPUS[gpu].flops)
 
 
 def separate_seconds(
     gpu: str, head_dim: int, layout: Layout, half_windows: Int[np.ndarray, " W"], heads: int, batch: int = 1
 ) -> float:
-    """Of what a nested call replaces: dense attention, and an arrow call for each window."""
+    """Seconds of what a nested call replaces: dense attention, and an arrow call for each window."""
     calls = [arrow_seconds(gpu, head_dim, layout, np.full(heads, window), batch) for window in half_windows]
     return dense_seconds(gpu, head_dim, layout, heads, batch) + sum(calls)
 

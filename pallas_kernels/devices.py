@@ -24,7 +24,15 @@ MEASURED = {
     64: "1.01 to 1.26 times as fast as 'triton' for full, narrow and mixed heads",
     128: "1.40 to 1.57 times as fast as 'triton' for full, narrow and mixed heads",
 }
-"""Of the "mosaic" kernels, by head_dim, on an H100."""
+"""Speed of the "mosaic" kernels on an H100, by head_dim."""
+
+DENSE_MERITS = {
+    "mosaic": "for one Hopper GPU: 1.17 to 1.21 times as fast as cuDNN, which computes gradients",
+    "cudnn": "cuDNN's fused attention, for 16-bit inputs on NVIDIA GPUs; it has gradients",
+}
+
+FIRST = "the first of `devices.PREFERENCE` that can"
+"""Said of a backend that a user put into `PREFERENCE`."""
 
 
 class Choice(NamedTuple):
@@ -41,12 +49,12 @@ def gpu_kind() -> str | None:
 
 
 def dense_implementation(dtype: DTypeLike, head_dim: int) -> Choice:
-    """What dense attention runs on."""
+    """The backend that dense attention runs on."""
     return choose(_asked("dense", dtype, head_dim), Device.current())
 
 
 def arrow_implementation(dtype: DTypeLike, head_dim: int) -> Choice:
-    """What arrow attention runs on."""
+    """The backend that arrow attention runs on."""
     return choose(_asked("arrow", dtype, head_dim), Device.current())
 
 
@@ -82,14 +90,13 @@ def _slower(name: str, problem: Problem, device: Device) -> bool:
 def _merit(name: str, problem: Problem, device: Device, reasons: dict[str, str | None]) -> str:
     """Why a backend is chosen, given what those before it lack."""
     if problem.operation == "dense":
-        return {
-            "mosaic": "for one Hopper GPU: 1.17 to 1.21 times as fast as cuDNN, which computes gradients",
-            "cudnn": "cuDNN's fused attention, for 16-bit inputs on NVIDIA GPUs; it has gradients",
-        }[name]
+        return DENSE_MERITS.get(name, FIRST)
     if name == "mosaic":
         return f"for Hopper: {MEASURED[problem.head_dim]} (benchmarks/results/attention_h100.json)"
-    missed = f"; {reasons['mosaic']}" if device.generation == "hopper" else ""
-    return "one launch for full, arrow and cached heads" + missed
+    if name == "triton":
+        missed = f"; {reasons.get('mosaic')}" if device.generation == "hopper" else ""
+        return "one launch for full, arrow and cached heads" + missed
+    return FIRST
 
 
 def passes_are_faster(problem: Problem, half_windows: Int[np.ndarray, " W"] | None, count: int) -> bool:

@@ -91,8 +91,10 @@ class Ring(NamedTuple):
 
 
 def ring(inner: Band, outer: Band) -> Ring:
-    """What `outer` keeps and `inner`, a narrower or empty band of the same queries, does not. A tile that the edges of
-    both windows cut, or that the inner one cuts, is visited for each of the two rings that share it."""
+    """The key tiles that `outer` keeps and `inner` does not; `inner` is a narrower or empty band of the same queries.
+
+    A tile that the edge of the inner window cuts is visited twice: for each of the two rings that share it.
+    """
     xp = _numpy(*inner, *outer)
     left, right = xp.minimum(outer.inner_start, inner.start), xp.maximum(outer.inner_stop, inner.stop)
     return Ring(
@@ -132,9 +134,9 @@ class TileCount(NamedTuple):
 
     visited: np.ndarray
     masked: np.ndarray
-    """Of the visited: those on an edge of the band, or ragged."""
+    """Visited tiles that need a mask: they lie on an edge of the band, or are ragged."""
     total: int
-    """What a full head visits."""
+    """Tiles that a full head visits."""
 
     @property
     def density(self) -> np.ndarray:

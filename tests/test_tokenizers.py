@@ -152,7 +152,8 @@ def test_cut_text_is_logged(folders, name, cut, caplog):
 
 def test_needs_neither_torch_nor_transformers(folders):
     code = (
-        "import sys; from dfa2_jax.encoders.tokenizers import Tokenizer; Tokenizer.load(sys.argv[1]).encode(['red'], 77);"
+        "import sys; from dfa2_jax.encoders.tokenizers import Tokenizer;"
+        "Tokenizer.load(sys.argv[1]).encode(['red'], 77);"
         "assert not {'torch', 'transformers'} & set(sys.modules)"
     )
     root = Path(__file__).parent.parent

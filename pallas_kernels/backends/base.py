@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.layout import Layout
 
 Operation = Literal["arrow", "nested", "dense"]
-"""What a backend may compute: a method of that name does."""
+"""An operation of attention. A backend that has one has a method of that name."""
 
 A = TypeVar("A", Array, jax.ShapeDtypeStruct)
 
@@ -32,7 +32,7 @@ class Device:
 
     @classmethod
     def current(cls, interpreted: bool = False) -> "Device":
-        """That of the mesh that is set, else the default device."""
+        """The device of the mesh that is set, else the default device."""
         default, abstract = jax.devices()[0], jax.sharding.get_abstract_mesh().abstract_device
         name = default.device_kind if abstract is None else abstract.device_kind
         capability = getattr(default, "compute_capability", None)
@@ -56,7 +56,7 @@ class Device:
 
     @property
     def generation(self) -> str | None:
-        """Of the NVIDIA GPUs that `GENERATIONS` names."""
+        """The generation of an NVIDIA GPU that `GENERATIONS` names; None for every other device."""
         return next((value for part, value in GENERATIONS.items() if self.is_nvidia and part in self.name), None)
 
     @property
@@ -75,7 +75,7 @@ class Problem(Generic[A]):
     v: Float[A, "B S N H"]
     layout: Layout
     half_window: Int[A, " N"] | None = None
-    """Of arrows; no window is above `mask.EVERYTHING`."""
+    """Given for arrows only. No window is above `mask.EVERYTHING`."""
     cache: Float[A, "*L B T N H"] | None = None
     layer: Int[A, ""] | None = None
     """An entry of the cache, which is a stack then."""

@@ -37,7 +37,7 @@ BAND_KEYS = (160, 192, 256, 384, 512, 640, 768, 1152, 1536)
 LOG2_E = 1.4426950408889634
 
 Bits = UInt[Array, "*dims"] | Float[Array, "*dims"]
-"""Of 16-bit floats, as integers."""
+"""Bits of 16-bit floats as integers; float32 as it is."""
 
 Index = tuple[Array, Array]
 Carry = tuple[Array, Array, Array]  # of the keys so far: maximum, sum of weights, weighted values

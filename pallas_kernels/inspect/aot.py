@@ -8,7 +8,7 @@
 
 XLA's whole pipeline runs, down to machine code. What is not there is autotuning, which times kernels: XLA takes a fixed
 choice for every matrix product, its Triton emitter with a default tile. `options={"xla_gpu_enable_triton_gemm": False}`
-compiles them all to cuBLAS instead, as the sampling loops do by themselves (`dfa2_jax.nn.linear.XLA_OPTIONS`).
+compiles them all to cuBLAS instead, as the sampling loops do by themselves (`XLA_OPTIONS` in dfa2_jax).
 """
 
 import os
@@ -52,7 +52,7 @@ class Compiled(NamedTuple):
     argument_bytes: int
     output_bytes: int
     alias_bytes: int
-    """Of the outputs: those that take an argument's buffer."""
+    """Bytes of outputs that take an argument's buffer."""
     temp_bytes: int
     hlo: str
 

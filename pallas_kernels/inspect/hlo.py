@@ -185,7 +185,7 @@ def _buffers(instruction: Instruction, value: Value, *, times: int, in_loop: boo
 
 
 def _num_bytes(shape: str) -> int:
-    """Of a shape such as `bf16[2,3]`; a `pred` takes a byte."""
+    """Bytes of a shape such as `bf16[2,3]`; a `pred` takes a byte."""
     match = re.match(r"[a-z]+(\d*)\w*\[([\d,]*)\]", shape)
     assert match is not None, shape
     return -(-prod(int(size) for size in match[2].split(",") if size) * int(match[1] or 8) // 8)

@@ -26,11 +26,11 @@ class Kernel(NamedTuple):
     name: str
     warps: int
     registers: int
-    """Of a thread."""
+    """Registers of a thread."""
     most_registers: int
-    """Of a thread that took those of others (`setmaxnreg`): a warp-specialised kernel's computing ones."""
+    """Registers of a thread that took those of others (`setmaxnreg`): it computes in a warp-specialised kernel."""
     spill_bytes: int
-    """Of a thread, that its registers could not hold."""
+    """Bytes of a thread that its registers could not hold."""
     shared_bytes: int
     wgmma: int
     """Asynchronous tensor core instructions in PTX (Hopper)."""
@@ -84,8 +84,10 @@ def disassemble(ptx: str, threads: dict[str, int], shared: dict[str, int], ptxas
 
 
 def innermost_loops(sass: str) -> list[Loop]:
-    """Of nvdisasm's listing of one function: from a label to the branch back to it. Where a loop waits for a barrier,
-    ptxas puts the retries behind the function's end: they are loops of their own here, and count in no other."""
+    """The innermost loops in nvdisasm's listing of one function, each from a label to the branch back to it.
+
+    Where a loop waits for a barrier, ptxas puts the retries behind the function's end: here they are other loops.
+    """
     code, labels = [], {}
     for line in sass.splitlines():
         if label := re.match(r"(\.L_\w+):", line):

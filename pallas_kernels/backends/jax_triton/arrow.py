@@ -202,7 +202,7 @@ def _arrow_attention(
 
 
 def _interpret(programs: int, constants: dict[str, Any], *args: Any) -> np.ndarray:
-    """The same kernel in Triton's interpreter. It multiplies bfloat16 as integers: that is float32 here."""
+    """Run the kernel in Triton's interpreter. The interpreter multiplies bfloat16 as integers: it gets float32 here."""
     arrays = [np.array(x, np.float32 if x.dtype == jnp.bfloat16 else x.dtype) for x in args]
     pointers = []
     for array in arrays:

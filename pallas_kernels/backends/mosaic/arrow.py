@@ -155,7 +155,7 @@ def _softmax(
     layout: Layout,
     running: Running,
 ) -> Running:
-    """What 64 queries get."""
+    """The softmax of one warpgroup's 64 queries over all key tiles of a walk."""
     rows = block.rows_from(first_row)
     is_text = (rows >= layout.text.start) & (rows < layout.text.stop)
     reach = jnp.where(is_text, jnp.int32(EVERYTHING), width)

@@ -42,7 +42,8 @@ INTERPRETED = 2
 the caller's. Three computing and one that fetches starve on two cores (jax 0.11.2)."""
 
 REGISTERS = {2: (240, 24), 3: (160, 32)}
-"""Of a thread that computes and of one that fetches, by the number of warpgroups that compute; 64 K in all."""
+"""Registers of a thread that computes and of a thread that fetches, by the number of warpgroups that compute.
+A multiprocessor has 64 K."""
 
 BLOCKS = 132
 """Multiprocessors of an H100 or H200; one block fills one. Right on any other count, if not as well spread."""
@@ -84,8 +85,10 @@ class Queries(NamedTuple):
 
 
 class Shared(NamedTuple):
-    """What the warpgroups of a block share. The one that fetches works ahead, as far as the others have read; at the
-    start they say that all is free."""
+    """Memory that the warpgroups of a block share.
+
+    The warpgroup that fetches works ahead, as far as the others have read. At the start these say that all is free.
+    """
 
     queries: Queries
     ring: Ring
@@ -175,7 +178,7 @@ def kernel(
 
 
 def warpgroups(dim: int, interpret: bool) -> int:
-    """That compute."""
+    """Number of warpgroups of a block that compute."""
     return INTERPRETED if interpret else COMPUTE[dim]
 
 
@@ -185,7 +188,7 @@ def flat(tile: Ref, interpret: bool) -> Ref:
 
 
 def matrix(tile: Ref, interpret: bool) -> Ref:
-    """The same, for wgmma."""
+    """A tile [R/8, 1, 8, 64] as [R, 64], for wgmma."""
     if interpret:
         return tile
     untile = plgpu.TilingTransform((8, COLUMNS)).undo(None)  # pyright: ignore[reportArgumentType] it reads no type
@@ -203,7 +206,10 @@ def fetch(
 def store(
     values: list[Array], tile: Ref, target: Ref, b: Scalar, first_row: Scalar, head: Scalar, interpret: bool
 ) -> None:
-    """Through shared memory. It does not wait for the copy, but for the one before, which reads the same tile."""
+    """Write 64 rows of output through shared memory.
+
+    It does not wait for its own copy, but for the last one, which reads the same tile of shared memory.
+    """
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
     for column, value in enumerate(values):
         matrix(tile.at[column], interpret)[...] = value.astype(target.dtype)

@@ -56,9 +56,9 @@ class Edges(NamedTuple):
     segments: tuple[Segment, ...]
     text_steps: IntArray
     left_steps: IntArray
-    """Of those that follow: they keep the ring's keys on the left of the diagonal, the rest those on its right."""
+    """Steps after those of text. They keep the ring's keys on the left of the diagonal, the rest on its right."""
     inner: IntArray
-    """-1: none. Then there is one side, from edge to edge."""
+    """The inner window. -1: there is none, and the ring has one side, from edge to edge."""
     outer: IntArray
 
 

@@ -88,7 +88,7 @@ class Cut:
 
     @property
     def parts(self) -> int:
-        """Of the keys, for text queries: each with a whole tile at least, as the mean of no values is not a number."""
+        """Parts of a text query's keys. Each holds a whole tile at least: the mean of no values is not a number."""
         whole = self.layout.num_text // self.tiles.keys + self.layout.num_visual // self.tiles.keys
         return max(1, min(-(-self.layout.length // self.tiles.text_keys), whole)) if self.layout.num_text else 1
 
@@ -102,7 +102,7 @@ class Cut:
 
 
 class Program:
-    """What one program works on: its rows, and the key tiles that it visits without and with a mask."""
+    """The work of one program: its rows, and the key tiles that it visits without and with a mask."""
 
     def __init__(self, cut: Cut, program: Scalar, window: Scalar):
         layout, rows, keys = cut.layout, cut.tiles.rows, cut.tiles.keys

@@ -41,7 +41,7 @@ def exp2(x: Float[Array, "R K"], scale: float, shift: Float[Array, "R 1"], inlin
 
 
 def product(a: Array, b: Array, trans_b: bool = False) -> Float[Array, "M N"]:
-    """In float32; of float32 operands an IEEE product, where the default on NVIDIA is TF32."""
+    """The product of two tiles in float32. Float32 operands have an IEEE product: the default on NVIDIA is TF32."""
     return plgpu.dot(a, b, trans_b=trans_b, precision=lax.Precision.HIGHEST)
 
 
@@ -71,7 +71,7 @@ class Queries(NamedTuple):
 
     is_text: Flag
     tile: Scalar
-    """Which tile, counted from the first token of its kind."""
+    """Number of the tile, counted from the first token of its kind."""
     first: Scalar
     """Position in the sequence of the first row."""
     rows: Int[Array, " R"]
