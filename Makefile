@@ -125,8 +125,8 @@ lock:
 	$(call need_python,PYTHON311,3.11)
 	$(call need_python,PYTHON312,3.12)
 	./requirements/lock.sh "$(PYTHON311)" py311-jax0.10.2.txt "jax==0.10.2" ".[test,dev]" "torch==2.13.0"
-	./requirements/lock.sh "$(PYTHON312)" py312-jax0.11.2.txt "jax==0.11.2" . beartype hypothesis "pytest>=9" pytest-xdist safetensors transformers setuptools
-	./requirements/lock.sh "$(PYTHON312)" py312-jax0.12.0.1.txt "jax==0.12.0.1" . beartype hypothesis "pytest>=9" pytest-xdist safetensors transformers setuptools
+	./requirements/lock.sh "$(PYTHON312)" py312-jax0.11.2.txt "jax==0.11.2" ".[report]" beartype hypothesis "pytest>=9" pytest-xdist safetensors transformers setuptools
+	./requirements/lock.sh "$(PYTHON312)" py312-jax0.12.0.1.txt "jax==0.12.0.1" ".[report]" beartype hypothesis "pytest>=9" pytest-xdist safetensors transformers setuptools
 	./requirements/lock.sh "$(PYTHON311)" docs.txt mkdocs mkdocs-material "mkdocstrings[python]" ruff
 
 clean:

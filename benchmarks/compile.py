@@ -2,9 +2,9 @@
 
     JAX_PLATFORMS=cpu python3.12 -m benchmarks.compile [--models FLUX.1-dev ...] [--pixels 1024 2048]
 
-Compiles `dfa2_jax.sampling.loop.denoise` (a traced number of steps, bfloat16, one image; SD3 with guidance) with its
-layers scanned and unrolled, and writes JSON and a Markdown table. About 10 minutes of CPU time, most of it for the unrolled
-programs. `pallas_kernels.inspect.aot` says what must be installed.
+Compiles `dfa2_jax.sampling.loop.denoise` with its layers scanned and unrolled, and writes JSON and a Markdown table. The
+number of steps is traced, the dtype is bfloat16, the batch is one image, and SD3 is guided. This takes about 10 minutes
+of CPU time, most of it for the unrolled programs. `pallas_kernels.inspect.aot` says what must be installed.
 """
 
 import argparse
@@ -28,9 +28,9 @@ NOTES = """\
 Compiled for one {gpu} without a GPU, jax {jax}, cuDNN {cudnn}: `python -m benchmarks.compile`.
 
 - Peak: arguments + temporaries + outputs - aliases. Weights are arguments; encoders and decoder are not counted.
-- Copied per step: bytes of buffers that a denoising step fills with nothing but weights
-  (`pallas_kernels.inspect.hlo`), chiefly slices that are taken out of a stack of layers before a matrix product reads them. `of weights` is their share of the
-  model. They are read and written once: `costs` is that time at {rate} TB/s, had it nothing to hide behind.
+- Copied per step: bytes of buffers that a denoising step fills with nothing but weights (`inspect.hlo`), chiefly slices
+  that are taken out of a stack of layers before a matrix product reads them. `of weights` is their share of the model.
+  They are read and written once: `costs` is that time at {rate} TB/s, had it nothing to hide behind.
 - Attention is cuDNN's, for SD3's head_dim of 64 too, where one Hopper GPU runs Mosaic.
 - Copied before the first step: {once} bytes at most. The largest buffer of such a copy: {largest:.0f} MB.
 - Compile: wall seconds of two cores that had other work beside, and in brackets the CPU seconds it took.

@@ -158,21 +158,3 @@ def count_tiles(half_window: Int[np.ndarray, " N"], layout: Layout, rows: int, k
     every = (text_rows + visual_rows) * (text_keys + visual_keys)
     visited = text_rows * (text_keys + visual_keys) + visual_rows * text_keys + of_band
     return TileCount(visited * computed, (of_band - inside + ragged) * computed, every)
-
-
-def official_density(half_window: Int[np.ndarray, " N"], layout: Layout, rows: int, keys: int) -> np.ndarray:
-    """The visited fraction of tiles in the authors' CUDA kernel, which cuts tiles from the first token on.
-
-    A tile that holds a text token is visited, and nothing is masked within tiles: the figures of the paper count these.
-    The kernel's own tiles are 128x128 (head_dim 64) and 128x64 (128).
-    """
-    length, text = layout.length, layout.text
-    first_row = np.arange(0, length, rows)[:, None]
-    first_key = np.arange(0, length, keys)[None, :]
-    last_row, last_key = (np.minimum(first + size, length) for first, size in ((first_row, rows), (first_key, keys)))
-    has_text = [
-        (first < text.stop) & (last > text.start) for first, last in ((first_row, last_row), (first_key, last_key))
-    ]
-    w = np.where(half_window < 0, length, half_window)[:, None, None]
-    near = (first_key < first_row + rows + w) & (last_key > first_row - w)
-    return np.where(half_window == CACHED, 0, (near | has_text[0] | has_text[1]).mean((1, 2)))

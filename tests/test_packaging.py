@@ -5,9 +5,13 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from email import message_from_bytes
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+
+import dfa2_jax
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = {"dfa2_jax", "pallas_kernels"}
@@ -35,6 +39,39 @@ def test_the_wheel_holds_the_two_packages_and_nothing_else(tmp_path):
     assert sorted(names) == sorted(path for path in files if path.split("/")[0] in PACKAGES)
     for package in PACKAGES:
         assert f"{package}/__init__.py" in names and f"{package}/py.typed" in names
+    metadata = f"dfa2_jax-{dfa2_jax.__version__}.dist-info/METADATA"
+    said = message_from_bytes(zipfile.ZipFile(wheel).read(metadata))
+    assert said["Version"] == dfa2_jax.__version__ and said["Keywords"] and said["License-Expression"] == "Apache-2.0"
+    assert "Typing :: Typed" in said.get_all("Classifier")
+    required = [line for line in said.get_all("Requires-Dist") if "extra ==" not in line]
+    assert not [line for line in required if line.startswith(("matplotlib", "scikit-image", "scipy", "torch"))]
+    assert {"report", "plots", "quality"} <= {*said.get_all("Provides-Extra")}
+
+
+def test_public_names():
+    """They are listed once each, and come from their modules when they are asked for."""
+    code = """
+import sys, dfa2_jax
+assert not {"jax", "numpy"} & {*sys.modules}, "import dfa2_jax does work"
+assert {*dfa2_jax.__all__} <= {*dir(dfa2_jax)}
+from dfa2_jax import *
+assert Plan is dfa2_jax.Plan and Pipeline.__module__ == "dfa2_jax.pipeline.pipeline"
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert {*dfa2_jax.__all__} == {*dfa2_jax._MODULES, "__version__"}
+    assert sorted(dfa2_jax.__all__) == sorted({*dfa2_jax.__all__})
+    for name in dfa2_jax.__all__:
+        assert getattr(dfa2_jax, name) is not None
+    with pytest.raises(AttributeError, match="has no attribute 'Pipelin'"):
+        _ = dfa2_jax.Pipelin
+    assert dfa2_jax.__version__ == version("dfa2-jax")
+
+
+def test_type_checkers_see_the_names_that_programs_get():
+    block = Path(dfa2_jax.__file__).read_text().partition("if TYPE_CHECKING:")[2].partition("__version__")[0]
+    seen = re.findall(r"from (\S+) import (\S+) as (\S+)", block)
+    assert all(name == again for _, name, again in seen)
+    assert {name: module for module, name, _ in seen} == dfa2_jax._MODULES
 
 
 @pytest.mark.checkout
@@ -44,5 +81,5 @@ def test_no_file_names_a_package_registry():
     )
     for path in committed_or_new():
         if (ROOT / path).suffix in TEXT and path != "tests/test_packaging.py":
-            found = host.search((ROOT / path).read_text(errors="ignore"))
-            assert found is None, f"{path}: {found.group()}"
+            named = host.search((ROOT / path).read_text(errors="ignore"))
+            assert named is None, f"{path}: {named.group()}"
