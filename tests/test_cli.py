@@ -95,23 +95,44 @@ def test_flags_give_what_python_gives():
     assert values["quick"] is True and values["dtype"] == "float16" and values["seed"] == 0
 
 
-@pytest.mark.parametrize(
-    ("function", "wrong", "nearest"),
-    [(quality_report, "guidence_scale", "guidance_scale"), (convert_checkpoint, "dtpye", "dtype")],
-    ids=["report", "convert"],
-)
-def test_a_misspelt_option_is_told_the_nearest(function, wrong, nearest):
-    with pytest.raises(TypeError, match=f"{function.__name__} has no argument '{wrong}': did you mean '{nearest}'"):
-        function("folder", **{wrong: 1})
+MISSPELT = {
+    "Pipeline": (Pipeline.__call__, "heigth", "height"),
+    "Pipeline.from_pretrained": (Pipeline.from_pretrained, "dtpye", "dtype"),
+    "calibrate": (calibrate, "attention_chunks", "attention_chunk"),
+    "convert_checkpoint": (convert_checkpoint, "dtpye", "dtype"),
+    "quality_report": (quality_report, "guidence_scale", "guidance_scale"),
+}
+
+
+@pytest.mark.parametrize("name", MISSPELT)
+def test_a_misspelt_option_is_told_the_nearest(name):
+    function, wrong, nearest = MISSPELT[name]
+    with pytest.raises(TypeError, match=f"{name} has no argument '{wrong}': did you mean '{nearest}'"):
+        function("first", **{wrong: 1})
+
+
+def test_a_name_near_to_none_is_told_all():
     with pytest.raises(TypeError, match="Options has no argument 'heigth': did you mean 'height'"):
         options.of_names(options.Options, {"heigth": 512})
+    with pytest.raises(TypeError, match="CalibrationOptions has no argument 'zzz': it has delta, c, windows"):
+        options.of_names(options.CalibrationOptions, {"zzz": 1})
     assert options.of_names(options.Options, {"height": 512}).height == 512
 
 
-def test_help_in_python_describes_every_option():
-    for argument in fields(options.ReportOptions):
-        assert f"{argument.name}: {argument.metadata['description']}"[:60] in quality_report.__doc__
-    assert "{options}" not in quality_report.__doc__
+@pytest.mark.parametrize(
+    ("function", "group"),
+    [
+        (Pipeline.__call__, options.Options),
+        (calibrate, options.CalibrationOptions),
+        (quality_report, options.ReportOptions),
+    ],
+    ids=["call", "calibrate", "report"],
+)
+def test_help_in_python_describes_every_option(function, group):
+    words = " ".join(function.__doc__.split())
+    assert "{options}" not in words
+    for argument in fields(group):
+        assert f"{argument.name}: {argument.metadata['description']}." in words
 
 
 def test_sample_writes_images_that_say_how_they_were_made(tiny_sd35, tmp_path, cache, capsys):

@@ -1,7 +1,9 @@
 """The quality report: its table, the noise floor, time, and the two files."""
 
+import gc
 import json
 import time
+import weakref
 from html.parser import HTMLParser
 from statistics import median
 from types import SimpleNamespace
@@ -24,8 +26,21 @@ def plans(tiny_sd35):
 
 @pytest.fixture(scope="module")
 def made(plans, tiny_sd35):
+    opened, alive, load = [], [], Pipeline.from_pretrained
+
+    def watched(*args, **options):
+        gc.collect()
+        alive.append(sum(pipeline() is not None for pipeline in opened))
+        pipeline = load(*args, **options)
+        opened.append(weakref.ref(pipeline))
+        return pipeline
+
     limits = {"ssim": 0.97, "psnr": 20.0}
-    return quality_report(tiny_sd35, plans, PROMPTS[:3], seed=[0, 7], batch=4, limits=limits, progress=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Pipeline, "from_pretrained", watched)
+        report = quality_report(tiny_sd35, plans, PROMPTS[:3], seed=[0, 7], batch=4, limits=limits, progress=False)
+    assert alive == [0, 0], "two sets of weights were in memory at once"
+    return report
 
 
 def line_of(made, name):
@@ -33,7 +48,7 @@ def line_of(made, name):
     return next(line for line in made.lines if line.name == name)
 
 
-def test_rows_are_the_plans_between_noise_and_another_seed(made):
+def test_lines_are_the_plans_between_noise_and_another_seed(made):
     names = ["dense", "float32, sums reordered", "bfloat16 against float32", "bfloat16, sums reordered"]
     assert [line.name for line in made.lines] == [*names, "full", "arrows", "broken", "another seed"]
     psnr = {line.name: line.mean("psnr") for line in made.lines[1:]}
