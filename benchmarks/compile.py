@@ -3,8 +3,8 @@
     JAX_PLATFORMS=cpu python3.12 -m benchmarks.compile [--models FLUX.1-dev ...] [--pixels 1024 2048]
 
 Compiles `dfa2_jax.sampling.loop.denoise` with its layers scanned and unrolled, and writes JSON and a Markdown table.
-The number of steps is traced, the dtype is bfloat16, the batch is one image, and SD3 is guided. This takes about 10 minutes
-of CPU time, most of it for the unrolled programs. `pallas_kernels.inspect.aot` says what must be installed.
+The number of steps is traced, the dtype is bfloat16, the batch is one image, and SD3 is guided. This takes about 10
+minutes of CPU time, most of it for the unrolled programs. `pallas_kernels.inspect.aot` says what must be installed.
 """
 
 import argparse
