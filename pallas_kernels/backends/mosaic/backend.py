@@ -25,7 +25,8 @@ class Mosaic:
         if device.capability is not None and int(device.capability) != 9:
             return f"the Mosaic kernel is for compute capability 9 (Hopper), not {device.capability}"
         if not problem.has_every_query:
-            return f"the Mosaic kernel needs every query: {problem.q.shape[1]=} but {problem.k.shape[1]=}"
+            q, k = problem.q, problem.k
+            return f"the Mosaic kernel needs every query: {q.shape[1]=} but {k.shape[1]=}"
         return device.no_gpu
 
     def arrow(self, problem: Problem[Array], *, interpret: bool) -> Float[Array, "*L B T N H"]:
