@@ -10,6 +10,24 @@ from benchmarks.page_tables.base import table
 
 
 @table(
+    "demo",
+    "demo_report.json",
+    "images | PSNR, dB: mean, worst | SSIM: mean, worst | kept pairs | speedup, predicted",
+    "make demo",
+)
+def demo(data: Any) -> Iterator[list[str]]:
+    for one in data["rows"]:
+        if one["kind"] == "dense" or "left_out" in one:
+            continue
+        scores = [[one["metrics"][name][kind] for kind in ("mean", "worst")] for name in ("psnr", "ssim")]
+        cells = [f"{scores[0][0]:.1f}, {scores[0][1]:.1f}", f"{scores[1][0]:.4f}, {scores[1][1]:.4f}"]
+        if one["kind"] == "plan":
+            cells += [f"{one['density']['exact']:.2f}", f"{one['speedup']:.2f}x, {one['predicted_speedup']:.2f}x"]
+        name = f"plan, {one['name'].replace('-', ' ')}" if one["kind"] == "plan" else one["name"]
+        yield [name, *cells, *[""] * (4 - len(cells))]
+
+
+@table(
     "checkpoint",
     "checkpoint.json",
     "size | captions | background, colours, shapes right | IoU",
