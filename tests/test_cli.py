@@ -20,7 +20,7 @@ from PIL import Image
 
 import dfa2_jax
 from dfa2_jax import Pipeline, Plan, calibrate, cli, convert_checkpoint, options, quality_report
-from dfa2_jax.calibration import calibrate as calibration
+from dfa2_jax.calibration.resume import Checkpointed
 
 PROMPT = "a large red circle"
 SIZE = ["--height", "64", "--width", "96", "--steps", "2", "--max-sequence-length", "16"]
@@ -269,7 +269,7 @@ def test_an_interrupted_calibration_goes_on_with_the_same_command(
     plan = tmp_path / "plan.json"
     arguments = ["calibrate", str(tiny_flux_schnell), "--prompts", str(prompts), "--out", str(plan), *SIZE[:4]]
     arguments += ["--steps", "4", "--max-sequence-length", "16", "--windows", "4"]
-    add, seen = calibration.Progress.add, []
+    add, seen = Checkpointed.add, []
 
     def stop(self, *found):
         add(self, *found)
@@ -277,7 +277,7 @@ def test_an_interrupted_calibration_goes_on_with_the_same_command(
         if len(seen) == 1:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(calibration.Progress, "add", stop)
+    monkeypatch.setattr(Checkpointed, "add", stop)
     assert cli.main(arguments) == 130 and not plan.exists()
     assert cli.main(arguments) == 0 and seen == [1, 2, 3]
     assert plan.exists() and not (tmp_path / "plan.json.progress").exists()
