@@ -97,16 +97,7 @@ class Rings:
 
 
 def _attend(
-    windows: Ref,
-    q: Ref,
-    k: Ref,
-    v: Ref,
-    out: Ref,
-    shared: Shared,
-    *,
-    jobs: Jobs,
-    count: int,
-    interpret: bool,
+    windows: Ref, q: Ref, k: Ref, v: Ref, out: Ref, shared: Shared, *, jobs: Jobs, count: int, interpret: bool
 ) -> tuple[Jobs, Work, Work]:
     layout = jobs.layout
 

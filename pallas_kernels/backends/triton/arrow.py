@@ -129,6 +129,24 @@ class Program:
         self.masked_stop = jnp.where(is_text & (self.part < cut.parts - 1), 0, steps(self.masked))
 
 
+def _store(running: Running, target: Ref, parts: list[Ref], here: Program, rows: int, b: Scalar, head: Scalar) -> None:
+    """The output of this program's queries; of text queries whose keys are split, a part of it."""
+    mine, result = here.queries, running.values / running.total[:, None]
+    if not parts:
+        plgpu.store(target, result.astype(target.dtype), mask=mine.exist)
+        return
+
+    @pl.when(mine.is_text)
+    def store_part():
+        places = pl.ds(mine.tile * rows, rows)
+        plgpu.store(parts[0].at[b, head, here.part, places, :], result)
+        plgpu.store(parts[1].at[b, head, here.part, places], running.highest + jnp.log2(running.total))
+
+    @pl.when(jnp.logical_not(mine.is_text))
+    def store_output():
+        plgpu.store(target, result.astype(target.dtype), mask=mine.exist)
+
+
 def _attend(
     layer: Ref,
     order: Ref,
@@ -179,20 +197,7 @@ def _attend(
         running = nothing(cut.tiles.rows, q.shape[-1])
         running = lax.fori_loop(here.clean_start, here.clean_stop, clean, running)
         running = lax.fori_loop(0, here.masked_stop, masked, running)
-        result = running.values / running.total[:, None]
-        if not parts:
-            plgpu.store(target, result.astype(out.dtype), mask=mine.exist)
-            return
-
-        @pl.when(mine.is_text)
-        def store_part():
-            rows = pl.ds(mine.tile * cut.tiles.rows, cut.tiles.rows)
-            plgpu.store(parts[0].at[b, head, here.part, rows, :], result)
-            plgpu.store(parts[1].at[b, head, here.part, rows], running.highest + jnp.log2(running.total))
-
-        @pl.when(jnp.logical_not(mine.is_text))
-        def store_output():
-            plgpu.store(target, result.astype(out.dtype), mask=mine.exist)
+        _store(running, target, parts, here, cut.tiles.rows, b, head)
 
     if not has_cache:
 

@@ -49,17 +49,9 @@ def nested_arrow_attention(
 
 
 def _attend(
-    windows: Ref,
-    q: Ref,
-    k: Ref,
-    v: Ref,
-    out: Ref,
-    *,
-    layout: Layout,
-    tiles: Tiles,
-    scale: float,
-    inline_asm: bool,
-) -> None:
+    windows: Ref, q: Ref, k: Ref, v: Ref, out: Ref,
+    *, layout: Layout, tiles: Tiles, scale: float, inline_asm: bool,
+) -> None:  # fmt: skip
     text_tiles = pl.cdiv(layout.num_text, tiles.rows)
     program, b, head = pl.program_id(0), pl.program_id(1), pl.program_id(2)
     is_text = program < text_tiles
