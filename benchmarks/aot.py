@@ -41,15 +41,15 @@ def build(
 ) -> tuple[aot.Target, aot.Compiled, aot.Kernel]:
     """The kernel that attends, in a program of its own with a cache that is given away."""
     target, layout = aot.target(gpu), LAYOUTS[head_dim]
-    one = target.abstract(jax.ShapeDtypeStruct((1, layout.length, HEADS, head_dim), jnp.dtype(dtype)))
+    tensor = target.abstract(jax.ShapeDtypeStruct((1, layout.length, HEADS, head_dim), jnp.dtype(dtype)))
     options = {"layout": layout, "implementation": implementation}
     if kind == "arrow":
         function = jax.jit(partial(arrow_attention, **options), donate_argnames="cache")
         half_window = jax.ShapeDtypeStruct((HEADS,), jnp.int32)
-        compiled, kernels = aot.kernels(target, function, one, one, one, half_window, cache=one)
+        compiled, kernels = aot.kernels(target, function, tensor, tensor, tensor, half_window, cache=tensor)
     else:
         function = jax.jit(partial(nested_arrow_attention, **options))
-        compiled, kernels = aot.kernels(target, function, one, one, one, jnp.arange(4, dtype=jnp.int32))
+        compiled, kernels = aot.kernels(target, function, tensor, tensor, tensor, jnp.arange(4, dtype=jnp.int32))
     names = (
         *("arrow_attention", "nested_arrow_attention"),
         *("arrow_attention_mosaic_mosaic_gpu_kernel", "_arrow_attention"),  # Mosaic's, jax-triton's

@@ -26,15 +26,15 @@ import numpy as np
 from benchmarks.attention import Shape, check, clock, measure, shapes, visited, windows
 from benchmarks.machine import describe_machine
 from pallas_kernels import arrow_attention
-from pallas_kernels.backends.mosaic import block as mosaic_common
+from pallas_kernels.backends.mosaic import block
 from pallas_kernels.backends.mosaic import jobs as mosaic_jobs
 
 ROWS = ("V/16", "V/32", "V/64")
 
 
 def without_masks() -> Any:
-    attend = mosaic_common.attend_tile
-    return patch.object(mosaic_common, "attend_tile", lambda *args, kept=None, **kwargs: attend(*args, **kwargs))
+    attend = block.attend_tile
+    return patch.object(block, "attend_tile", lambda *args, kept=None, **kwargs: attend(*args, **kwargs))
 
 
 @contextmanager
@@ -102,12 +102,12 @@ def main() -> None:
     args = parser.parse_args()
     result: dict[str, Any] = {"machine": describe_machine(), "device": jax.devices()[0].device_kind, "shapes": []}
     for shape in shapes():
-        found = run(shape, args.rounds)
-        result["shapes"].append(found)
-        print(shape.name, f"{found['clock_mhz']} MHz")
+        measured = run(shape, args.rounds)
+        result["shapes"].append(measured)
+        print(shape.name, f"{measured['clock_mhz']} MHz")
         for row in ROWS:
-            parts = ", ".join(f"{name} {found['milliseconds'][f'{name} {row}']:.3f}" for name in VARIANTS)
-            print(f"  {row}: by steps {found['by_steps'][row]:.3f} ms, {parts}", flush=True)
+            parts = ", ".join(f"{name} {measured['milliseconds'][f'{name} {row}']:.3f}" for name in VARIANTS)
+            print(f"  {row}: by steps {measured['by_steps'][row]:.3f} ms, {parts}", flush=True)
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(result, indent=1) + "\n")
 

@@ -47,19 +47,19 @@ def draw_intensity(axes: plt.Axes) -> None:
 
 def points() -> list[tuple[str, float, float]]:
     """(kind, predicted, measured) in milliseconds, of what is shipped."""
-    found = []
+    pairs = []
     for entry in json.loads((RESULTS / "attention_gpu.json").read_text())["shapes"]:
         batch, head_dim, layout = SHAPES[entry["shape"]]
         visual, times = layout.num_visual, entry["milliseconds"]
         for name, parts in (("full", None), ("V/16", 16), ("V/32", 32), ("V/64", 64)):
             window = np.full(HEADS, FULL if parts is None else visual // parts)
-            found.append(
+            pairs.append(
                 ("arrows", cost.arrow_seconds("h200", head_dim, layout, window, batch), times[f"arrow {name}"])
             )
         ladder = visual // np.array([64, 32, 16, 8])
-        found.append(("nested", cost.nested_seconds("h200", head_dim, layout, ladder, HEADS, batch), times["nested"]))
-        found.append(("dense (cuDNN)", cost.dense_seconds("h200", head_dim, layout, HEADS, batch), times["dense"]))
-    return [(kind, 1e3 * predicted, measured) for kind, predicted, measured in found]
+        pairs.append(("nested", cost.nested_seconds("h200", head_dim, layout, ladder, HEADS, batch), times["nested"]))
+        pairs.append(("dense (cuDNN)", cost.dense_seconds("h200", head_dim, layout, HEADS, batch), times["dense"]))
+    return [(kind, 1e3 * predicted, measured) for kind, predicted, measured in pairs]
 
 
 def draw_predictions(axes: plt.Axes) -> None:

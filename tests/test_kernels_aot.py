@@ -25,8 +25,8 @@ FUSED_EXP2 = ("fma.rn.ftz.f32", "ex2.approx.ftz.f32")
 def compiled_arrow(gpu, layout, head_dim, dtype, layers=None, implementation="triton"):
     """With a donated cache, or a stack of them."""
     target = aot.target(gpu)
-    one = jax.ShapeDtypeStruct((1, layout.length, HEADS, head_dim), dtype)
-    cache = one if layers is None else jax.ShapeDtypeStruct((layers, *one.shape), dtype)
+    tensor = jax.ShapeDtypeStruct((1, layout.length, HEADS, head_dim), dtype)
+    cache = tensor if layers is None else jax.ShapeDtypeStruct((layers, *tensor.shape), dtype)
     scalars = (
         jax.ShapeDtypeStruct((HEADS,), jnp.int32),
         *([] if layers is None else [jax.ShapeDtypeStruct((), jnp.int32)]),
@@ -37,7 +37,7 @@ def compiled_arrow(gpu, layout, head_dim, dtype, layers=None, implementation="tr
         options = dict(zip(["layer"], layer, strict=False), implementation=implementation)
         return arrow_attention(q, k, v, half_window, layout=layout, cache=cache, **options)
 
-    return target, *aot.kernels(target, attend, *target.abstract((one, one, one, cache, *scalars)))
+    return target, *aot.kernels(target, attend, *target.abstract((tensor, tensor, tensor, cache, *scalars)))
 
 
 def assert_spills_nothing(gpu, kernels):
@@ -99,10 +99,10 @@ def test_the_cost_model_knows_the_machine_code_of_arrows(gpu, layout, head_dim):
 @cache
 def compiled_nested(gpu, layout, head_dim):
     target = aot.target(gpu)
-    one = jax.ShapeDtypeStruct((1, layout.length, HEADS, head_dim), jnp.bfloat16)
+    tensor = jax.ShapeDtypeStruct((1, layout.length, HEADS, head_dim), jnp.bfloat16)
     windows = jax.ShapeDtypeStruct((4,), jnp.int32)
     attend = jax.jit(partial(nested_arrow_attention, layout=layout, implementation="triton"))
-    return target, *aot.kernels(target, attend, *target.abstract((one, one, one, windows)))
+    return target, *aot.kernels(target, attend, *target.abstract((tensor, tensor, tensor, windows)))
 
 
 @pytest.mark.aot
@@ -133,10 +133,10 @@ def test_nested_windows_share_a_pass_but_not_in_float32():
     together = {"h200": {"nested_arrow_attention_mosaic_mosaic_gpu_kernel"}, "a100": {"nested_arrow_attention"}}
     for gpu, dtype in product(together, (jnp.bfloat16, jnp.float32)):
         target = aot.target(gpu)
-        one = target.abstract(jax.ShapeDtypeStruct((1, layout.length, HEADS, 128), dtype))
+        tensor = target.abstract(jax.ShapeDtypeStruct((1, layout.length, HEADS, 128), dtype))
         windows = target.abstract(jax.ShapeDtypeStruct((4,), jnp.int32))
         attend = jax.jit(partial(nested_arrow_attention, layout=layout))
-        _, kernels = aot.kernels(target, attend, one, one, one, windows)
+        _, kernels = aot.kernels(target, attend, tensor, tensor, tensor, windows)
         expected = apart if dtype == jnp.float32 else together[gpu]
         assert {kernel.name for kernel in kernels if "arrow" in kernel.name} == expected
 
@@ -179,10 +179,10 @@ def test_mosaic_nested_arrows_spill_nothing_copy_nothing_and_issue_little(layout
     from pallas_kernels.backends.mosaic.nested import KEYS, ROWS  # needs a newer jax than the rest
 
     target = aot.target("h200")
-    one = target.abstract(jax.ShapeDtypeStruct((1, layout.length, HEADS, head_dim), jnp.bfloat16))
+    tensor = target.abstract(jax.ShapeDtypeStruct((1, layout.length, HEADS, head_dim), jnp.bfloat16))
     windows = target.abstract(jax.ShapeDtypeStruct((4,), jnp.int32))
     nested = jax.jit(partial(nested_arrow_attention, layout=layout, implementation="mosaic"))
-    compiled, kernels = aot.kernels(target, nested, one, one, one, windows)
+    compiled, kernels = aot.kernels(target, nested, tensor, tensor, tensor, windows)
     (kernel,) = (kernel for kernel in kernels if "arrow" in kernel.name)
     assert kernel.spill_bytes == 0
     assert kernel.wgmma > 0 and kernel.tma > 0
@@ -190,7 +190,7 @@ def test_mosaic_nested_arrows_spill_nothing_copy_nothing_and_issue_little(layout
     assert clean <= 7.5 and masked <= 11
     for name in ("q", "k", "v"):
         assert not weight_copies(compiled.hlo, name)
-    assert compiled.temp_bytes <= 1.01 * one.size * 2  # text rows of one tile are put right in place
+    assert compiled.temp_bytes <= 1.01 * tensor.size * 2  # text rows of one tile are put right in place
 
 
 @pytest.mark.aot
@@ -200,7 +200,7 @@ def test_two_gpus_share_heads_or_batch_without_collectives(implementation, over)
     """Mosaic's interpret mode holds one device at a time: tests/test_arrow_transforms.py runs the others on two."""
     mesh = aot.target("h200", devices=2).mesh
     tokens, heads = (P(None, None, "device"), P("device")) if over == "heads" else (P("device"), P())
-    one = jax.ShapeDtypeStruct((2, SD3.length, HEADS, 64), jnp.bfloat16, sharding=NamedSharding(mesh, tokens))
+    tensor = jax.ShapeDtypeStruct((2, SD3.length, HEADS, 64), jnp.bfloat16, sharding=NamedSharding(mesh, tokens))
     window = jax.ShapeDtypeStruct((HEADS,), jnp.int32, sharding=NamedSharding(mesh, heads))
 
     def attend(q, k, v, window, cache):
@@ -209,10 +209,10 @@ def test_two_gpus_share_heads_or_batch_without_collectives(implementation, over)
     specs = tokens, tokens, tokens, heads, tokens
     sharded = jax.shard_map(attend, mesh=mesh, in_specs=specs, out_specs=tokens, check_vma=False)
     with jax.set_mesh(mesh):
-        compiled = jax.jit(sharded, donate_argnums=4).lower(one, one, one, window, one).compile()
+        compiled = jax.jit(sharded, donate_argnums=4).lower(tensor, tensor, tensor, window, tensor).compile()
     assert not re.search(r" (all-|collective-|reduce-scatter)[\w-]*\(", compiled.as_text())
     memory = compiled.memory_analysis()
-    assert memory.alias_size_in_bytes == memory.output_size_in_bytes == one.size  # of one GPU: half, of 2 bytes each
+    assert memory.alias_size_in_bytes == memory.output_size_in_bytes == tensor.size  # of one GPU: half, of 2 bytes each
 
 
 @pytest.mark.aot
