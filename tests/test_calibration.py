@@ -196,9 +196,9 @@ def test_heads_in_another_order_have_the_same_plan_in_that_order(name, pipelines
 @pytest.fixture
 def seen(monkeypatch):
     """Errors of every candidate that calibrations find, [layers, heads, candidates] by step."""
-    found, add = [], calibration.Progress.add
+    found, add = [], calibration.Checkpointed.add
     monkeypatch.setattr(
-        calibration.Progress, "add", lambda self, picks, errors: (found.append(errors), add(self, picks, errors))
+        calibration.Checkpointed, "add", lambda self, picks, errors: (found.append(errors), add(self, picks, errors))
     )
     return found
 
@@ -217,18 +217,18 @@ def test_chunks_of_the_batch_change_nothing(name, pipelines, seen):
 @pytest.mark.parametrize("name", CASES)
 def test_an_interrupted_calibration_goes_on(name, pipelines, tmp_path, monkeypatch):
     pipeline, path = pipelines(name), tmp_path / "progress.json"
-    whole, add = find(pipeline, name, delta=0.6), calibration.Progress.add
+    whole, add = find(pipeline, name, delta=0.6), calibration.Checkpointed.add
 
     def stop(self, picks, errors):
         add(self, picks, errors)
         if self.steps == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(calibration.Progress, "add", stop)
+    monkeypatch.setattr(calibration.Checkpointed, "add", stop)
     with pytest.raises(KeyboardInterrupt):
         find(pipeline, name, delta=0.6, resume=path)
     kept, steps = json.loads(path.read_text()), []
-    monkeypatch.setattr(calibration.Progress, "add", lambda self, *found: (steps.append(1), add(self, *found)))
+    monkeypatch.setattr(calibration.Checkpointed, "add", lambda self, *found: (steps.append(1), add(self, *found)))
     assert find(pipeline, name, delta=0.6, resume=path) == whole
     assert len(steps) == 2  # of four after the first
     with pytest.raises(ValueError, match="is the progress of another calibration"):

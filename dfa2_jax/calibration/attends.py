@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 from dfa2_jax.calibration.search import choose
 from dfa2_jax.nn.attention import Heads, LayerPlan, Project, arrow_attention, nested_arrow_attention
 from dfa2_jax.nn.carrier import carrier
-from dfa2_jax.plan.plan import Method
+from dfa2_jax.plan.method import Method
 from pallas_kernels.layout import CACHED, FULL, Layout
 from pallas_kernels.mask import count_tiles
 

@@ -20,7 +20,7 @@ from dfa2_jax.nn.attention import Heads, Project, arrow_attention, by_stack, in_
 from dfa2_jax.nn.carrier import carrier
 from dfa2_jax.options import Options, of_names
 from dfa2_jax.pipeline.pipeline import Pipeline
-from dfa2_jax.plan.plan import CACHED_METHOD, FULL_METHOD, Method
+from dfa2_jax.plan.method import CACHED_METHOD, FULL_METHOD, Method
 from dfa2_jax.sampling.inputs import Inputs
 from dfa2_jax.sampling.loop import State, denoise_step
 from pallas_kernels.layout import CACHED, FULL, Layout

@@ -27,7 +27,8 @@ from dfa2_jax.nn.linear import XLA_OPTIONS
 from dfa2_jax.options import CALL, CalibrationOptions, Options, described, suggests_names
 from dfa2_jax.pipeline.call import Call
 from dfa2_jax.pipeline.pipeline import Pipeline
-from dfa2_jax.plan.plan import CACHED_METHOD, FULL_METHOD, Method, Plan
+from dfa2_jax.plan.method import CACHED_METHOD, FULL_METHOD, Method
+from dfa2_jax.plan.plan import Plan
 from dfa2_jax.plan.setting import CalibrationRecord, Density, Setting
 from dfa2_jax.sampling.inputs import Inputs
 from dfa2_jax.sampling.loop import State, denoise_step
@@ -141,9 +142,9 @@ class Study:
         tiles = options.tiles or PLANNING_TILES.get(pipeline.config.attention_head_dim, (128, 128))
         _check(prompts, options, tiles)
         call = pipeline.prepare(Options(prompt=prompts, seed=options.seed, output_type="latent", **arguments))
-        negative, scale = arguments["negative_prompt"], arguments["guidance_scale"]
+        negative, guidance_scale = arguments["negative_prompt"], arguments["guidance_scale"]
         if negative is not None and call.request.cfg_scale is None:
-            raise ValueError(f"negative_prompt={negative:.100} has no effect: this model does not guide at {scale}.")
+            raise ValueError(f"negative_prompt={negative:.100} has no effect: no guidance at {guidance_scale=}.")
         chunk = options.attention_chunk
         if chunk is not None and (chunk < 1 or call.batch % chunk):
             raise ValueError(

@@ -12,7 +12,6 @@ from jaxtyping import Int, UInt8
 
 from dfa2_jax.io.atomic import replacing
 from dfa2_jax.plan.file import blame_file, content_of, digest_of, read, written
-from dfa2_jax.plan.method import CACHED_METHOD as CACHED_METHOD
 from dfa2_jax.plan.method import FULL_METHOD, Method, PlanError, letters
 from dfa2_jax.plan.setting import CalibrationRecord, Setting
 from pallas_kernels.layout import FULL
