@@ -30,12 +30,14 @@ class Output:
     metadata: dict[str, Any] = field(repr=False)
 
 
-def density(call: Call) -> float:
+def density(call: Call) -> float | None:
     """The kept share of a call's query-key pairs: of its plan, and of skip-layer guidance's forwards.
 
-    Those are dense, of the conditional half of the batch, without some blocks.
+    Those are dense, of the conditional half of the batch, without some blocks. None: of an attention of the user's own.
     """
     plan, guidance = call.options.plan, call.inputs.guidance
+    if call.options.attend is not None:
+        return None
     if plan is None:
         return 1.0
     if not isinstance(guidance, SkipLayer):
@@ -47,7 +49,7 @@ def density(call: Call) -> float:
     return (plan.density() * every + more) / (every + more)
 
 
-def metadata(call: Call, density: float) -> dict[str, Any]:
+def metadata(call: Call, density: float | None) -> dict[str, Any]:
     """Options as resolved; arrays only by their shape."""
     options, request, pipeline = call.options, call.request, call.pipeline
     values = {one.name: getattr(options, one.name) for one in fields(options)}
