@@ -38,7 +38,7 @@ def test_all_faults_are_reported_together(folder):
         "transformer_blocks.7.attn.to_q.weight",
         "single_transformer_blocks.ff.up.bias, layer 1",
         "proj_out.bias",
-        "x_embedder.weight is [64, 65], which does not fill x_embedder.kernel [64, 64]",
+        "x_embedder.weight is [64, 65], which does not fill x_embedder.weight.kernel [64, 64]",
     ):
         assert part in str(caught.value)
 
@@ -229,7 +229,7 @@ def test_names_that_are_no_text(value, folder, tmp_path):
     with refuses(folder, "model_index.json is of a"):
         open_checkpoint(folder)
     config = json.loads((tmp_path / "converted" / "config.json").read_text())
-    config["components"]["transformer"]["dtype"] = value
+    next(iter(config["components"]["transformer"]["arrays"].values()))["dtype"] = value
     (tmp_path / "converted" / "config.json").write_text(json.dumps(config))
-    with refuses(folder, "of transformer is not one of"):
+    with refuses(tmp_path / "converted", "is not one of"):
         open_checkpoint(tmp_path / "converted")

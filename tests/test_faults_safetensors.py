@@ -124,7 +124,7 @@ def shard(folder, weight_map=None):
 def test_shards_load(folder):
     whole = load(folder)
     shard(folder)
-    np.testing.assert_array_equal(load(folder).proj_out.kernel[...], whole.proj_out.kernel[...])
+    np.testing.assert_array_equal(load(folder).proj_out.weight.kernel[...], whole.proj_out.weight.kernel[...])
 
 
 @pytest.mark.parametrize(

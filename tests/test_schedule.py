@@ -2,12 +2,15 @@
 
 import numpy as np
 import pytest
+from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dfa2_jax.families.base import SD3, Flux
 from dfa2_jax.families.flux.config import FluxConfig
+from dfa2_jax.families.flux.family import Flux
 from dfa2_jax.families.sd3.config import SD3Config
+from dfa2_jax.families.sd3.family import SD3
+from dfa2_jax.families.sd3.transformer import PositionTable
 from dfa2_jax.sampling.noise import torch_randn
 from dfa2_jax.sampling.sinusoid import sinusoid
 from dfa2_jax.sampling.solvers.flow_euler import embedded_scalar, flow_match_sigmas
@@ -46,10 +49,11 @@ def test_known_values():
     """models of the schedule that published pipelines use, to four digits."""
     sd3 = flow_match_sigmas(SD3_SCHEDULER, 28, 4096)
     np.testing.assert_allclose(sd3[[0, 1, 2, 26, 27, 28]], [1, 0.9874, 0.9741, 0.1109, 0.00893, 0], atol=5e-5)
-    flux = Flux(FluxConfig.from_json({}), FLUX_SCHNELL)
-    np.testing.assert_allclose(flux.sigmas(None, 4, 4096), [1, 0.75, 0.5, 0.25, 0])
-    dev = Flux(FluxConfig.from_json({"guidance_embeds": True}), FLUX_DEV)
-    assert abs(dev.sigmas(None, 28, 16384)[-2] - 0.484) < 5e-4  # mu 3.23 at 2048 px is not clamped
+    flux = Flux(FluxConfig.from_json({}), FLUX_SCHNELL, nnx.Module())
+    np.testing.assert_allclose(flux.schedule(None, 4, 4096, np.float32).sigmas, [1, 0.75, 0.5, 0.25, 0])
+    dev = Flux(FluxConfig.from_json({"guidance_embeds": True}), FLUX_DEV, nnx.Module())
+    sigmas = dev.schedule(None, 28, 16384, np.float32).sigmas
+    assert abs(sigmas[-2] - 0.484) < 5e-4  # mu 3.23 at 2048 px is not clamped
 
 
 @pytest.mark.torch
@@ -58,9 +62,11 @@ def test_sd3_dynamic_shift_defaults_to_its_own_maximum():
     config = {"use_dynamic_shifting": True}
     heads = {"attention_head_dim": 16, "num_attention_heads": 2, "caption_projection_dim": 32}
     widths = {"joint_attention_dim": 32, "pooled_projection_dim": 8, "pos_embed_max_size": 4, "num_layers": 1}
-    model = SD3(SD3Config.from_json(heads | widths), config, np.zeros((16, 32)))
+    transformer = nnx.Module()
+    transformer.pos_embed = PositionTable(np.zeros((16, 32), np.float32))
+    model = SD3(SD3Config.from_json(heads | widths), config, transformer)
     theirs = diffusers_sigmas(config, 10, 4096, max_shift=1.16).sigmas.numpy()
-    np.testing.assert_allclose(model.sigmas(None, 10, 4096), theirs, rtol=1.2e-7)
+    np.testing.assert_allclose(model.schedule(None, 10, 4096, np.float32).sigmas, theirs, rtol=1.2e-7)
 
 
 @pytest.mark.parametrize(

@@ -97,11 +97,12 @@ def test_any_floats_stay_within_the_budget():
 @pytest.mark.parametrize("delta", [0.2, 0.4, 0.6, 0.7, 0.8, 1.1, 2.3])
 def test_a_budget_in_float64_is_kept(delta):
     """The nearest float32 may be above it: float32(0.6) is 0.60000002."""
-    just, above = Budget.of(delta, None, 1).delta, np.float32(delta)
+    budget = Budget.of(delta, None, 1)
+    just, above = budget.delta, np.float32(delta)
     assert float(just) <= delta < float(np.nextafter(np.float32(just), np.float32(9)))
     errors = jnp.asarray([[float(just)], [float(above)]], jnp.float32)
     for error in errors:
-        picks = np.asarray(choose(error[None], (1,), *Budget.of(delta, None, 1)))
+        picks = np.asarray(choose(error[None], (1,), budget.delta, budget.bound))
         assert spent(picks, np.asarray(error[None])) <= delta
     assert float(Budget.of(delta, 1.5, 24).bound) <= 1.5 * delta / 24
 
