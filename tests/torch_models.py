@@ -29,6 +29,7 @@ def load(make: Callable[[], nnx.Module], source: torch.nn.Module, rename: Callab
     for name, parameter in source.named_parameters():
         path, value = rename(name), parameter.detach().float().numpy()
         if path.endswith("kernel"):
+            path = path if value.ndim == 4 else path.replace("kernel", "weight.kernel")  # a linear layer holds a weight
             value = value.transpose(2, 3, 1, 0) if value.ndim == 4 else value.T
         if row := re.search(r"\.#(\d+)", path):
             found.setdefault(path.replace(row.group(0), ""), []).append((int(row.group(1)), value))
