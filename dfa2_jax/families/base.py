@@ -11,7 +11,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
-from dfa2_jax.nn.attention import Attend, AttentionCall, LayerPlan
+from dfa2_jax.nn.attention import Attend, AttentionCall
 from dfa2_jax.options import Options
 from dfa2_jax.sampling.guidance import Guidance
 from dfa2_jax.sampling.solvers.base import Solver
@@ -76,7 +76,7 @@ class Transformer(Protocol):
         attend: Attend | None = None,
         *,
         memory: dict[str, Any] | None = None,
-        plans: dict[str, LayerPlan] | None = None,
+        plans: dict[str, Any] | None = None,
         skipped_blocks: Bool[Array, " blocks"] | None = None,
         unroll: int | bool = 1,
     ) -> tuple[Float[Array, "B V C"], dict[str, Any]]:

@@ -63,7 +63,7 @@ class StepModel:
     attend: Attend
     conditions: Any
     timestep: Float[Array, "1 256"]
-    plans: dict[str, LayerPlan]
+    plans: dict[str, Any]
     implementation: str | None = None
     unroll: int | bool = 1
 
@@ -84,7 +84,7 @@ def denoise_step(
     inputs: Inputs,
     i: Int[Array, ""] | int,
     state: State,
-    plans: dict[str, LayerPlan] | None = None,
+    plans: dict[str, Any] | None = None,
     *,
     rounding: str | None = None,
     **options: Any,
@@ -176,7 +176,7 @@ def denoise_planned(
     branches = ProjectionBranches.for_length(max(x.shape[1] * x.shape[2] for x in jax.tree.leaves(state.memory)))
     options = {"rounding": rounding, "implementation": implementation, "unroll": unroll}
 
-    def step(skip: bool, i: Array, plans: dict[str, LayerPlan] | None, state: State) -> State:
+    def step(skip: bool, i: Array, plans: dict[str, Any] | None, state: State) -> State:
         return denoise_step(model, Planned(implementation, skip), inputs, i, state, plans, **options)
 
     def later(i: Array, state: State) -> State:

@@ -10,7 +10,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
 from dfa2_jax.families.flux.config import FluxConfig
-from dfa2_jax.nn.attention import Attend, AttentionCall, BlockAttention, Dense, LayerPlan, dense_plans
+from dfa2_jax.nn.attention import Attend, AttentionCall, BlockAttention, Dense, dense_plans
 from dfa2_jax.nn.blocks import JointBlock, SingleBlock
 from dfa2_jax.nn.carrier import carrier
 from dfa2_jax.nn.linear import MLP, Linear
@@ -80,7 +80,7 @@ class FluxTransformer(nnx.Module):
         attend: Attend | None = None,
         *,
         memory: dict[str, Any] | None = None,
-        plans: dict[str, LayerPlan] | None = None,
+        plans: dict[str, Any] | None = None,
         skipped_blocks: Bool[Array, " blocks"] | None = None,
         unroll: int | bool = 1,
     ) -> tuple[Float[Array, "B V C"], dict[str, Any]]:

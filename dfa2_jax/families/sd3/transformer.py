@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
 from dfa2_jax.families.sd3.config import SD3Config, Segment
-from dfa2_jax.nn.attention import Attend, AttentionCall, BlockAttention, Dense, LayerPlan, dense_plans
+from dfa2_jax.nn.attention import Attend, AttentionCall, BlockAttention, Dense, dense_plans
 from dfa2_jax.nn.blocks import DualBlock, JointBlock
 from dfa2_jax.nn.carrier import carrier
 from dfa2_jax.nn.linear import MLP, Linear
@@ -85,7 +85,7 @@ class SD3Transformer(nnx.Module):
         attend: Attend | None = None,
         *,
         memory: dict[str, Any] | None = None,
-        plans: dict[str, LayerPlan] | None = None,
+        plans: dict[str, Any] | None = None,
         skipped_blocks: Bool[Array, " blocks"] | None = None,
         unroll: int | bool = 1,
     ) -> tuple[Float[Array, "B V C"], dict[str, Any]]:
