@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, Literal, Protocol, TypeVar, runtime_checkable
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.layout import Layout
@@ -86,6 +87,11 @@ class Problem(Generic[A]):
         """`half_window` of an arrow problem."""
         assert self.half_window is not None, self.operation
         return self.half_window
+
+    @property
+    def order(self) -> Int[Array, " N"]:
+        """The order in which heads are started."""
+        return jnp.arange(self.q.shape[2], dtype=jnp.int32) if self.head_order is None else jnp.asarray(self.head_order)
 
     @property
     def head_dim(self) -> int:

@@ -18,12 +18,12 @@ import numpy as np
 import triton
 import triton.language as tl  # pyright: ignore[reportMissingImports] of an extra
 from jax.custom_batching import sequential_vmap
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 from triton.runtime import interpreter  # pyright: ignore[reportMissingImports] of an extra
 
-from pallas_kernels.backends.base import Device
+from pallas_kernels.backends.base import Device, Problem
 from pallas_kernels.backends.triton.tiles import Tiles
-from pallas_kernels.layout import CACHED, FULL, Layout
+from pallas_kernels.layout import CACHED, FULL
 from pallas_kernels.mask import EVERYTHING, UNSEEN
 
 FULL, CACHED = tl.constexpr(FULL), tl.constexpr(CACHED)
@@ -36,19 +36,8 @@ INTERPRETING = threading.Lock()
 """Triton's interpreter keeps the program that it runs in a global, and patches `triton.language` meanwhile."""
 
 
-def arrow_attention(
-    q: Float[Array, "B T N H"],
-    k: Float[Array, "B T N H"],
-    v: Float[Array, "B T N H"],
-    half_window: Int[Array, " N"],
-    layout: Layout,
-    cache: Float[Array, "*L B T N H"] | None,
-    layer: Int[Array, ""] | None,
-    head_order: Int[Array, " N"] | None,
-    tiles: Tiles,
-    *,
-    interpret: bool,
-) -> Float[Array, "*L B T N H"]:
+def arrow_attention(problem: Problem[Array], tiles: Tiles, *, interpret: bool) -> Float[Array, "*L B T N H"]:
+    q, layout, cache, layer = problem.q, problem.layout, problem.cache, problem.layer
     batch, _, heads, dim = q.shape
     constants = {
         **{"NUM_TEXT": layout.num_text, "NUM_VISUAL": layout.num_visual, "TEXT_FIRST": layout.text_first},
@@ -78,9 +67,8 @@ def arrow_attention(
 
     return launch(
         jnp.zeros((), jnp.int32) if layer is None else layer,
-        jnp.arange(heads, dtype=jnp.int32) if head_order is None else head_order,
-        half_window,
-        *(q, k, v),
+        *(problem.order, problem.windows),
+        *(q, problem.k, problem.v),
         jnp.full(q.shape, jnp.nan, q.dtype) if cache is None else cache,
     )
 

@@ -26,12 +26,7 @@ class JaxTriton:
     def arrow(self, problem: Problem[Array], *, interpret: bool) -> Float[Array, "*L B T N H"]:
         from pallas_kernels.backends.jax_triton.arrow import arrow_attention
 
-        return arrow_attention(
-            *(problem.q, problem.k, problem.v, problem.windows),
-            *(problem.layout, problem.cache, problem.layer, problem.head_order),
-            self.tiles or tiles_for(problem, Device.current()),
-            interpret=interpret,
-        )
+        return arrow_attention(problem, self.tiles or tiles_for(problem, Device.current()), interpret=interpret)
 
 
 def missing() -> str | None:

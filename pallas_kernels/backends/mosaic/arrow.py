@@ -18,6 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Bool, Float, Int
 
+from pallas_kernels.backends.base import Problem
 from pallas_kernels.backends.kernel_types import Flag, Ref, Scalar
 from pallas_kernels.backends.mosaic import block
 from pallas_kernels.backends.mosaic.block import KEYS, ROWS, Running, Shared, Work, across
@@ -26,26 +27,15 @@ from pallas_kernels.layout import CACHED, FULL, Layout
 from pallas_kernels.mask import EVERYTHING, band
 
 
-def arrow_attention(
-    q: Float[Array, "B T N H"],
-    k: Float[Array, "B T N H"],
-    v: Float[Array, "B T N H"],
-    half_window: Int[Array, " N"],
-    layout: Layout,
-    cache: Float[Array, "*L B T N H"] | None,
-    layer: Int[Array, ""] | None,
-    head_order: Int[Array, " N"] | None,
-    *,
-    interpret: bool,
-) -> Float[Array, "*L B T N H"]:
+def arrow_attention(problem: Problem[Array], *, interpret: bool) -> Float[Array, "*L B T N H"]:
+    q, cache, layer = problem.q, problem.cache, problem.layer
     batch, _, heads, dim = q.shape
-    jobs = Jobs(layout, block.warpgroups(dim, interpret) * ROWS, heads, batch)
-    order = jnp.arange(heads, dtype=jnp.int32) if head_order is None else head_order
+    jobs = Jobs(problem.layout, block.warpgroups(dim, interpret) * ROWS, heads, batch)
     out = jax.new_ref(jnp.full(q.shape, jnp.nan, q.dtype) if cache is None else cache)
     entry = jnp.zeros(1, jnp.int32) if layer is None else layer[None]
     body = partial(_attend, jobs=jobs, stacked=layer is not None, interpret=interpret)
     call = block.kernel(body, jobs, q.dtype, dim, "arrow_attention_mosaic", interpret, out_type=())
-    call(entry, order, half_window, q, k, v, out)
+    call(entry, problem.order, problem.windows, q, problem.k, problem.v, out)
     return out[...]
 
 

@@ -32,20 +32,14 @@ class Mosaic:
     def arrow(self, problem: Problem[Array], *, interpret: bool) -> Float[Array, "*L B T N H"]:
         from pallas_kernels.backends.mosaic.arrow import arrow_attention
 
-        return arrow_attention(
-            *(problem.q, problem.k, problem.v, problem.windows),
-            *(problem.layout, problem.cache, problem.layer, problem.head_order),
-            interpret=interpret,
-        )
+        return arrow_attention(problem, interpret=interpret)
 
     def nested(
         self, problem: Problem[Array], half_windows: Int[Array, " W"], *, interpret: bool
     ) -> Float[Array, "W+1 B T N H"]:
         from pallas_kernels.backends.mosaic.nested import nested_arrow_attention
 
-        return nested_arrow_attention(
-            problem.q, problem.k, problem.v, half_windows, problem.layout, interpret=interpret
-        )
+        return nested_arrow_attention(problem, half_windows, interpret=interpret)
 
     def dense(self, problem: Problem[Array], *, interpret: bool) -> Float[Array, "B T N H"]:
         return jnp.asarray(_dense_mosaic(problem.q, problem.k, problem.v, problem.layout, interpret))

@@ -15,6 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Bool, Float, Int
 
+from pallas_kernels.backends.base import Problem
 from pallas_kernels.backends.kernel_types import Ref, Scalar
 from pallas_kernels.backends.mosaic import block
 from pallas_kernels.backends.mosaic.block import KEYS, ROWS, Running, Shared, Work, across
@@ -24,14 +25,9 @@ from pallas_kernels.mask import EVERYTHING, Band, IntArray, Segment, band, ring,
 
 
 def nested_arrow_attention(
-    q: Float[Array, "B T N H"],
-    k: Float[Array, "B T N H"],
-    v: Float[Array, "B T N H"],
-    half_windows: Int[Array, " W"],
-    layout: Layout,
-    *,
-    interpret: bool,
+    problem: Problem[Array], half_windows: Int[Array, " W"], *, interpret: bool
 ) -> Float[Array, "W+1 B T N H"]:
+    q, layout = problem.q, problem.layout
     batch, _, heads, dim = q.shape
     jobs = Jobs(layout, block.warpgroups(dim, interpret) * ROWS, heads, batch)
     windows = jnp.append(half_windows, jnp.int32(EVERYTHING))
@@ -39,7 +35,7 @@ def nested_arrow_attention(
     outputs = jax.ShapeDtypeStruct((len(windows), *q.shape), q.dtype)
     name = "nested_arrow_attention_mosaic"
     call = block.kernel(body, jobs, q.dtype, dim, name, interpret, out_type=outputs)
-    out = call(windows, q, k, v)
+    out = call(windows, q, problem.k, problem.v)
     text = layout.text
     mixed = (
         slice(text.stop // jobs.rows * jobs.rows, text.stop)

@@ -15,8 +15,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
+from pallas_kernels.backends.base import Problem
 from pallas_kernels.backends.kernel_types import Ref, Scalar
 from pallas_kernels.backends.triton.softmax import Running, attend_tile, nothing, queries, within
 from pallas_kernels.backends.triton.tiles import Tiles
@@ -26,27 +27,12 @@ from pallas_kernels.mask import EVERYTHING, IntArray, Segment, band, steps, tile
 WHOLE = pl.BlockSpec(memory_space=pl.ANY)
 
 
-def arrow_attention(
-    q: Float[Array, "B T N H"],
-    k: Float[Array, "B T N H"],
-    v: Float[Array, "B T N H"],
-    half_window: Int[Array, " N"],
-    layout: Layout,
-    cache: Float[Array, "*L B T N H"] | None,
-    layer: Int[Array, ""] | None,
-    head_order: Int[Array, " N"] | None,
-    tiles: Tiles,
-    *,
-    interpret: bool,
-) -> Float[Array, "*L B T N H"]:
+def arrow_attention(problem: Problem[Array], tiles: Tiles, *, interpret: bool) -> Float[Array, "*L B T N H"]:
+    q, cache, layer = problem.q, problem.cache, problem.layer
     batch, _, heads, dim = q.shape
-    cut = Cut(layout, tiles)
+    cut = Cut(problem.layout, tiles)
     out = jax.ShapeDtypeStruct(q.shape if cache is None else cache.shape, q.dtype)
-    scalars = (
-        jnp.zeros((), jnp.int32) if layer is None else layer,
-        jnp.arange(heads, dtype=jnp.int32) if head_order is None else head_order,
-        half_window,
-    )
+    scalars = jnp.zeros((), jnp.int32) if layer is None else layer, problem.order, problem.windows
     part = batch, heads, cut.parts, cut.text_tiles * tiles.rows
     parts = [jax.ShapeDtypeStruct((*part, dim), jnp.float32), jax.ShapeDtypeStruct(part, jnp.float32)]
     out, *parts = pl.pallas_call(
@@ -59,7 +45,7 @@ def arrow_attention(
         compiler_params=plgpu.CompilerParams(num_warps=tiles.warps, num_stages=tiles.stages),
         interpret=interpret,
         name="arrow_attention",
-    )(*scalars, q, k, v, *([] if cache is None else [cache]))
+    )(*scalars, q, problem.k, problem.v, *([] if cache is None else [cache]))
     if not parts:
         return out
     return pl.pallas_call(
@@ -72,7 +58,7 @@ def arrow_attention(
         compiler_params=plgpu.CompilerParams(num_warps=tiles.warps, num_stages=1),
         interpret=interpret,
         name="arrow_attention_merge",
-    )(scalars[0], half_window, *parts, out)
+    )(scalars[0], problem.windows, *parts, out)
 
 
 @dataclass(frozen=True)

@@ -21,12 +21,7 @@ class Triton:
     def arrow(self, problem: Problem[Array], *, interpret: bool) -> Float[Array, "*L B T N H"]:
         from pallas_kernels.backends.triton.arrow import arrow_attention
 
-        return arrow_attention(
-            *(problem.q, problem.k, problem.v, problem.windows),
-            *(problem.layout, problem.cache, problem.layer, problem.head_order),
-            self.tiles or tiles_for(problem, Device.current()),
-            interpret=interpret,
-        )
+        return arrow_attention(problem, self.tiles or tiles_for(problem, Device.current()), interpret=interpret)
 
     def nested(
         self, problem: Problem[Array], half_windows: Int[Array, " W"], *, interpret: bool
@@ -34,5 +29,4 @@ class Triton:
         from pallas_kernels.backends.triton.nested import nested_arrow_attention
 
         tiles = self.tiles or tiles_for(problem, Device.current())
-        q, k, v = problem.q, problem.k, problem.v
-        return nested_arrow_attention(q, k, v, half_windows, problem.layout, tiles, interpret=interpret)
+        return nested_arrow_attention(problem, half_windows, tiles, interpret=interpret)

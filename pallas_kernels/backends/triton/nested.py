@@ -16,6 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.backends.base import Problem
 from pallas_kernels.backends.kernel_types import Ref, Scalar
 from pallas_kernels.backends.triton.softmax import Running, attend_tile, nothing, queries
 from pallas_kernels.backends.triton.tiles import Tiles
@@ -26,15 +27,9 @@ WHOLE = pl.BlockSpec(memory_space=pl.ANY)
 
 
 def nested_arrow_attention(
-    q: Float[Array, "B T N H"],
-    k: Float[Array, "B T N H"],
-    v: Float[Array, "B T N H"],
-    half_windows: Int[Array, " W"],
-    layout: Layout,
-    tiles: Tiles,
-    *,
-    interpret: bool,
+    problem: Problem[Array], half_windows: Int[Array, " W"], tiles: Tiles, *, interpret: bool
 ) -> Float[Array, "W+1 B T N H"]:
+    q, layout = problem.q, problem.layout
     windows = jnp.append(half_windows, jnp.int32(EVERYTHING))
     return pl.pallas_call(
         partial(_attend, layout=layout, tiles=tiles, scale=q.shape[-1] ** -0.5, inline_asm=not interpret),
@@ -45,7 +40,7 @@ def nested_arrow_attention(
         compiler_params=plgpu.CompilerParams(num_warps=tiles.warps, num_stages=tiles.stages),
         interpret=interpret,
         name="nested_arrow_attention",
-    )(windows, q, k, v)
+    )(windows, q, problem.k, problem.v)
 
 
 def _attend(

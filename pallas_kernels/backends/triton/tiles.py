@@ -46,7 +46,7 @@ TABLE = {
     ("a100", 128, 4): Tiles(rows=32, keys=16, warps=8, stages=2),
 }
 """By GPU, head_dim and bytes of the dtype. In arrow attention none spills on an H200, nor in a loop on an
-A100 (tests/test_kernels_aot.py).
+A100 (tests/kernels/test_kernels_aot.py).
 
 For 16 bits, each is the fastest by `cost.arrow_seconds` of those in benchmarks/results/aot.md. On an H200 64x64 is also
 the fastest measured, or within 4 % of it, over full, narrow and mixed heads at 1024 and 2048 px
