@@ -5,7 +5,7 @@ Attention is causal and padding is attended, as in the diffusers pipelines, whic
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from dfa2_jax.nn.carrier import carrier
 from dfa2_jax.nn.config import config_from_json
 from dfa2_jax.nn.linear import MLP, Linear, gelu_tanh
 from dfa2_jax.nn.scan import run_blocks, stack
@@ -67,17 +68,19 @@ class CLIPTextConfig:
         """From transformers' parsed config.json. Raises ValueError for what this model cannot be."""
         return config_from_json(cls, json)
 
-    def check_clip_skip(self, clip_skip: int) -> int:
-        """`clip_skip` if this model has that hidden state, else ValueError: a traced `skip` cannot be checked."""
-        if not 0 <= clip_skip < self.num_hidden_layers:
-            raise ValueError(f"{clip_skip=} must be from 0 to {self.num_hidden_layers - 1}: {self.num_hidden_layers=}")
-        return clip_skip
 
+@carrier
+class CLIPTextOutput:
+    """Text states.
 
-class CLIPTextOutput(NamedTuple):
-    hidden: Float[Array, "B T D"]  # after `num_hidden_layers - 1 - skip` layers, without the final norm
-    last: Float[Array, "B T D"]  # after all layers and the final norm
-    pooled: Float[Array, "B E"]  # `last` at the end-of-text token, projected where the model has a projection
+    hidden: after `num_hidden_layers - 1 - skip` layers, without the final norm.
+    last: after all layers and the final norm.
+    pooled: `last` at the end-of-text token, projected where the model has a projection.
+    """
+
+    hidden: Float[Array, "B T D"]
+    last: Float[Array, "B T D"]
+    pooled: Float[Array, "B E"]
 
 
 class CLIPAttention(nnx.Module):
@@ -128,7 +131,7 @@ class CLIPTextModel(nnx.Module):
     def __call__(self, ids: Int[Array, "B T"], skip: Int[Array, ""] | int = 0) -> CLIPTextOutput:
         """`skip` is diffusers' `clip_skip`, traced: `hidden` is transformers' `hidden_states[-(skip + 2)]`.
 
-        The caller checks it with `config.check_clip_skip`. Raises ValueError for more tokens than there are positions.
+        The caller checks its range (`Loaded.encode_prompt`). Raises ValueError for more tokens than positions.
         """
         num_tokens, num_layers = ids.shape[1], self.config.num_hidden_layers
         if num_tokens > self.config.max_position_embeddings:

@@ -4,7 +4,8 @@ A family is a folder with a transformer, rules for its weights and a `Family`; `
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from flax import nnx
@@ -12,6 +13,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
 from dfa2_jax.nn.attention import Attend, AttentionCall
+from dfa2_jax.nn.carrier import carrier
 from dfa2_jax.options import Options
 from dfa2_jax.sampling.guidance import Guidance
 from dfa2_jax.sampling.solvers.base import Solver
@@ -22,14 +24,16 @@ Encode = Callable[..., Any]
 """`encode(encoder, tokenizer, prompts, length, *args)`: the encoder's output, None if the folder has none."""
 
 
-class Embeddings(NamedTuple):
+@carrier
+class Embeddings:
     """Text states [B, T, E], and pooled text [B, P] where the family has it."""
 
-    text: np.ndarray
-    pooled: np.ndarray | None = None
+    text: Float[np.ndarray, "B T E"]
+    pooled: Float[np.ndarray, "B P"] | None = None
 
 
-class Defaults(NamedTuple):
+@dataclass(frozen=True)
+class Defaults:
     """What a call takes where it says nothing."""
 
     num_inference_steps: int
@@ -39,15 +43,16 @@ class Defaults(NamedTuple):
     """Latent pixels along a side."""
 
 
-class Schedule(NamedTuple):
+@dataclass(frozen=True)
+class Schedule:
     """The steps of a call.
 
-    sigmas: noise levels [steps + 1], the last one 0.
-    times: [steps], whose sinusoids the transformer takes.
+    sigmas: noise levels, the last one 0.
+    times: their sinusoids are what the transformer takes.
     """
 
-    sigmas: np.ndarray
-    times: np.ndarray
+    sigmas: Float[np.ndarray, " levels"]
+    times: Float[np.ndarray, " steps"]
     solver: Solver
 
 

@@ -1,13 +1,12 @@
 """Norms and the modulation that replaces their parameters; computed in float32, rounded once."""
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from dfa2_jax.nn.carrier import carrier
 from dfa2_jax.nn.linear import Linear
 
 
@@ -33,7 +32,8 @@ class RMSNorm(nnx.Module):
         return (x32 * scale).astype(x.dtype)
 
 
-class Modulation(NamedTuple):
+@carrier
+class Modulation:
     """One branch's share of an adaptive layer norm (DiT, arXiv 2212.09748, section 3.2)."""
 
     shift: Float[Array, "B 1 D"]

@@ -1,7 +1,8 @@
 """What a linear layer multiplies by: one contract, so that a weight may be held in another form."""
 
+from dataclasses import dataclass
 from math import prod
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +32,8 @@ def take_heads(x: Float[Array, "*dims N H"], which: Int[Array, " n"]) -> Float[A
     return rows.reshape(*dims, -1, head_dim)
 
 
-class NamedHeads(NamedTuple):
+@dataclass(frozen=True)
+class NamedHeads:
     """Some heads of a layer whose output is `num_heads` heads."""
 
     num_heads: int

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
 from statistics import median
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -24,14 +24,16 @@ WORST = 5
 """Pairs shown of each plan."""
 
 
-class Shot(NamedTuple):
+@dataclass(frozen=True)
+class Shot:
     """What one image is made from."""
 
     prompt: str
     seed: int
 
 
-class Pair(NamedTuple):
+@dataclass(frozen=True)
+class Pair:
     """A plan's image, and the dense one of the same prompt and seed."""
 
     shot: Shot
@@ -40,7 +42,8 @@ class Pair(NamedTuple):
     scores: dict[str, float]
 
 
-class Judges(NamedTuple):
+@dataclass(frozen=True)
+class Judges:
     """Metrics by name: of an image against the exact one, and against its prompt."""
 
     fidelity: dict[str, Callable[[quality.Image, quality.Image], float]]

@@ -4,7 +4,7 @@ Everything here is row-major over patches. A permutation of visual tokens belong
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import numpy as np
 from jaxtyping import Float
@@ -13,7 +13,8 @@ ROW_COLUMN_CHANNEL, CHANNEL_ROW_COLUMN = (3, 5, 1), (1, 3, 5)
 """Order of numbers inside a token, as axes of [B, C, rows, row, columns, column]: SD3's and FLUX's."""
 
 
-class Grid(NamedTuple):
+@dataclass(frozen=True)
+class Grid:
     """Visual tokens of a picture or a video."""
 
     frames: int

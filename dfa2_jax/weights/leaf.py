@@ -7,7 +7,7 @@ layers. The peak of memory is the final arrays and little more, whatever the siz
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,8 @@ SLAB_BYTES = 2**22
 """What is read, turned and cast at once on the host."""
 
 
-class Block(NamedTuple):
+@dataclass(frozen=True)
+class Block:
     """Rows `start` to `start + len(read())` of a parameter's leading axis. `source` names where they come from."""
 
     source: str

@@ -9,7 +9,6 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
 
 import numpy as np
 
@@ -70,7 +69,8 @@ def conv2d(key: str, target: str) -> list[Rule]:
     return [Rule(rf"{key}\.weight", f"{target}.kernel", conv), Rule(rf"{key}\.bias", f"{target}.bias")]
 
 
-class Piece(NamedTuple):
+@dataclass(frozen=True)
+class Piece:
     """What fills a parameter, or one place of its leading axis."""
 
     path: str

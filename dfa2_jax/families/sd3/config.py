@@ -5,13 +5,14 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any, NamedTuple
+from typing import Any
 
 from dfa2_jax.nn.attention import AttentionCall
 from pallas_kernels.layout import Layout
 
 
-class Segment(NamedTuple):
+@dataclass(frozen=True)
+class Segment:
     """A run of equal blocks, scanned as one."""
 
     dual: bool
