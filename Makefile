@@ -62,17 +62,18 @@ COMPILE = JAX_PLATFORMS=cpu JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 CUDA_HOME=$(CUDA) 
 aot: $(AOT)/ready build/cuda-0.10.2/ready build/cuda-0.12.0.1/ready
 	$(call need_ptxas)
 	JAX_PLATFORMS=cpu JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 $(AOT)/bin/python $(PYTEST) -m "aot and not torch"
-	PYTHONPATH=build/cuda-0.10.2 $(COMPILE) $(BIN)/python $(PYTEST) tests/test_kernels_aot.py -k "spill and not mosaic and not jax_triton"
-	PYTHONPATH=build/cuda-0.12.0.1 $(COMPILE) $(NEXT)/bin/python $(PYTEST) tests/test_kernels_aot.py -k "spill and not jax_triton"
+	PYTHONPATH=build/cuda-0.10.2 $(COMPILE) $(BIN)/python $(PYTEST) tests/kernels/test_kernels_aot.py -k "spill and not mosaic and not jax_triton"
+	PYTHONPATH=build/cuda-0.12.0.1 $(COMPILE) $(NEXT)/bin/python $(PYTEST) tests/kernels/test_kernels_aot.py -k "spill and not jax_triton"
 
 # The suite, less what needs torch, on jax 0.11, and a part of it on the newest. (.ci/run has the older one run a wheel.)
 versions: $(AOT)/ready build/tiny next
 	JAX_PLATFORMS=cpu JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 DFA2_TINY=build/tiny $(CACHE) $(AOT)/bin/python $(PYTEST) -m "not aot and not torch"
 
 # What differs between versions of JAX: kernels, loops and what they compile to.
-DIFFERS := arrow arrow_transforms attention backends calibration calls compile_once family planned real_shapes_lower
+DIFFERS := kernels/test_a*.py kernels/test_backends.py calibration/test_calibration.py families/test_family.py \
+	families/test_real_shapes_lower.py sampling/test_calls.py sampling/test_compile_once.py sampling/test_planned.py
 next: $(NEXT)/ready build/tiny
-	JAX_PLATFORMS=cpu DFA2_TINY=build/tiny $(CACHE) $(NEXT)/bin/python $(PYTEST) -m "not aot and not torch" $(DIFFERS:%=tests/test_%.py)
+	JAX_PLATFORMS=cpu DFA2_TINY=build/tiny $(CACHE) $(NEXT)/bin/python $(PYTEST) -m "not aot and not torch" $(DIFFERS:%=tests/%)
 
 build/tiny: $(VENV)/ready tests/tiny.py
 	rm -rf $@

@@ -79,7 +79,7 @@ NESTED = {
     ("a100", 64): Code(2, 11.2, 18.7),
     ("a100", 128): Code(1, 16.0, 23.8),
 }
-"""Figures of the shipped 16-bit tiles, by GPU and head_dim; tests/test_kernels_aot.py compiles them anew."""
+"""Figures of the shipped 16-bit tiles, by GPU and head_dim; tests/kernels/test_kernels_aot.py compiles them anew."""
 
 
 def score_clocks(gpu: str, head_dim: int, warps: int, issued: float, alone: float = ALONE) -> float:

@@ -22,7 +22,7 @@ def left_out(config):
     """Only where the command says so: with torch missing and no `-m "not torch"`, the run fails."""
     if "not torch" not in config.option.markexpr:
         return []
-    return sorted(file for file in Path(__file__).parent.glob("test_*.py") if NEED_TORCH.search(file.read_text()))
+    return sorted(file for file in Path(__file__).parent.rglob("test_*.py") if NEED_TORCH.search(file.read_text()))
 
 
 def pytest_ignore_collect(collection_path, config):

@@ -1,15 +1,15 @@
 """The cost model against what was measured and compiled, and the paper's roofline."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
+from checkout import ROOT
 
 from pallas_kernels import FULL, Layout, cost
 from pallas_kernels.backends.triton.tiles import TABLE, Tiles
 
-RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
+RESULTS = ROOT / "benchmarks" / "results"
 HEADS = 24
 SHAPES = {
     "FLUX 1K": (1, 128, Layout(512, 4096, True)),

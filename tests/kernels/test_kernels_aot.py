@@ -197,7 +197,7 @@ def test_mosaic_nested_arrows_spill_nothing_copy_nothing_and_issue_little(layout
 @pytest.mark.parametrize("over", ["heads", "batch"])
 @pytest.mark.parametrize("implementation", ["triton", "mosaic", "jax_triton"])
 def test_two_gpus_share_heads_or_batch_without_collectives(implementation, over):
-    """Mosaic's interpret mode holds one device at a time: tests/test_arrow_transforms.py runs the others on two."""
+    """Mosaic's interpret mode holds one device at a time: tests/kernels/test_arrow_transforms.py shares the others."""
     mesh = aot.target("h200", devices=2).mesh
     tokens, heads = (P(None, None, "device"), P("device")) if over == "heads" else (P("device"), P())
     tensor = jax.ShapeDtypeStruct((2, SD3.length, HEADS, 64), jnp.bfloat16, sharding=NamedSharding(mesh, tokens))

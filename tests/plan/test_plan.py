@@ -44,7 +44,7 @@ def test_a_file_gives_the_plan_back(seed, steps, tmp_path_factory):
 
 def test_plans_of_version_1_load_and_keep_their_digest(tmp_path):
     """The file is as the first release wrote it."""
-    path = Path(__file__).parent / "data" / "plan-version-1.json"
+    path = Path(__file__).with_name("plan-version-1.json")
     plan = Plan.load(path)
     assert plan.digest == "sha256:5d40970fb5308a4aee081a262d2d0ad41e1e22e9a8c7cd044b99e6ea4d8bdafa"
     assert plan == sample_plan(3) and plan.calibration.num_prompts == sample_plan(3).calibration.num_prompts

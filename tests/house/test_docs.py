@@ -21,12 +21,12 @@ from typing import NamedTuple
 
 import jax
 import pytest
+from checkout import ROOT
 
 pages_module = pytest.importorskip("benchmarks.pages", reason="benchmarks/ is beside the tests in a checkout alone")
 
 pytestmark = pytest.mark.checkout
 
-ROOT = Path(__file__).parent.parent
 RUN = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 PAGES = [*RUN, ROOT / "CONTRIBUTING.md"]
 

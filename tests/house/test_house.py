@@ -3,11 +3,10 @@
 import ast
 import re
 import subprocess
-from pathlib import Path
 
 import pytest
+from checkout import ROOT
 
-ROOT = Path(__file__).parents[1]
 FILE_LINES, FUNCTION_LINES = 400, 60
 
 LONG_KERNELS = {

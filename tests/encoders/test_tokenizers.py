@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import transformers
+from checkout import ROOT
 from tokenizers import Regex, models, normalizers, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
 
@@ -156,8 +157,7 @@ def test_needs_neither_torch_nor_transformers(folders):
         "Tokenizer.load(sys.argv[1]).encode(['red'], 77);"
         "assert not {'torch', 'transformers'} & set(sys.modules)"
     )
-    root = Path(__file__).parent.parent
-    subprocess.run([sys.executable, "-c", code, str(folders["clip_l_old"])], check=True, cwd=root)
+    subprocess.run([sys.executable, "-c", code, str(folders["clip_l_old"])], check=True, cwd=ROOT)
 
 
 def test_errors_say_what_to_do(tmp_path):

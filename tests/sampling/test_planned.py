@@ -5,7 +5,7 @@ import re
 import jax
 import numpy as np
 import pytest
-from test_pipeline import COMMON, PROMPTS, error, load_theirs, run_theirs
+from pipeline_cases import COMMON, PROMPTS, error, load_theirs, run_theirs
 
 from dfa2_jax import Method, Pipeline, Plan, PlanError
 from dfa2_jax.nn import attention

@@ -2,10 +2,10 @@
 
 import json
 from importlib import import_module
-from pathlib import Path
 
 import numpy as np
 import pytest
+from checkout import ROOT
 from safetensors import safe_open
 
 from dfa2_jax import Pipeline, calibrate
@@ -17,7 +17,7 @@ model = import_module("toy.model")
 
 pytestmark = pytest.mark.checkout
 
-ASSETS = Path(__file__).parents[1] / "assets"
+ASSETS = ROOT / "assets"
 FOLDER = ASSETS / "toy-sd35"
 OPTIONS = {"height": 128, "width": 128, "num_inference_steps": 14, "guidance_scale": 4.0, "max_sequence_length": 32}
 
