@@ -75,6 +75,17 @@ DIFFERS := kernels/test_a*.py kernels/test_backends.py calibration/test_calibrat
 next: $(NEXT)/ready build/tiny
 	JAX_PLATFORMS=cpu DFA2_TINY=build/tiny $(CACHE) $(NEXT)/bin/python $(PYTEST) -m "not aot and not torch" $(DIFFERS:%=tests/%)
 
+# The site, in build/site; without a network, once its environment is there.
+docs: $(DOCS)/ready
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict
+	@echo "Open build/site/index.html"
+
+$(DOCS)/ready: $(LOCKS)/docs.txt
+	$(call need_python,PYTHON311,3.11)
+	$(PYTHON311) -m venv $(DOCS)
+	$(DOCS)/bin/pip install -q --no-deps -r $<
+	touch $@
+
 build/tiny: $(VENV)/ready tests/tiny.py
 	rm -rf $@
 	$(BIN)/python tests/tiny.py $@

@@ -80,7 +80,7 @@ def stepper(loop: Loop, kind: type, tiles: tuple[int, int]) -> Any:
 
 def measure(loop: Loop, rounds: int) -> dict[str, Any]:
     heads, head_dim = loop.config.num_attention_heads, loop.config.attention_head_dim
-    tiles = calibration.PLANNING_TILES.get(head_dim, (128, 128))
+    tiles = calibration.planning_tiles(head_dim)
     caches = loop.caches()
     programs = {"calibration": attends.TryEverything, "official scheme": Official}
     steps = {name: stepper(loop, kind, tiles) for name, kind in programs.items()}

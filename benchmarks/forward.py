@@ -24,10 +24,12 @@ from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel, S
 from flax import nnx
 
 from benchmarks.machine import describe_machine
+from dfa2_jax.families.flux.positions import rope_table
 from dfa2_jax.families.registry import open_checkpoint
+from dfa2_jax.families.sd3.positions import crop_positions
 from dfa2_jax.families.sd3.transformer import PositionTable
 from dfa2_jax.sampling.sinusoid import sinusoid
-from dfa2_jax.sampling.tokens import CHANNEL_ROW_COLUMN, ROW_COLUMN_CHANNEL, crop_positions, patchify, rope_table
+from dfa2_jax.sampling.tokens import CHANNEL_ROW_COLUMN, ROW_COLUMN_CHANNEL, patchify
 
 MODELS = {
     "SD3.5-like (24 x 64, 2 dual + 2 blocks, 333 text tokens)": (

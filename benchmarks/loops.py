@@ -13,8 +13,10 @@ import numpy as np
 from flax import nnx
 
 from dfa2_jax import Method, Plan
+from dfa2_jax.families.flux.positions import rope_table
 from dfa2_jax.families.flux.transformer import FluxConditions
 from dfa2_jax.families.registry import networks
+from dfa2_jax.families.sd3.positions import crop_positions
 from dfa2_jax.families.sd3.transformer import PositionTable, SD3Conditions
 from dfa2_jax.nn.attention import Planned, by_stack
 from dfa2_jax.plan.plan import FULL_METHOD
@@ -25,7 +27,6 @@ from dfa2_jax.sampling.loop import State, StepPlans, denoise, denoise_planned
 from dfa2_jax.sampling.memory import empty_memory, stack_shapes
 from dfa2_jax.sampling.sinusoid import sinusoid
 from dfa2_jax.sampling.solvers.flow_euler import FlowEuler
-from dfa2_jax.sampling.tokens import crop_positions, rope_table
 from pallas_kernels.mask import density
 
 

@@ -4,7 +4,7 @@ Imports neither JAX nor NumPy, so that `dfa2 --help` answers at once.
 """
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields
 from difflib import get_close_matches
 from functools import wraps
 from inspect import signature
@@ -119,6 +119,7 @@ class Options:
 
 CALL = ("negative_prompt", "num_inference_steps", "height", "width", "guidance_scale", "max_sequence_length")
 """Of `Options`, what a plan is found for: `calibrate` takes them too."""
+CALL_FIELDS = [argument for argument in fields(Options) if argument.name in CALL]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,13 +221,14 @@ def suggests_names(function: Function) -> Function:
     return checked  # type: ignore[return-value]
 
 
-def described(*groups: type) -> Callable[[Function], Function]:
-    """Puts the fields' descriptions in a docstring, in place of its line `{options}`."""
+def described(*groups: type | Iterable[Field[Any]]) -> Callable[[Function], Function]:
+    """Puts descriptions in a docstring, in place of its line `{options}`: of all fields of a class, or of some."""
 
     def decorate(function: Function) -> Function:
         before, _, after = (function.__doc__ or "").partition("{options}")
         indent = before.rpartition("\n")[2]  # Python 3.13 takes off what all lines share
-        arguments = [argument for group in groups for argument in fields(group)]
+        parts = (fields(group) if isinstance(group, type) else group for group in groups)
+        arguments = [argument for part in parts for argument in part]
         texts = [f"{argument.name}: {argument.metadata['description']}." for argument in arguments]
         filled = [fill(text, 112, initial_indent=indent, subsequent_indent=indent + "    ") for text in texts]
         function.__doc__ = before + "\n".join(filled).lstrip() + after

@@ -17,6 +17,7 @@ from pallas_kernels.layout import Layout
 from pallas_kernels.mask import EVERYTHING
 
 
+@jax.enable_x64(False)
 def arrow_attention(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S N H"],
@@ -56,7 +57,7 @@ def arrow_attention(
 
     Raises:
         ValueError: arguments that contradict each other; the message shows both values. Those that only data shows
-            (cached heads without a cache, a layer out of the stack) are seen outside of `jax.jit` alone; inside, such a
+            are seen outside of `jax.jit` alone: cached heads without a cache, a layer out of the stack. Inside, such a
             layer is the nearest one of the stack.
         NotImplementedError: the named implementation cannot do this, or an arrow is differentiated.
     """
@@ -72,6 +73,7 @@ def arrow_attention(
     return _arrow(Problem(operation="arrow", **tokens, **heads), implementation, interpret)
 
 
+@jax.enable_x64(False)
 def nested_arrow_attention(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B T N H"],
@@ -87,8 +89,8 @@ def nested_arrow_attention(
     Args:
         q, k, v, layout, implementation, interpret: as in `arrow_attention`.
         half_windows: visual tokens kept on each side of the diagonal, increasing, not negative. It is data. On a GPU
-            one pass gives all outputs, or, with the "triton" kernels, dense attention and a pass for each window,
-            where `cost` expects that to be faster (in float32, and for one window or two at FLUX's 2048 px).
+            one pass gives all outputs. The "triton" kernels take dense attention and a pass for each window where
+            `cost` expects that to be faster: in float32, and for one window or two at FLUX's 2048 px.
 
     Returns:
         One output per window, then the dense one.

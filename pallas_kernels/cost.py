@@ -1,6 +1,6 @@
 """Seconds that attention takes on a named GPU, predicted from tiles and machine code, and the paper's roofline.
 
-A score (one query against one key of one head) takes three pipes of a multiprocessor: 4 head_dim operations of the
+A score is one query against one key of one head. It takes three pipes of a multiprocessor: 4 head_dim operations of the
 tensor cores, one of the exponential unit, and the issue slots of its instructions. One warp waits for each in turn;
 the more warps a multiprocessor holds, the more of that overlaps. Fitted on an H200 to 88 timings of 6 tiles at 1024 and
 2048 px, from full to V/64 (benchmarks/results/tiles_h200.json): off by 4 % (root mean square), 13 % at worst. On an
@@ -44,8 +44,8 @@ ALONE, OVERLAP = 1.23, 1 / 3
 FETCHED = 1.0
 """Instead of `ALONE`, where other warps fetch the tiles ("mosaic"): the plain sum of the pipes. `OVERLAP` is Triton's.
 Chosen knowing timings of full attention at 2048 px on an H100, which reached 1.00 and 1.02 times the `ceiling_share` at
-a head_dim of 64 and 128. With the code of today (6.3 and 7.5 instructions per score, not 6.5 and 7.8) they reach 1.00
-and 1.07 (benchmarks/results/attention_h100.json), at a clock of 1.98 GHz where `GPUS` has 1.83."""
+a head_dim of 64 and 128. With 6.3 and 7.5 instructions per score in place of 6.5 and 7.8 they reach 1.00 and 1.07, at a
+clock of 1.98 GHz where `GPUS` has 1.83 (benchmarks/results/attention_h100.json)."""
 
 EXPOSED_CLOCKS = 550
 """Wait of each tile whose loads run one tile ahead only, where no second block fills the wait."""
@@ -160,8 +160,8 @@ def intensity(length: int, sparsity: float, block_rows: int) -> float:
     """Floating-point operations per byte of 16-bit block-sparse attention (DiTFastAttnV2, appendix).
 
     `2 N (1 - r) / (2 + (1 - r) N / B_r)`: each block of B_r queries reads the keys that it keeps again. As the paper
-    writes it, a block reads keys or values, not both. The formula takes every such read to go to memory; on a GPU
-    whose cache holds a head's keys and values (FLUX at 2048 px: 8.7 MB) they come from there.
+    writes it, a block reads keys or values, not both. The formula takes every such read to go to memory. A
+    cache that holds a head's keys and values (FLUX at 2048 px: 8.7 MB) serves them on some GPUs.
     """
     kept = (1 - sparsity) * length
     return 2 * kept / (2 + kept / block_rows)

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dfa2_jax.families.sd3.positions import crop_positions
 from dfa2_jax.families.sd3.transformer import SD3Conditions
 from dfa2_jax.nn.attention import LayerPlan
-from dfa2_jax.sampling.tokens import crop_positions
 from toy import model
 from toy.autoencoder import moments
 from toy.data import draw

@@ -24,7 +24,7 @@ from dfa2_jax.calibration.resume import Checkpointed, digest_of
 from dfa2_jax.calibration.search import MAX_DELTA
 from dfa2_jax.nn.attention import in_order
 from dfa2_jax.nn.linear import XLA_OPTIONS
-from dfa2_jax.options import CALL, CalibrationOptions, Options, described, suggests_names
+from dfa2_jax.options import CALL, CALL_FIELDS, CalibrationOptions, Options, described, suggests_names
 from dfa2_jax.pipeline.call import Call
 from dfa2_jax.pipeline.pipeline import Pipeline
 from dfa2_jax.plan.method import CACHED_METHOD, FULL_METHOD, Method
@@ -35,8 +35,10 @@ from dfa2_jax.sampling.loop import State, denoise_step
 
 logger = logging.getLogger("dfa2_jax")
 
-PLANNING_TILES = {64: (128, 128), 128: (128, 64)}
-"""By head_dim, those of the paper's kernel."""
+
+def planning_tiles(head_dim: int) -> tuple[int, int]:
+    """Queries and keys of the tiles whose savings count where a call names none: those of the paper's kernel."""
+    return (128, 64) if head_dim == 128 else (128, 128)
 
 
 @partial(
@@ -74,7 +76,7 @@ def calibrate_step(
 
 
 @suggests_names
-@described(CalibrationOptions)
+@described(CALL_FIELDS, CalibrationOptions)
 def calibrate(
     pipeline: Pipeline,
     prompts: list[str],
@@ -97,11 +99,12 @@ def calibrate(
 ) -> Plan:
     """Find a plan in one sampling run of a batch of prompts (DiTFastAttnV2, arXiv 2503.22796, section 3.3).
 
+    The plan is for calls of this size, text length and number of steps, with or without guidance.
+
     Args:
         pipeline: whose heads are tried.
         prompts: all in one batch, with the noise that a call of the pipeline draws for `seed`.
-        negative_prompt: and the arguments up to `max_sequence_length`, the pipeline's: what the plan will be for.
-            {options}
+        {options}
 
     Returns:
         The plan, with how it was found and its errors.
@@ -139,7 +142,7 @@ class Study:
     ) -> "Study":
         """Check every argument, and encode the prompts."""
         candidates = _candidates(options.windows, options.cache)
-        tiles = options.tiles or PLANNING_TILES.get(pipeline.config.attention_head_dim, (128, 128))
+        tiles = options.tiles or planning_tiles(pipeline.config.attention_head_dim)
         _check(prompts, options, tiles)
         call = pipeline.prepare(Options(prompt=prompts, seed=options.seed, output_type="latent", **arguments))
         negative, guidance_scale = arguments["negative_prompt"], arguments["guidance_scale"]

@@ -33,8 +33,8 @@ def choose(
 
     Args:
         errors: of each head under each of M methods. Neither NaN nor infinite ones are taken.
-        saved: what each method saves, 0 or more. One that saves nothing is not taken; of equal ones, each head knows
-            the one with the smaller error.
+        saved: what each method saves, 0 or more. A method that saves nothing is never chosen. Among methods that save
+            the same, a head considers only the one with the smaller error.
         delta: what the errors taken may add up to, at most `MAX_DELTA`.
         bound: what each stays below.
 

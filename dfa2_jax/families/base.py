@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
@@ -65,13 +64,31 @@ class Conditions(Protocol):
         ...
 
 
+class Config(Protocol):
+    """What the pipeline reads of a transformer's config, beside what the family reads itself.
+
+    patch_size: latent pixels along a side of a visual token.
+    num_layers: blocks that skip-layer guidance can name.
+    joint_attention_dim: width of the text states. A model with pooled text has `pooled_projection_dim` too.
+    """
+
+    patch_size: int
+    num_layers: int
+    num_attention_heads: int
+    attention_head_dim: int
+    joint_attention_dim: int
+
+    def calls(self, num_text: int, num_visual: int) -> tuple[AttentionCall, ...]:
+        """Every attention call in order of execution: what plans are made of."""
+        ...
+
+
 @runtime_checkable
 class Transformer(Protocol):
     """One forward; scan, memory and plans come from outside."""
 
-    def calls(self, num_text: int, num_visual: int) -> tuple[AttentionCall, ...]:
-        """Every attention call in order of execution."""
-        ...
+    config: Any
+    """A `Config`."""
 
     def __call__(
         self,
@@ -151,9 +168,6 @@ class Family(Protocol):
     def input_tokens(self, latents: np.ndarray, grid: Grid) -> np.ndarray:
         """The inverse; raises ValueError where the shape is another."""
         ...
-
-
-FamilyClass = Callable[[Any, Mapping[str, Any], nnx.Module], Family]
 
 
 def expect_shape(name: str, x: np.ndarray, want: tuple[int | None, ...]) -> None:

@@ -3,6 +3,7 @@
 from os import PathLike
 from typing import Any
 
+from dfa2_jax.families.base import Family
 from dfa2_jax.families.flux.family import Flux
 from dfa2_jax.families.sd3.family import SD3
 from dfa2_jax.weights.checkpoint import Checkpoint
@@ -12,9 +13,19 @@ from dfa2_jax.weights.spec import ComponentSpec
 FAMILIES: dict[str, Any] = {}
 """Classes that make a `families.base.Family`."""
 
+MADE = {"tokens", "latent_channels", "defaults"}
+"""Members of a family that may depend on its config: instances have them."""
 
-def register(family: Any) -> None:
-    """Make a family known: `Pipeline.from_pretrained` and `dfa2-convert` open its folders from now on."""
+
+def register(family: type[Any]) -> None:
+    """Make a family known: `Pipeline.from_pretrained` and `dfa2-convert` open its folders from now on.
+
+    Raises:
+        TypeError: the class lacks members of `families.base.Family`.
+    """
+    members = {name for name in (*Family.__annotations__, *vars(Family)) if not name.startswith("_")}
+    if lacking := sorted(members - MADE - {*dir(family)}):
+        raise TypeError(f"{family.__name__} lacks {lacking} of families.base.Family: define them.")
     FAMILIES[family.pipeline_class] = family
 
 

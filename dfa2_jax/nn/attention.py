@@ -129,8 +129,8 @@ class ProjectionBranches:
 
     On an H100 a step of FLUX.1-dev at 2048 px that spares a sixth of its heads is 1 to 3 % faster. One of SD3.5-medium
     is as fast as without branches. At 1024 px branches first copy their weights out of the stack of layers. There they
-    pay off above these shares: 0.15 of the layers, if whole layers are idle; 0.3 of the heads for FLUX.1-dev and
-    SD3.5-large, if all layers spare some; 0.55 for SD3.5-medium (at 0.5 it loses 1.5 %).
+    pay off above 0.15 of the layers, if whole layers are idle. If all layers spare some heads, they pay off above 0.3
+    of the heads for FLUX.1-dev and SD3.5-large, and above 0.55 for SD3.5-medium.
     """
 
     parts: int

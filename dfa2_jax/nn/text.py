@@ -1,4 +1,4 @@
-"""What the text encoders and the autoencoder share: tables, affine norm, small attention."""
+"""What the text encoders share: tables, affine norm, small attention."""
 
 import jax
 import jax.numpy as jnp

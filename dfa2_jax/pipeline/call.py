@@ -1,6 +1,6 @@
 """One call of the pipeline: checked, encoded, run, decoded."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
@@ -15,7 +15,7 @@ from dfa2_jax.families.base import Embeddings, Schedule
 from dfa2_jax.nn.attention import Attend, AttentionCall, Planned, by_stack
 from dfa2_jax.options import Options
 from dfa2_jax.pipeline.loaded import Loaded
-from dfa2_jax.pipeline.request import Request, seeds_of
+from dfa2_jax.pipeline.request import Request, host_array, seeds_of
 from dfa2_jax.plan.plan import Plan
 from dfa2_jax.plan.setting import AttentionLayer, Setting
 from dfa2_jax.sampling.inputs import Inputs, pad_steps
@@ -162,7 +162,7 @@ class Call:
         images = pipeline.decode(pipeline.family.tokens.unpack(tokens, self.grid)[:, :, 0])
         if output_type == "np":
             return images
-        return [Image.fromarray(pixels) for pixels in (images * 255).round().astype(np.uint8)]
+        return [Image.fromarray(pixels) for pixels in (np.nan_to_num(images) * 255).round().astype(np.uint8)]
 
 
 def embed(pipeline: Loaded, request: Request) -> Embeddings:
@@ -184,8 +184,9 @@ def embed(pipeline: Loaded, request: Request) -> Embeddings:
 
 def prepare(pipeline: Loaded, options: Options, request: Request) -> Call:
     """Encodes prompts, draws noise and makes the schedule of a checked call."""
-    family, multiple = pipeline.family, pipeline.sizes.multiple
-    grid = Grid(1, request.height // multiple, request.width // multiple)
+    _check_attend(options.attend)
+    family, vae_scale = pipeline.family, pipeline.sizes.vae_scale
+    grid = family.tokens.grid(1, request.height // vae_scale, request.width // vae_scale)
     tokens, seeds = _start_tokens(pipeline, options, request, grid)
     scalars = pipeline.dtype if pipeline.torch_rounding else jnp.dtype(np.float32)
     schedule = family.schedule(request.sigmas, request.steps, grid.num_visual, scalars)
@@ -199,12 +200,21 @@ def prepare(pipeline: Loaded, options: Options, request: Request) -> Call:
     return Call(pipeline, options, request, grid, tokens, seeds, schedule, text.text.shape[1], inputs)
 
 
+def _check_attend(attend: Any) -> None:
+    """Raises ValueError where the loop could not use it."""
+    if attend is not None and not (isinstance(attend, Attend) and isinstance(attend, Hashable)):
+        raise ValueError(
+            f"attend={attend!r:.100} must be a hashable object with `memory` and `__call__`, such as a frozen "
+            "dataclass (`dfa2_jax.nn.attention.Attend`)."
+        )
+
+
 def _start_tokens(
     pipeline: Loaded, options: Options, request: Request, grid: Grid
 ) -> tuple[np.ndarray, list[int | None]]:
     """Patchified latents [B, V, P] to start from, and the seed of each image."""
     if options.latents is not None:
-        return pipeline.given_tokens(options.latents, request, grid), [None] * request.batch
+        return pipeline.given_tokens(host_array("latents", options.latents), request, grid), [None] * request.batch
     seeds, family, patch = seeds_of(options.seed, request.batch), pipeline.family, pipeline.config.patch_size
     shape = (family.latent_channels, grid.frames, grid.rows * patch, grid.columns * patch)
     if np.ndim(options.seed) == 0:

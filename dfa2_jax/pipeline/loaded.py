@@ -8,6 +8,7 @@ import numpy as np
 
 from dfa2_jax.families.base import Embeddings, Family
 from dfa2_jax.families.registry import FAMILIES
+from dfa2_jax.options import suggests_names
 from dfa2_jax.pipeline.components import Component, Networks
 from dfa2_jax.pipeline.request import ModelSizes, Request
 from dfa2_jax.sampling.tokens import Grid
@@ -50,6 +51,7 @@ class Loaded:
         vae = self.networks.configs.get("vae", {"block_out_channels": [None] * 4})
         vae_scale = 2 ** (len(vae["block_out_channels"]) - 1)
         self.sizes = ModelSizes(
+            vae_scale=vae_scale,
             multiple=vae_scale * self.config.patch_size,
             image=vae_scale * self.family.defaults.latent_size,
             num_layers=self.config.num_layers,
@@ -57,6 +59,7 @@ class Loaded:
             pooled_projection_dim=getattr(self.config, "pooled_projection_dim", None),
         )
 
+    @suggests_names
     def encode_prompt(
         self, texts: list[list[str]], *, max_sequence_length: int | None = None, clip_skip: int = 0
     ) -> Embeddings:

@@ -8,7 +8,6 @@ import jax
 import numpy as np
 
 from dfa2_jax.pipeline.call import Call
-from dfa2_jax.sampling.guidance import SkipLayer
 
 LEFT_OUT = ("progress", "callback_on_step_end", "output_type", "seed", "sigmas", "plan", "attend")
 """Arguments that metadata leaves out, or gives in another form."""
@@ -22,31 +21,29 @@ class Output:
     seeds: one per image, None where the latents were given.
     timings: seconds of encode, denoise, per_step, decode, and of the compilation within them.
     metadata: what would make the same images again; JSON-serialisable.
+    faults: what is wrong with which image, in words: numbers that are not finite, or a single value.
     """
 
     images: Any
     seeds: list[int | None]
     timings: dict[str, float]
     metadata: dict[str, Any] = field(repr=False)
+    faults: tuple[str, ...] = ()
 
 
 def density(call: Call) -> float | None:
-    """The kept share of a call's query-key pairs: of its plan, and of skip-layer guidance's forwards.
+    """The kept share of a call's query-key pairs, further forwards of its guidance included.
 
-    Those are dense, of the conditional half of the batch, without some blocks. None: of an attention of the user's own.
+    None: of an attention of the user's own.
     """
     plan, guidance = call.options.plan, call.inputs.guidance
     if call.options.attend is not None:
         return None
     if plan is None:
         return 1.0
-    if not isinstance(guidance, SkipLayer):
-        return plan.density()
-    pairs = np.array([layer.layout.length**2 for layer in call.layers])
-    skipped = np.asarray(guidance.blocks)[[layer.block for layer in call.layers]]
-    more = int(np.sum(guidance.active)) * int(pairs[~skipped].sum())
-    every = 2 * call.request.steps * int(pairs.sum())
-    return (plan.density() * every + more) / (every + more)
+    pairs = sum(layer.layout.length**2 for layer in call.layers)
+    every, more = guidance.sides * call.request.steps * pairs, guidance.extra_pairs(call.layers)
+    return (plan.density() * every + more) / (every + more) if more else plan.density()
 
 
 def metadata(call: Call, density: float | None) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """From a prompt to an image: `Pipeline`, with diffusers' argument names and meanings."""
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from os import PathLike
@@ -11,12 +12,15 @@ from dfa2_jax.families.registry import open_checkpoint
 from dfa2_jax.nn.attention import Attend
 from dfa2_jax.options import Options, Prompt, described, of_names, suggests_names
 from dfa2_jax.pipeline.call import Call, prepare
+from dfa2_jax.pipeline.health import faults_of
 from dfa2_jax.pipeline.loaded import Loaded
 from dfa2_jax.pipeline.output import Output, density, metadata
 from dfa2_jax.pipeline.request import resolve
 from dfa2_jax.pipeline.timing import Clock
 from dfa2_jax.plan.plan import Plan
 from dfa2_jax.plan.setting import Setting
+
+logger = logging.getLogger("dfa2_jax")
 
 Callback = Callable[["Pipeline", int, float, dict[str, np.ndarray]], dict[str, np.ndarray] | None]
 
@@ -114,7 +118,10 @@ class Pipeline(Loaded):
         images = call.images(tokens)
         clock.lap("decode")
         timings = clock.seconds | {"per_step": clock.seconds["denoise"] / call.request.steps}
-        return Output(images, call.seeds, timings, metadata(call, density(call)))
+        faults = faults_of(call, tokens, images)
+        for fault in faults:
+            logger.warning("%s", fault)
+        return Output(images, call.seeds, timings, metadata(call, density(call)), faults)
 
     def setting(self, **arguments: Any) -> Setting:
         """What a plan is bound to, of a call with these arguments: `Plan.full(pipeline.setting(prompt=...))`.

@@ -10,6 +10,11 @@ from dfa2_jax.families.base import Embeddings, Family
 from dfa2_jax.options import Options
 
 MAX_SEQUENCE_LENGTH = 512
+MAX_SIDE, MAX_STEPS, MAX_IMAGES = 16384, 1000, 1000
+"""Bounds of a call, looked at before anything is made of its size. Models are trained with 1,000 noise levels."""
+MAX_SCALE = 1e4
+"""Of guidance: FLUX embeds 1,000 times the scale, whose sinusoid loses its phase in float32 far above."""
+
 OUTPUT_TYPES = ("pil", "np", "latent")
 
 
@@ -29,10 +34,12 @@ class Prompts:
 class ModelSizes:
     """Of the loaded model, what a request is checked against.
 
+    vae_scale: image pixels along a side of one latent pixel.
     multiple: image pixels along a side of one token.
     image: pixels along a side where a call says nothing.
     """
 
+    vae_scale: int
     multiple: int
     image: int
     num_layers: int
@@ -79,11 +86,13 @@ def resolve(options: Options, family: Family, sizes: ModelSizes) -> Request:
     cfg_scale = family.cfg_scale(options, guidance_scale)
     positive = _prompts(options, family, sizes, "")
     negative = None if cfg_scale is None else _negative(options, family, sizes, positive)
-    height, width = (_positive_int(name, _or(getattr(options, name), sizes.image)) for name in ("height", "width"))
+    height, width = (
+        _positive_int(name, _or(getattr(options, name), sizes.image), MAX_SIDE) for name in ("height", "width")
+    )
     height, width = family.size(height, width, sizes.multiple)
-    length = _positive_int("max_sequence_length", _or(options.max_sequence_length, defaults.max_sequence_length))
-    if length > MAX_SEQUENCE_LENGTH:
-        raise ValueError(f"max_sequence_length={length} exceeds {MAX_SEQUENCE_LENGTH}.")
+    length = _positive_int(
+        "max_sequence_length", _or(options.max_sequence_length, defaults.max_sequence_length), MAX_SEQUENCE_LENGTH
+    )
     _check_skipped(options.skip_guidance_layers, sizes.num_layers)
     return Request(
         positive=positive,
@@ -94,7 +103,7 @@ def resolve(options: Options, family: Family, sizes: ModelSizes) -> Request:
         sigmas=options.sigmas,
         guidance_scale=guidance_scale,
         cfg_scale=cfg_scale,
-        images_per_prompt=_positive_int("num_images_per_prompt", options.num_images_per_prompt),
+        images_per_prompt=_positive_int("num_images_per_prompt", options.num_images_per_prompt, MAX_IMAGES),
         length=length,
         clip_skip=_clip_skip(options.clip_skip),
         output_type=options.output_type,
@@ -112,28 +121,50 @@ def seeds_of(seed: int | list[int], batch: int) -> list[int]:
     return seeds
 
 
+def host_array(name: str, value: Any) -> np.ndarray:
+    """Numbers as NumPy has them: of a list, an array, or a torch tensor of any dtype, on any device, with or without
+    a gradient.
+
+    Raises:
+        ValueError: they are no numbers, or not finite.
+    """
+    try:
+        array = np.asarray(value.detach().cpu().float() if hasattr(value, "detach") else value)
+        is_finite = np.isfinite(array).all()
+    except Exception as error:
+        raise ValueError(f"{name}={value!r:.200} is no array of numbers: {error!s:.200}") from error
+    if not is_finite:
+        raise ValueError(f"{name} {list(array.shape)} holds numbers that are not finite: look at where it came from.")
+    return array
+
+
 def _or(value: Any, default: Any) -> Any:
     return default if value is None else value
 
 
-def _positive_int(name: str, value: Any) -> int:
+def _positive_int(name: str, value: Any, most: int) -> int:
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
         raise ValueError(f"{name}={value!r} must be a positive integer.")
+    if value > most:
+        raise ValueError(f"{name}={value} exceeds {most}.")
     return int(value)
 
 
 def _number(name: str, value: Any) -> Any:
     if isinstance(value, bool) or not isinstance(value, (int, float, np.number)) or not np.isfinite(value):
         raise ValueError(f"{name}={value!r} must be a finite number.")
+    if abs(value) > MAX_SCALE:
+        raise ValueError(f"{name}={value!r} exceeds {MAX_SCALE:g}: no model is guided so far.")
     return value  # as it came: the metadata shows it
 
 
 def _steps(options: Options, default: int) -> int:
     if options.sigmas is None:
-        return _positive_int("num_inference_steps", _or(options.num_inference_steps, default))
+        return _positive_int("num_inference_steps", _or(options.num_inference_steps, default), MAX_STEPS)
     steps = np.size(options.sigmas)
     if np.ndim(options.sigmas) != 1 or not steps:
-        raise ValueError(f"sigmas={options.sigmas!r} must be a list of numbers in (0, 1].")
+        raise ValueError(f"sigmas={options.sigmas!r:.200} must be a list of numbers in (0, 1].")
+    _positive_int("the number of sigmas", steps, MAX_STEPS)
     if options.num_inference_steps not in (None, steps):
         raise ValueError(
             f"num_inference_steps={options.num_inference_steps} but {steps} sigmas: leave one of them out."
@@ -199,6 +230,8 @@ def _negative(options: Options, family: Family, sizes: ModelSizes, positive: Pro
     given = {name: getattr(options, name) for name in names}
     if given["negative_prompt"] is None and options.negative_prompt_embeds is None:
         given["negative_prompt"] = ""
+    for name in names[1:]:  # as diffusers: an empty one is the first one
+        given[name] = given[name] or None
     repeated = {name: [text] * positive.count if isinstance(text, str) else text for name, text in given.items()}
     negative = _prompts(replace(options, **repeated), family, sizes, "negative_")
     if negative.count != positive.count:
@@ -211,7 +244,7 @@ def _embeddings(options: Options, sizes: ModelSizes, prefix: str) -> Embeddings 
     given = [getattr(options, name) is not None for name in names]
     if not any(given):
         return None
-    text = np.asarray(getattr(options, names[0]))
+    text = host_array(names[0], getattr(options, names[0])) if given[0] else np.empty(0)
     if sizes.pooled_projection_dim is None and given[1]:
         raise ValueError(f"{names[1]} is not None, but this model takes no pooled text.")
     if sizes.pooled_projection_dim is not None and not all(given):
@@ -220,7 +253,7 @@ def _embeddings(options: Options, sizes: ModelSizes, prefix: str) -> Embeddings 
         raise ValueError(f"{names[0]} must be [batch, tokens, {sizes.joint_attention_dim}], got {list(text.shape)}.")
     if sizes.pooled_projection_dim is None:
         return Embeddings(text)
-    pooled, want = np.asarray(getattr(options, names[1])), [len(text), sizes.pooled_projection_dim]
+    pooled, want = host_array(names[1], getattr(options, names[1])), [len(text), sizes.pooled_projection_dim]
     if [*pooled.shape] != want:
         raise ValueError(f"{names[1]} must be {want}, got {list(pooled.shape)}.")
     return Embeddings(text, pooled)

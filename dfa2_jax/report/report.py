@@ -21,7 +21,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from dfa2_jax.calibration.calibrate import PLANNING_TILES
+from dfa2_jax.calibration.calibrate import planning_tiles
 from dfa2_jax.io.extras import need
 from dfa2_jax.nn.attention import dense_implementation
 from dfa2_jax.options import Options, ReportOptions, described, suggests_names
@@ -292,7 +292,7 @@ def _facts(sampler: Sampler, folder: str | PathLike[str], call: Call) -> dict[st
             "batch": sampler.batch,
         },
         "attention_share": attention_share(call),
-        "tiles": list(PLANNING_TILES.get(pipeline.config.attention_head_dim, (128, 128))),
+        "tiles": list(planning_tiles(pipeline.config.attention_head_dim)),
     }
 
 

@@ -1,6 +1,6 @@
 """How predictions combine to one: classifier-free and skip-layer guidance, as in diffusers."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import jax
@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from dfa2_jax.nn.attention import AttentionCall
 from dfa2_jax.nn.carrier import carrier
 from dfa2_jax.sampling.inputs import pad_steps
 
@@ -35,6 +36,10 @@ class Guidance(Protocol):
 
     sides: ClassVar[int]
 
+    def extra_pairs(self, calls: Sequence[AttentionCall]) -> int:
+        """Query-key pairs of an image's further forwards over all steps; these are dense, whatever the plan says."""
+        ...
+
     def __call__(self, model: Model, x: Latents, i: Int[Array, ""] | int, memory: Any, rounded: Round) -> tuple:
         """The prediction that the solver takes at step `i`, and what attention remembers."""
         ...
@@ -45,6 +50,9 @@ class NoGuidance:
     """One forward per image."""
 
     sides: ClassVar[int] = 1
+
+    def extra_pairs(self, calls: Sequence[AttentionCall]) -> int:
+        return 0
 
     def __call__(self, model: Model, x: Latents, i: Int[Array, ""] | int, memory: Any, rounded: Round) -> tuple:
         return model(x, memory)
@@ -60,6 +68,9 @@ class ClassifierFree:
     @classmethod
     def constant(cls, scale: float, steps: int) -> "ClassifierFree":
         return cls(pad_steps(np.full(steps, scale, np.float32)))
+
+    def extra_pairs(self, calls: Sequence[AttentionCall]) -> int:
+        return 0
 
     def sides_of(self, model: Model, x: Latents, memory: Any) -> tuple[Latents, Latents, Any]:
         both, memory = model(jnp.concatenate([x, x]), memory)
@@ -84,6 +95,10 @@ class SkipLayer:
     scale: Float[Array | np.ndarray, ""]
     active: Bool[Array | np.ndarray, " padded_steps"]
     sides: ClassVar[int] = 2
+
+    def extra_pairs(self, calls: Sequence[AttentionCall]) -> int:
+        pairs = sum(call.layout.length**2 for call in calls if not self.blocks[call.block])
+        return int(np.sum(self.active)) * pairs
 
     def __call__(self, model: Model, x: Latents, i: Int[Array, ""] | int, memory: Any, rounded: Round) -> tuple:
         unconditional, conditional, memory = self.base.sides_of(model, x, memory)

@@ -35,7 +35,8 @@ class State:
 class StepPlans:
     """A plan as the loop reads it: by stack of layers, padded like every per-step input.
 
-    first: the step that runs dense and fills the memory, whatever the plan says of it.
+    first: the step that runs dense and fills the memory, whatever the plan says of it. A loop whose memory is empty
+        must start at this step: steps before it do not run, and heads cached before it return zeros.
     """
 
     half_window: dict[str, Int[Array | np.ndarray, "padded_steps L N"]]
@@ -98,7 +99,7 @@ def denoise_step(
         options: of `StepModel`.
     """
     rounded, timestep = rounding_to(rounding), jnp.asarray(inputs.timesteps)[i][None]
-    plans = dense_plans(model.calls(1, 1), i) if plans is None else plans
+    plans = dense_plans(model.config.calls(1, 1), i) if plans is None else plans
     step_model = StepModel(model, attend, inputs.conditions, timestep, plans, **options)
     prediction, memory = inputs.guidance(step_model, state.latents, i, state.memory or {}, rounded)
     latents, solver = inputs.solver.step(state.latents, prediction, i, state.solver)

@@ -36,11 +36,11 @@ def empty_memory(attend: Attend, shapes: dict[str, jax.ShapeDtypeStruct], *, ima
     need, free = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(abstract)), free_bytes()
     if need > free:
         fitting = int(free / need * images)
-        smaller = f"one image takes {need / images / 1e9:.1f} GB: take a smaller one, or no plan"
+        smaller = f"one image takes {need / images / 1e9:.1f} GB: take a smaller one, or dense attention"
         advice = f"a batch of {fitting} would fit" if fitting else smaller
         tokens = max(shape.shape[2] for shape in shapes.values())
         raise MemoryError(
-            f"The plan keeps {need / 1e9:.1f} GB of attention outputs for {images} images of {tokens} tokens, and "
+            f"Attention keeps {need / 1e9:.1f} GB from step to step for {images} images of {tokens} tokens, and "
             f"{free / 1e9:.1f} GB are free: {advice}."
         )
     return {name: remembered for name, shape in shapes.items() if (remembered := attend.memory(shape)) is not None}

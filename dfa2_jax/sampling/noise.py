@@ -9,8 +9,8 @@ from jaxtyping import Float
 def torch_randn(seed: int, shape: tuple[int, ...]) -> Float[np.ndarray, "*shape"]:
     """`torch.randn(shape, generator=torch.Generator().manual_seed(seed))` on a CPU, without torch.
 
-    The Mersenne Twister's stream is the same bit for bit, and so are the uniforms; logarithm and cosine of the
-    Box-Muller transform differ from torch's vectorised ones: by 7.2e-7 at most in 5 million draws.
+    The Mersenne Twister's stream is the same bit for bit, and so are the uniforms. Logarithm and cosine of the
+    Box-Muller transform differ from torch's vectorised ones, by 7.2e-7 at most in 5 million draws.
 
     Raises:
         ValueError: a negative seed, or fewer than 16 numbers (torch draws those differently).

@@ -7,9 +7,10 @@ from jaxtyping import Float
 def sinusoid(x: Float[np.ndarray, " steps"], dim: int = 256) -> Float[np.ndarray, "steps {dim}"]:
     """Sinusoidal embedding of timesteps or guidance, [cos, sin], computed on the host for all steps at once.
 
-    Exponents, frequencies and angles are rounded to float32 where torch rounds them (diffusers `get_timestep_embedding`
-    with `flip_sin_to_cos=True, downscale_freq_shift=0`): the model was trained with those frequencies, and 1e-7 of one
-    is 3e-4 of an angle of 3500. The rest is float64, so no platform's exp or cosine enters the result.
+    Exponents, frequencies and angles are rounded to float32 where torch rounds them: diffusers'
+    `get_timestep_embedding` with `flip_sin_to_cos=True, downscale_freq_shift=0`. The model was trained with those
+    frequencies, and 1e-7 of one is 3e-4 of an angle of 3500. The rest is float64, so no platform's exp or cosine enters
+    the result.
     """
     half = dim // 2
     exponents = np.float32(-np.log(10000.0)) * np.arange(half, dtype=np.float32) / np.float32(half)

@@ -1,4 +1,4 @@
-"""The order of visual tokens: latents to tokens and back, and the position tables that go with that order.
+"""The order of visual tokens: latents to tokens and back.
 
 Everything here is row-major over patches. A permutation of visual tokens belongs in this file alone.
 """
@@ -29,6 +29,10 @@ class Grid:
 class Tokens(Protocol):
     """How latents [B, C, F, h, w] become tokens [B, V, P], and back."""
 
+    def grid(self, frames: int, height: int, width: int) -> Grid:
+        """Of latents of this size, in latent pixels."""
+        ...
+
     def pack(self, latents: Float[np.ndarray, "B C F h w"]) -> Float[np.ndarray, "B V P"]: ...
 
     def unpack(self, tokens: Float[np.ndarray, "B V P"], grid: Grid) -> Float[np.ndarray, "B C F h w"]: ...
@@ -40,6 +44,9 @@ class Patches:
 
     patch: int
     order: tuple[int, int, int]
+
+    def grid(self, frames: int, height: int, width: int) -> Grid:
+        return Grid(frames, height // self.patch, width // self.patch)
 
     def pack(self, latents: Float[np.ndarray, "B C 1 h w"]) -> Float[np.ndarray, "B V P"]:
         return patchify(latents[:, :, 0], self.patch, self.order)
@@ -64,33 +71,3 @@ def unpatchify(
     grid = tokens.reshape(batch, rows, columns, *(sizes[axis] for axis in order))
     inverse = np.argsort((0, 2, 4, *order))
     return grid.transpose(*inverse).reshape(batch, channels, rows * patch, columns * patch)
-
-
-def crop_positions(table: Float[np.ndarray, "cells D"], rows: int, columns: int) -> Float[np.ndarray, "1 V D"]:
-    """The centre `rows` x `columns` patches of SD3's square position table (diffusers `cropped_pos_embed`).
-
-    Raises:
-        ValueError: the image has more patches than the table.
-    """
-    size = int(len(table) ** 0.5)
-    if max(rows, columns) > size:
-        raise ValueError(
-            f"{rows} x {columns} patches exceed the position table of {size} x {size}: use a smaller image."
-        )
-    top, left = (size - rows) // 2, (size - columns) // 2
-    grid = np.asarray(table).reshape(size, size, -1)[top : top + rows, left : left + columns]
-    return grid.reshape(1, rows * columns, -1)
-
-
-def rope_table(
-    axes: tuple[int, ...], num_text: int, rows: int, columns: int
-) -> tuple[Float[np.ndarray, "S half"], Float[np.ndarray, "S half"]]:
-    """FLUX's (cos, sin), float32: text tokens at position (0, 0, 0), patches at (0, row, column); theta 10000.
-
-    Angles in float64 on the host, as diffusers computes them: float32 loses the phase of far patches.
-    """
-    ids = np.zeros((num_text + rows * columns, 3))
-    ids[num_text:, 1:] = np.indices((rows, columns)).reshape(2, -1).T
-    angles = [ids[:, axis, None] / 10000.0 ** (np.arange(0, dim, 2) / dim) for axis, dim in enumerate(axes)]
-    table = np.concatenate(angles, axis=1)
-    return np.cos(table).astype(np.float32), np.sin(table).astype(np.float32)

@@ -14,8 +14,11 @@ Operation = Literal["arrow", "nested", "dense"]
 
 A = TypeVar("A", Array, jax.ShapeDtypeStruct)
 
-GENERATIONS = {"H100": "hopper", "H200": "hopper", "GH200": "hopper", "A100": "ampere"}
-"""By a part of JAX's name for the GPU."""
+NAMED = {"H100": "hopper", "H200": "hopper", "A100": "ampere"}
+"""Generations by a part of JAX's name for the GPU: a GPU that is only described has no capability."""
+
+GENERATIONS = {8: "ampere", 9: "hopper"}
+"""By the first number of the compute capability."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +35,7 @@ class Device:
     """Kernels run in interpret mode, on any device."""
 
     @classmethod
-    def current(cls, interpreted: bool = False) -> "Device":
+    def current(cls) -> "Device":
         """The device of the mesh that is set, else the default device."""
         default, abstract = jax.devices()[0], jax.sharding.get_abstract_mesh().abstract_device
         name = default.device_kind if abstract is None else abstract.device_kind
@@ -41,7 +44,6 @@ class Device:
             name=name,
             capability=None if capability is None else float(capability),
             count=jax.device_count(),
-            interpreted=interpreted,
         )
 
     @property
@@ -57,8 +59,11 @@ class Device:
 
     @property
     def generation(self) -> str | None:
-        """The generation of an NVIDIA GPU that `GENERATIONS` names; None for every other device."""
-        return next((value for part, value in GENERATIONS.items() if self.is_nvidia and part in self.name), None)
+        """Of an NVIDIA GPU: "hopper", "ampere", or None for another one; None for every other device."""
+        if not self.is_nvidia:
+            return None
+        of_capability = GENERATIONS.get(int(self.capability or 0))
+        return next((value for part, value in NAMED.items() if part in self.name), of_capability)
 
     @property
     def tiles_row(self) -> str:

@@ -1,7 +1,7 @@
 """Attention in portable XLA, in blocks, so that the scores never exist as a whole.
 
 Two shapes of one idea. Accelerators take a chunk of queries of every head at once. XLA's CPU backend runs a batched
-product on one core and a plain one on all, so there the loop is over heads and tiles, and every product is plain.
+product on one core and a plain one on all. So on a CPU the loop is over heads and tiles, and every product is plain.
 """
 
 from collections.abc import Callable
@@ -129,8 +129,8 @@ def arrow_attention(
     """One head after another, at a cost proportional to what it keeps.
 
     The loops over query tiles are of run-time length, 0 where a head takes another one: unlike `lax.cond`, that leaves
-    the output in place. Keys around the diagonal come in blocks whose sizes are compiled (`BAND_KEYS`), one of them is
-    chosen by the window; in each block, keys out of the window are masked.
+    the output in place. Keys around the diagonal come in blocks. Their sizes are compiled (`BAND_KEYS`), and the window
+    chooses one. In each block, keys out of the window are masked.
     """
     batch, heads, visual = q.shape[0], q.shape[2], layout.visual
     every = _Rows(0, layout.length, TILE_ROWS, TILES)
@@ -169,8 +169,10 @@ def arrow_attention(
 
 
 def _bits(x: Float[Array, "*dims"]) -> Bits:
-    """XLA's CPU backend slices and updates 16-bit floats by way of a float32 copy of the whole array, even where every
-    head is cached (12 to 17 ms at 8 heads x 64, 4,608 tokens); integers, and float32 itself, in place."""
+    """Integers in place of 16-bit floats: XLA's CPU backend slices and updates those by a float32 copy of the whole
+    array.
+
+    The copy takes 12 to 17 ms at 8 heads x 64, 4,608 tokens, even where every head is cached."""
     return x if x.dtype == jnp.float32 else jax.lax.bitcast_convert_type(x, jnp.uint16)
 
 

@@ -118,9 +118,11 @@ def compile_for(
 
 
 def kernels(target: Target, function: Any, *args: Any, **kwargs: Any) -> tuple[Compiled, list[Kernel]]:
-    """As `compile_for`, with what the program's own kernels (not those of libraries) take and do: those that XLA
-    assembles, then those of Mosaic GPU, which assembles on its own, then those of jax-triton, which the driver would
-    assemble. Where no CUDA toolkit is, Mosaic says on stderr that it found no nvdisasm: nothing depends on that.
+    """As `compile_for`, with what the program's own kernels (not those of libraries) take and do.
+
+    First come those that XLA assembles, then Mosaic GPU's, which assembles on its own, then jax-triton's, which the
+    driver would assemble. Where no CUDA toolkit is, Mosaic says on stderr that it found no nvdisasm: nothing depends on
+    that.
 
     Raises:
         RuntimeError: ptxas or nvdisasm is missing; the message has the line that installs them.

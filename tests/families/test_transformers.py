@@ -11,17 +11,17 @@ import pytest
 from flax import nnx
 from lowering import assert_highest_precision
 
+from dfa2_jax.families.flux.positions import rope_table
 from dfa2_jax.families.flux.transformer import FluxConditions
 from dfa2_jax.families.registry import open_checkpoint
+from dfa2_jax.families.sd3.positions import crop_positions
 from dfa2_jax.families.sd3.transformer import PositionTable, SD3Conditions
 from dfa2_jax.nn.attention import Dense
 from dfa2_jax.sampling.sinusoid import sinusoid
 from dfa2_jax.sampling.tokens import (
     CHANNEL_ROW_COLUMN,
     ROW_COLUMN_CHANNEL,
-    crop_positions,
     patchify,
-    rope_table,
     unpatchify,
 )
 

@@ -30,9 +30,26 @@ WINGS = (
     "dfa2_jax.plan",
     "dfa2_jax.weights",
     "dfa2_jax.io",
-    "pallas_kernels",
+    "pallas_kernels.inspect",  # reads compiled programs; nothing in production imports it
+    "pallas_kernels",  # the public names
+    "pallas_kernels.api",
+    "pallas_kernels.devices",
+    "pallas_kernels.cost",
+    "pallas_kernels.backends",
+    "pallas_kernels.checks",
+    "pallas_kernels.mask",
+    "pallas_kernels.layout",
 )
 """From the roof down: a wing imports itself and what stands below it."""
+
+PUBLIC = ("dfa2_jax", "pallas_kernels")
+"""Modules of public names. Others may import these names, which come from below."""
+
+SHARED = {
+    "dfa2_jax.families": {"base", "registry"},
+    "pallas_kernels.backends": {"base", "registry", "kernel_types", "triton"},  # jax_triton has Triton's tiles
+}
+"""Of wings with rooms beside each other, those that all may enter, or that enter all: a family imports no other one."""
 
 
 def modules():
@@ -47,7 +64,7 @@ def under(module, prefix):
 
 
 def wing(module):
-    exact = [name for name in WINGS if under(module, name) and (name != "dfa2_jax" or module == name)]
+    exact = [name for name in WINGS if under(module, name) and (name not in PUBLIC or module == name)]
     assert exact, f"{module} stands in no wing: give it a place in WINGS"
     return max(exact, key=len)
 
@@ -72,8 +89,25 @@ def imports(tree):
 @pytest.mark.parametrize(("name", "path"), list(modules()), ids=lambda value: value if isinstance(value, str) else "")
 def test_imports_point_down(name, path):
     place = WINGS.index(wing(name))
-    wrong = [module for module, _ in imports(ast.parse(path.read_text())) if WINGS.index(wing(module)) < place]
+    inside = {module for module, _ in imports(ast.parse(path.read_text()))} - {*PUBLIC}
+    wrong = [module for module in inside if WINGS.index(wing(module)) < place]
     assert not wrong, f"{name} must not import {wrong}, which stand above it"
+    assert under(name, "pallas_kernels.inspect") or not any(
+        under(module, "pallas_kernels.inspect") for module in inside
+    )
+
+
+@pytest.mark.parametrize("wing_name", SHARED)
+def test_rooms_know_their_own_alone(wing_name):
+    depth = wing_name.count(".") + 1
+    for name, path in modules():
+        room = name.split(".")[depth : depth + 1]
+        if not under(name, wing_name) or not room or room[0] in SHARED[wing_name]:
+            continue
+        for module, _ in imports(ast.parse(path.read_text())):
+            if under(module, wing_name):
+                other = module.split(".")[depth]
+                assert other in {*SHARED[wing_name], *room}, f"{name} imports {module}"
 
 
 LATE = {

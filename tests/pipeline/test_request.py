@@ -5,6 +5,7 @@ import logging
 import numpy as np
 import pytest
 
+from dfa2_jax.options import Options
 from dfa2_jax.pipeline.pipeline import Pipeline
 
 PROMPT = "a large red circle"
@@ -30,7 +31,15 @@ SD3_REFUSALS = [
     ({"prompt": PROMPT, "negative_prompt": ["a", "b"]}, "2 negative prompts for 1 prompts"),
     ({"prompt": PROMPT, "height": 100}, "100 x 128 must be multiples of 16: try 96 x 128"),
     ({"prompt": PROMPT, "height": 0}, "height=0"),
-    ({"prompt": PROMPT, "height": 1024}, "64 x 8 patches exceed the position table of 24 x 24"),
+    ({"prompt": PROMPT, "height": 1024}, "1024 x 128 exceeds the position table: 384 px a side"),
+    ({"prompt": PROMPT, "height": 10**9}, "height=1000000000 exceeds 16384"),
+    ({"prompt": PROMPT, "num_inference_steps": 1001}, "num_inference_steps=1001 exceeds 1000"),
+    ({"prompt": PROMPT, "sigmas": [0.5] * 1001}, "sigmas=1001 exceeds 1000"),
+    ({"prompt": PROMPT, "num_images_per_prompt": 1001}, "num_images_per_prompt=1001 exceeds 1000"),
+    ({"prompt": PROMPT, "guidance_scale": 1e38}, r"guidance_scale=1e\+38 exceeds 10000"),
+    ({"prompt": PROMPT, "latents": np.full((1, 16, 16, 16), np.nan)}, r"latents \[1, 16, 16, 16\] holds .* not finite"),
+    (SD3_EMBEDS | {"pooled_prompt_embeds": np.full((1, 80), np.inf)}, "pooled_prompt_embeds .* not finite"),
+    ({"prompt_embeds": "red", "pooled_prompt_embeds": np.zeros((1, 80))}, "prompt_embeds='red' is no array of numbers"),
     ({"prompt": PROMPT, "num_inference_steps": 0}, "num_inference_steps=0"),
     ({"prompt": PROMPT, "sigmas": [1.0, 0.5], "num_inference_steps": 3}, "num_inference_steps=3 but 2 sigmas"),
     ({"prompt": PROMPT, "sigmas": [2.0]}, r"\(0, 1\]"),
@@ -95,6 +104,24 @@ def test_wrong_types_are_refused_without_a_type_checker_too(arguments, message, 
     given = {"prompt": PROMPT, "height": 64, "width": 64, "progress": False} | arguments
     with pytest.raises(ValueError, match=message):
         sd35(**given)
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("turn", [lambda x: x.bfloat16(), lambda x: x.requires_grad_()], ids=["bfloat16", "gradient"])
+def test_embeddings_come_straight_from_a_torch_encoder(turn, dev):
+    import torch
+
+    text, pooled = (turn(torch.linspace(-1, 1, n)) for n in (5 * 96, 32))
+    call = {"height": 64, "width": 64, "num_inference_steps": 1}
+    made = dev.prepare(Options(prompt_embeds=text.reshape(1, 5, 96), pooled_prompt_embeds=pooled[None], **call))
+    np.testing.assert_array_equal(made.inputs.conditions.pooled[0], pooled.detach().float().numpy())
+
+
+@pytest.mark.parametrize("attend", ["dense", lambda *args: None])
+@pytest.mark.usefixtures("no_shape_checks")
+def test_an_attention_must_be_an_attention(attend, dev):
+    with pytest.raises(ValueError, match="attend=.* must be a hashable object with `memory` and `__call__`"):
+        dev(PROMPT, height=64, width=64, attend=attend, progress=False)
 
 
 @pytest.mark.usefixtures("no_shape_checks")

@@ -10,7 +10,7 @@ import pytest
 from real_shapes import denoise_arguments, planned_arguments
 
 from dfa2_jax import Method
-from dfa2_jax.calibration.calibrate import PLANNING_TILES, Budget, calibrate_step
+from dfa2_jax.calibration.calibrate import Budget, calibrate_step, planning_tiles
 from dfa2_jax.sampling.loop import denoise, denoise_planned
 from pallas_kernels import Layout, arrow_attention
 from pallas_kernels.inspect import aot
@@ -142,7 +142,7 @@ def test_calibration_with_its_exact_choice_compiles_where_caches_are(name, head_
     arguments = target.abstract((params, state, inputs, step, budget))
     candidates = (Method("cached"), *map(Method.arrow, (8, 16, 32)))
     compiled = aot.compile_for(
-        target, calibrate_step, graph, *arguments, candidates=candidates, tiles=PLANNING_TILES[head_dim]
+        target, calibrate_step, graph, *arguments, candidates=candidates, tiles=planning_tiles(head_dim)
     )
     assert "callback" not in compiled.hlo
     assert compiled.alias_bytes >= sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state.memory))

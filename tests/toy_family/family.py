@@ -11,12 +11,16 @@ from dfa2_jax.families.base import Defaults, Embeddings, Schedule
 from dfa2_jax.nn.carrier import carrier
 from dfa2_jax.sampling.guidance import ClassifierFree, NoGuidance
 from dfa2_jax.sampling.inputs import pad_steps
+from dfa2_jax.sampling.tokens import Grid
 from dfa2_jax.weights.spec import ComponentSpec
 from toy_family.transformer import RULES, ToyConditions, ToyConfig, ToyTransformer
 
 
 class ColumnTokens:
     """One token per latent pixel, column by column."""
+
+    def grid(self, frames, height, width):
+        return Grid(frames, height, width)
 
     def pack(self, latents):
         batch, channels = latents.shape[:2]

@@ -80,7 +80,7 @@ class ToyTransformer(nnx.Module):
         def step(block, x, attention):
             return block(x, context, attention)
 
-        plans = plans or dense_plans(self.calls(1, 1))
+        plans = plans or dense_plans(self.config.calls(1, 1))
         where = "blocks", self.blocks, step, x, attend or Dense(), memory or {}, plans
         x, memory = run_segment(*where, skipped=skipped_blocks, unroll=unroll)
         return self.out(self.norm_out(x[:, layout.visual], context.vector)), memory

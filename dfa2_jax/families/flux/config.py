@@ -5,22 +5,23 @@ from dataclasses import dataclass
 from typing import Any
 
 from dfa2_jax.nn.attention import AttentionCall
+from dfa2_jax.nn.config import config_from_json
 from pallas_kernels.layout import Layout
 
 
 @dataclass(frozen=True, kw_only=True)
 class FluxConfig:
-    """Sizes of a `FluxTransformer2DModel`."""
+    """Sizes of a `FluxTransformer2DModel`; defaults are diffusers'."""
 
-    in_channels: int
-    num_layers: int
-    num_single_layers: int
-    attention_head_dim: int
-    num_attention_heads: int
-    joint_attention_dim: int
-    pooled_projection_dim: int
-    guidance_embeds: bool
-    axes_dims_rope: tuple[int, ...]
+    in_channels: int = 64
+    num_layers: int = 19
+    num_single_layers: int = 38
+    attention_head_dim: int = 128
+    num_attention_heads: int = 24
+    joint_attention_dim: int = 4096
+    pooled_projection_dim: int = 768
+    guidance_embeds: bool = False
+    axes_dims_rope: tuple[int, ...] = (16, 56, 56)
 
     def __post_init__(self) -> None:
         if sum(self.axes_dims_rope) != self.attention_head_dim or len(self.axes_dims_rope) != 3:
@@ -30,29 +31,19 @@ class FluxConfig:
 
     @classmethod
     def from_json(cls, config: Mapping[str, Any]) -> "FluxConfig":
-        """From diffusers' config.json; what it omits takes diffusers' defaults, unknown fields are ignored.
+        """From diffusers' config.json; unknown fields are ignored.
 
         Raises:
             ValueError: a variant whose input is not its output (FLUX.1-Fill, -Canny, -Depth).
         """
-        defaults = {
-            "in_channels": 64,
-            "num_layers": 19,
-            "num_single_layers": 38,
-            "attention_head_dim": 128,
-            "num_attention_heads": 24,
-            "joint_attention_dim": 4096,
-            "pooled_projection_dim": 768,
-            "guidance_embeds": False,
-        }
-        known = {name: config.get(name, default) for name, default in defaults.items()}
+        made = config_from_json(cls, config)
         out_channels, patch_size = config.get("out_channels"), config.get("patch_size", 1)
-        if out_channels not in (None, known["in_channels"]) or patch_size != 1:
+        if out_channels not in (None, made.in_channels) or patch_size != 1:
             raise ValueError(
-                f"Only text-to-image FLUX.1 is supported: in_channels={known['in_channels']}, {out_channels=}, "
+                f"Only text-to-image FLUX.1 is supported: in_channels={made.in_channels}, {out_channels=}, "
                 f"{patch_size=} must be equal channels and patch size 1."
             )
-        return cls(**known, axes_dims_rope=tuple(config.get("axes_dims_rope") or (16, 56, 56)))
+        return made
 
     @property
     def width(self) -> int:

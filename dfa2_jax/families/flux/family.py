@@ -7,17 +7,19 @@ from typing import Any
 import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
+from jaxtyping import Float
 
 from dfa2_jax.encoders.specs import CLIP, T5
 from dfa2_jax.families.base import Defaults, Embeddings, Encode, Schedule, expect_shape
 from dfa2_jax.families.flux.config import FluxConfig
+from dfa2_jax.families.flux.positions import rope_table
 from dfa2_jax.families.flux.rules import RULES
 from dfa2_jax.families.flux.transformer import FluxConditions, FluxTransformer
 from dfa2_jax.options import Options
 from dfa2_jax.sampling.guidance import ClassifierFree, Guidance, NoGuidance
 from dfa2_jax.sampling.sinusoid import sinusoid
-from dfa2_jax.sampling.solvers.flow_euler import FlowEuler, check_flow_match, embedded_scalar, flow_match_sigmas
-from dfa2_jax.sampling.tokens import CHANNEL_ROW_COLUMN, Grid, Patches, rope_table
+from dfa2_jax.sampling.solvers.flow_euler import FlowEuler, check_flow_match, flow_match_sigmas
+from dfa2_jax.sampling.tokens import CHANNEL_ROW_COLUMN, Grid, Patches
 from dfa2_jax.vae.spec import AUTOENCODER
 from dfa2_jax.weights.spec import ComponentSpec
 
@@ -41,7 +43,9 @@ class Flux:
         self.config, self.scheduler = config, scheduler
         self.tokens = Patches(config.patch_size, CHANNEL_ROW_COLUMN)
         self.latent_channels = config.in_channels // config.patch_size**2
-        steps, scale, length = (28, 3.5, 512) if config.guidance_embeds else (4, 0.0, 256)
+        # Of the published models, schnell alone has a fixed shift. A fine-tune without guidance keeps dev's scheduler.
+        is_schnell = not config.guidance_embeds and not scheduler.get("use_dynamic_shifting", False)
+        steps, scale, length = (4, 0.0, 256) if is_schnell else (28, 3.5, 512)
         self.defaults = Defaults(steps, scale, length, latent_size=128)
 
     def check(self, options: Options) -> None:
@@ -105,3 +109,12 @@ class Flux:
     def input_tokens(self, latents: np.ndarray, grid: Grid) -> np.ndarray:
         expect_shape("latents", latents, (None, grid.num_visual, self.config.in_channels))
         return latents
+
+
+def embedded_scalar(x: Float[np.ndarray, " steps"], dtype: DTypeLike = np.float32) -> Float[np.ndarray, " steps"]:
+    """`x * 1000` as FLUX rounds it before its sinusoid, in `dtype`.
+
+    torch multiplies in the model's dtype: in bfloat16 guidance 3.5 becomes 3504. XLA drops such roundings inside jit,
+    so whoever wants bfloat16 diffusers' numbers asks for them here, on the host.
+    """
+    return (x.astype(dtype) * np.asarray(1000, dtype)).astype(np.float32)

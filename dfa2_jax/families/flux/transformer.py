@@ -10,7 +10,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
 from dfa2_jax.families.flux.config import FluxConfig
-from dfa2_jax.nn.attention import Attend, AttentionCall, BlockAttention, Dense, dense_plans
+from dfa2_jax.nn.attention import Attend, BlockAttention, Dense, dense_plans
 from dfa2_jax.nn.blocks import JointBlock, SingleBlock
 from dfa2_jax.nn.carrier import carrier
 from dfa2_jax.nn.linear import MLP, Linear
@@ -25,7 +25,7 @@ class FluxConditions:
     """What the transformer is told beside latents and time.
 
     text: T5's states; pooled: CLIP's pooled state.
-    cos, sin: `sampling.tokens.rope_table` for the text and the image's patches.
+    cos, sin: `families.flux.positions.rope_table` for the text and the image's patches.
     guidance: `sampling.sinusoid` of 1000 guidance; FLUX.1-dev only.
     """
 
@@ -68,10 +68,6 @@ class FluxTransformer(nnx.Module):
         self.norm_out = AdaLNOut(width, **to)
         self.proj_out = Linear(width, config.in_channels, **to)
 
-    def calls(self, num_text: int, num_visual: int) -> tuple[AttentionCall, ...]:
-        """Every attention call in order of execution."""
-        return self.config.calls(num_text, num_visual)
-
     def __call__(
         self,
         tokens: Float[Array | np.ndarray, "B V C"],
@@ -105,7 +101,7 @@ class FluxTransformer(nnx.Module):
             return clip_float16(block(x, context, attention))
 
         attend = Dense() if attend is None else attend
-        kept, plans, doubles = memory or {}, plans or dense_plans(self.calls(1, 1)), self.config.num_layers
+        kept, plans, doubles = memory or {}, plans or dense_plans(self.config.calls(1, 1)), self.config.num_layers
         skip, skip_single = (None, None) if skipped_blocks is None else jnp.split(skipped_blocks, [doubles])
         where = "transformer_blocks", self.transformer_blocks, double, (visual, text), attend, kept, plans
         (visual, text), kept = run_segment(*where, skipped=skip, unroll=unroll)

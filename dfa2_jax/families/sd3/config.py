@@ -8,6 +8,7 @@ from itertools import groupby
 from typing import Any
 
 from dfa2_jax.nn.attention import AttentionCall
+from dfa2_jax.nn.config import config_from_json
 from pallas_kernels.layout import Layout
 
 
@@ -22,11 +23,11 @@ class Segment:
 
 @dataclass(frozen=True, kw_only=True)
 class SD3Config:
-    """Sizes of an `SD3Transformer2DModel`. diffusers' own defaults match no published model: read config.json."""
+    """Sizes of an `SD3Transformer2DModel`. Of diffusers' defaults, only these match published models.
 
-    patch_size: int
-    in_channels: int
-    out_channels: int
+    out_channels: None: as `in_channels`.
+    """
+
     num_layers: int
     attention_head_dim: int
     num_attention_heads: int
@@ -34,7 +35,10 @@ class SD3Config:
     caption_projection_dim: int
     pooled_projection_dim: int
     pos_embed_max_size: int
-    sample_size: int
+    patch_size: int = 2
+    in_channels: int = 16
+    out_channels: int | None = None
+    sample_size: int = 128
     dual_attention_layers: tuple[int, ...] = ()
     qk_norm: str | None = None
 
@@ -43,20 +47,13 @@ class SD3Config:
             raise ValueError(f"{self.qk_norm=} is not supported: None (SD3) or 'rms_norm' (SD3.5).")
         if self.caption_projection_dim != self.width:
             raise ValueError(f"{self.caption_projection_dim=} must equal heads x head_dim = {self.width}.")
-        if self.in_channels != self.out_channels:
+        if self.out_channels not in (None, self.in_channels):
             raise ValueError(f"{self.in_channels=} and {self.out_channels=} must be equal to denoise latents.")
 
     @classmethod
     def from_json(cls, config: Mapping[str, Any]) -> "SD3Config":
-        """From diffusers' config.json; fields that diffusers may omit take diffusers' defaults, others are ignored."""
-        defaults = {"patch_size": 2, "in_channels": 16, "sample_size": 128, "qk_norm": None}
-        known: dict[str, Any] = {name: config.get(name, defaults.get(name)) for name in cls.__dataclass_fields__}
-        known["out_channels"] = config.get("out_channels") or known["in_channels"]
-        known["dual_attention_layers"] = tuple(config.get("dual_attention_layers") or ())
-        missing = sorted(name for name, value in known.items() if value is None and name != "qk_norm")
-        if missing:
-            raise ValueError(f"The transformer's config.json lacks {missing}.")
-        return cls(**known)
+        """From diffusers' config.json; unknown fields are ignored."""
+        return config_from_json(cls, config)
 
     @property
     def width(self) -> int:

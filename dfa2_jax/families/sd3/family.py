@@ -11,13 +11,14 @@ from jax.typing import DTypeLike
 from dfa2_jax.encoders.specs import CLIP_PROJECTED, T5
 from dfa2_jax.families.base import Defaults, Embeddings, Encode, Schedule, expect_shape
 from dfa2_jax.families.sd3.config import SD3Config
+from dfa2_jax.families.sd3.positions import crop_positions
 from dfa2_jax.families.sd3.rules import RULES
 from dfa2_jax.families.sd3.transformer import PositionTable, SD3Conditions, SD3Transformer
 from dfa2_jax.options import Options
 from dfa2_jax.sampling.guidance import ClassifierFree, Guidance, NoGuidance, SkipLayer
 from dfa2_jax.sampling.inputs import pad_steps
 from dfa2_jax.sampling.solvers.flow_euler import FlowEuler, check_flow_match, flow_match_sigmas
-from dfa2_jax.sampling.tokens import ROW_COLUMN_CHANNEL, Grid, Patches, crop_positions
+from dfa2_jax.sampling.tokens import ROW_COLUMN_CHANNEL, Grid, Patches
 from dfa2_jax.vae.spec import AUTOENCODER
 from dfa2_jax.weights.spec import ComponentSpec
 
@@ -63,6 +64,8 @@ class SD3:
         if height % multiple or width % multiple:
             down = f"{height // multiple * multiple} x {width // multiple * multiple}"
             raise ValueError(f"height x width = {height} x {width} must be multiples of {multiple}: try {down}.")
+        if max(height, width) > (largest := self.config.pos_embed_max_size * multiple):
+            raise ValueError(f"height x width = {height} x {width} exceeds the position table: {largest} px a side.")
         return height, width
 
     def extra_text_tokens(self, encoders: Any) -> int:

@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
 from dfa2_jax.families.sd3.config import SD3Config, Segment
-from dfa2_jax.nn.attention import Attend, AttentionCall, BlockAttention, Dense, dense_plans
+from dfa2_jax.nn.attention import Attend, BlockAttention, Dense, dense_plans
 from dfa2_jax.nn.blocks import DualBlock, JointBlock
 from dfa2_jax.nn.carrier import carrier
 from dfa2_jax.nn.linear import MLP, Linear
@@ -27,7 +27,7 @@ class SD3Conditions:
     """What the transformer is told beside latents and time.
 
     text: CLIP's and T5's states; pooled: both CLIPs' pooled states.
-    positions: `sampling.tokens.crop_positions` for the image's patches.
+    positions: `families.sd3.positions.crop_positions` for the image's patches.
     """
 
     text: Float[Array | np.ndarray, "B T E"]
@@ -73,10 +73,6 @@ class SD3Transformer(nnx.Module):
         self.norm_out = AdaLNOut(width, **to)
         self.proj_out = Linear(width, config.token_channels, **to)
 
-    def calls(self, num_text: int, num_visual: int) -> tuple[AttentionCall, ...]:
-        """Every attention call in order of execution."""
-        return self.config.calls(num_text, num_visual)
-
     def __call__(
         self,
         tokens: Float[Array | np.ndarray, "B V C"],
@@ -108,7 +104,7 @@ class SD3Transformer(nnx.Module):
             return block(*streams, context, attention)
 
         attend, memory = Dense() if attend is None else attend, memory or {}
-        plans, start = plans or dense_plans(self.calls(1, 1)), 0
+        plans, start = plans or dense_plans(self.config.calls(1, 1)), 0
         for number, (blocks, segment) in enumerate(zip(self.segments, config.segments, strict=True)):
             skipped = None if skipped_blocks is None else skipped_blocks[start : start + segment.count]
             where = f"segments.{number}", blocks, step, streams, attend, memory, plans

@@ -6,7 +6,6 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from dfa2_jax.nn.carrier import carrier
@@ -47,8 +46,8 @@ def flow_match_sigmas(
 
     Args:
         config: scheduler_config.json.
-        sigmas: unshifted noise levels, or a number of steps for the scheduler's own: evenly spaced between its
-            largest and smallest sigma, which a static shift has moved once already (SD3; the shift hits them twice).
+        sigmas: unshifted noise levels, or a number of steps for the scheduler's own. Those are evenly spaced between
+            its largest and smallest sigma. A static shift has moved these ends once already: it hits SD3's twice.
         num_visual: visual tokens, on which a dynamic shift depends (FLUX.1-dev).
 
     Raises:
@@ -75,6 +74,10 @@ def flow_match_sigmas(
         kind = config.get("time_shift_type", "exponential")
         if kind not in ("exponential", "linear"):
             raise ValueError(f"scheduler_config.json: time_shift_type={kind!r} is neither 'exponential' nor 'linear'.")
+        if kind == "linear" and mu <= 0:
+            raise ValueError(
+                f"scheduler_config.json: a linear shift of {mu:.3g} at {num_visual} tokens is not positive."
+            )
         factor = math.exp(mu) if kind == "exponential" else mu
         levels = factor / (factor + (1 / levels - 1))
     else:
@@ -94,6 +97,13 @@ def check_flow_match(config: Mapping[str, Any]) -> None:
             raise ValueError(f"its sigmas are {made.tolist()}")
 
 
+def _finite(config: Mapping[str, Any], name: str, default: int | float) -> Any:
+    value = config.get(name, default)
+    if type(value) not in (int, float) or not math.isfinite(value):
+        raise ValueError(f"scheduler_config.json: {name}={value!r:.100} is not a finite number.")
+    return value
+
+
 def _positive(config: Mapping[str, Any], name: str, default: int | float) -> Any:
     value = config.get(name, default)
     if type(value) not in (int, float) or not 0 < value < math.inf:
@@ -111,17 +121,8 @@ def _dynamic_shift(config: Mapping[str, Any], num_visual: int) -> float:
     base_tokens, max_tokens = (
         _positive(config, f"{end}_image_seq_len", of) for end, of in (("base", 256), ("max", 4096))
     )
-    base, top = _positive(config, "base_shift", 0.5), _positive(config, "max_shift", 1.15)
+    base, top = _finite(config, "base_shift", 0.5), _finite(config, "max_shift", 1.15)
     if base_tokens == max_tokens:
         raise ValueError(f"scheduler_config.json: base_image_seq_len and max_image_seq_len are both {max_tokens}.")
     slope = (top - base) / (max_tokens - base_tokens)
     return num_visual * slope + (base - slope * base_tokens)
-
-
-def embedded_scalar(x: Float[np.ndarray, " steps"], dtype: DTypeLike = np.float32) -> Float[np.ndarray, " steps"]:
-    """`x * 1000` as FLUX rounds it before its sinusoid, in `dtype`.
-
-    torch multiplies in the model's dtype: in bfloat16 guidance 3.5 becomes 3504. XLA drops such roundings inside jit,
-    so whoever wants bfloat16 diffusers' numbers asks for them here, on the host.
-    """
-    return (x.astype(dtype) * np.asarray(1000, dtype)).astype(np.float32)

@@ -1,8 +1,8 @@
 """Arrow attention as one Triton kernel that jax-triton launches: for Ampere and Ada once JAX drops Pallas's Triton.
 
-A program takes one tile of queries of one head, all of text or all of visual tokens, and walks its keys as in the
-"triton" kernel: text and the inside of the band in one loop without masks, then the band's edges and ragged ends in a
-loop with masks. Text queries see every key; the programs of all heads' text tiles come first.
+A program takes one tile of queries of one head, all of text or all of visual tokens. It walks its keys as the "triton"
+kernel does. One loop without masks visits text and the inside of the band. A loop with masks visits the band's edges
+and ragged ends. Text queries see every key; the programs of all heads' text tiles come first.
 """
 
 import math

@@ -1,8 +1,8 @@
 """Arrow attention as a Pallas kernel on the Mosaic GPU backend, for Hopper: TMA, wgmma and warp specialisation.
 
 The grid is as large as the GPU, and a block takes one job after the other: a tile of queries of one head. Some
-warpgroups compute 64 of these queries each; one more fetches keys and values into a ring in shared memory, and those of
-the next job, with its queries, while the last one ends. A job walks its keys as in the "triton" kernel: text, the
+warpgroups compute 64 of these queries each. One more fetches keys and values into a ring in shared memory. While a job
+ends, it fetches the next one's, with its queries. A job walks its keys as in the "triton" kernel: text, the
 band's left edge, its inside without masks, its right edge. Jobs that hold text queries walk every key; all heads' come
 first.
 """

@@ -1,8 +1,7 @@
 """What the Mosaic GPU kernels share: the warpgroups of a block, their shared memory, and a step of online softmax.
 
-Shared memory holds each tile as columns of 64 (128 bytes, one swizzle), so that a copy is a plain box of the
-[B, T, N, H] array: Mosaic's tiled copies would need lengths and starts that are multiples of 8, and SD3 has 4,429
-tokens.
+Shared memory holds each tile as columns of 64 (128 bytes, one swizzle). So a copy is a plain box of the [B, T, N, H]
+array. Mosaic's tiled copies would need lengths and starts that are multiples of 8, and SD3 has 4,429 tokens.
 """
 
 import dataclasses
@@ -133,9 +132,9 @@ def kernel(
     interpret: bool,
     out_type: Any,
 ) -> Callable[..., Any]:
-    """A call of `body(*refs, shared)` by every warpgroup of every block: it says which jobs there are, what a
-    warpgroup does for one that computes, and for one that fetches. Both get its number and the steps of the ring
-    before it, and return those after."""
+    """A call of `body(*refs, shared)` by every warpgroup of every block. It says which jobs there are, and what
+    computing and fetching warpgroups do for one. Both get its number and the steps of the ring before it, and return
+    those after."""
     columns, computing = dim // COLUMNS, jobs.rows // ROWS
 
     def tiles(count: int, rows: int) -> Any:

@@ -1,8 +1,8 @@
 """Arrow attention under every window of a list in one pass, as a Pallas kernel on the Mosaic GPU backend.
 
-A job takes one tile of queries of one head, text keys first and then ring after ring of visual keys outwards from the
-diagonal; after each ring, what it has so far is the output under that ring's window. A tile that holds text queries
-and visual ones walks the rings of the visual ones; its text queries have seen every key after the last.
+A job takes one tile of queries of one head. It visits text keys first, then ring after ring of visual keys outwards
+from the diagonal. After each ring, what it has so far is the output under that ring's window. A tile that holds text
+queries and visual ones walks the rings of the visual ones. Its text queries have seen every key after the last.
 """
 
 from functools import partial

@@ -1,9 +1,10 @@
 """Arrow attention as a Pallas kernel on the Triton backend: one launch for full, arrow and cached heads.
 
 A program takes one tile of queries of one head. Queries and keys are cut into tiles within text and within visual
-tokens, so no tile holds both. Which key tiles a program visits follows from the head's window: text and the inside of
-the band in one loop without masks, then the band's edges and ragged ends in a loop with masks. Text queries see every
-key, and their programs would outlast all others; each takes a part of the keys, and a second kernel merges the parts.
+tokens, so no tile holds both. Which key tiles a program visits follows from the head's window. One loop without masks
+visits text and the inside of the band. A loop with masks visits the band's edges and ragged ends. Text queries see
+every key, and their programs would outlast all others. Each takes a part of the keys, and a second kernel merges the
+parts.
 """
 
 import math

@@ -1,8 +1,8 @@
 """Arrow attention under every window of a list in one pass, as a Pallas kernel on the Triton backend.
 
-A program takes one tile of queries of one head, text keys first and then ring after ring of visual keys outwards from
-the diagonal; after each ring, what it has so far is the output under that ring's window. Tiles that lie in a ring as a
-whole need no mask; those on its edges do, and are visited by both of the rings that share them.
+A program takes one tile of queries of one head. It visits text keys first, then ring after ring of visual keys outwards
+from the diagonal. After each ring, what it has so far is the output under that ring's window. Tiles that lie in a ring
+as a whole need no mask. Those on its edges do, and both of the rings that share them visit them.
 """
 
 import math

@@ -49,10 +49,10 @@ TABLE = {
 A100 (tests/kernels/test_kernels_aot.py).
 
 For 16 bits, each is the fastest by `cost.arrow_seconds` of those in benchmarks/results/aot.md. On an H200 64x64 is also
-the fastest measured, or within 4 % of it, over full, narrow and mixed heads at 1024 and 2048 px
-(benchmarks/results/tiles_h200.json): larger tiles take fewer instructions per score, and leave fewer blocks per
-multiprocessor. On an A100 nothing was timed. In float32, as IEEE products without tensor cores, arrows at a head_dim
-of 128 take 4.4 (full) and 1.06 (V/64) times XLA's dense attention; 32x32 with 4 warps, which spills, 3.0 and 0.74."""
+the fastest measured, or within 4 % of it (benchmarks/results/tiles_h200.json). Larger tiles take fewer instructions per
+score, and leave fewer blocks per multiprocessor. On an A100 nothing was timed. In float32, as IEEE products without
+tensor cores, arrows at a head_dim of 128 take 4.4 (full) and 1.06 (V/64) times XLA's dense attention. Tiles of 32x32
+with 4 warps, which spill, take 3.0 and 0.74 times."""
 
 
 def tiles_lack(problem: Problem[Any], device: Device) -> str | None:
