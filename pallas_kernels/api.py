@@ -64,12 +64,12 @@ def arrow_attention(
     check_tokens(q, k, v, layout)
     check_heads(q, k, half_window, head_order)
     check_cache(q, half_window, cache, layer)
-    tokens = {"q": q, "k": k, "v": v, "layout": layout}
+    tokens, entry = {"q": q, "k": k, "v": v, "layout": layout}, _entry(cache, layer)
     if half_window is None:
         out = _dense(Problem(operation="dense", **tokens), implementation, interpret)
-        return out if layer is None else jax.lax.dynamic_update_index_in_dim(cache, out, layer, 0)
+        return out if entry is None else jax.lax.dynamic_update_index_in_dim(cache, out, entry, 0)
     windows = jnp.minimum(half_window, EVERYTHING)  # beyond, sums with positions overflow
-    heads = {"half_window": windows, "cache": cache, "layer": _entry(cache, layer), "head_order": head_order}
+    heads = {"half_window": windows, "cache": cache, "layer": entry, "head_order": head_order}
     return _arrow(Problem(operation="arrow", **tokens, **heads), implementation, interpret)
 
 

@@ -181,6 +181,7 @@ class Study:
         setting = self.call.setting.model_dump(mode="json")
         return digest_of(self.facts | {"setting": setting, "rounding": self.pipeline.rounding})
 
+    @jax.enable_x64(False)  # a program of 32 bits, whatever the user's setting is
     def search(self, checkpointed: Checkpointed) -> None:
         """Every step that an earlier run did not finish."""
         done, steps, transformer = 1 + checkpointed.steps, self.call.request.steps, self.pipeline.transformer

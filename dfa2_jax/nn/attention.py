@@ -65,7 +65,7 @@ class LayerPlan:
         half_window: Int[Array, "L N"] | None = None,
         head_order: Int[Array, "L N"] | None = None,
     ) -> "LayerPlan":
-        return cls(jnp.arange(count), jnp.full(count, step, jnp.int32), half_window, head_order)
+        return cls(jnp.arange(count, dtype=jnp.int32), jnp.full(count, step, jnp.int32), half_window, head_order)
 
 
 @runtime_checkable

@@ -112,6 +112,8 @@ class Call:
     ) -> tuple[Run, State]:
         """The loop of this call, and the state that it starts from.
 
+        It is a program of 32 bits, whatever `jax_enable_x64` says.
+
         Args:
             implementation: of attention, to measure what another order of the same sums changes; None: the best one.
             skip_projections: as in `denoise_planned`.
@@ -123,10 +125,10 @@ class Call:
         loop = {"inputs": jax.device_put(self.inputs), "rounding": self.pipeline.rounding}
         loop |= {"implementation": implementation}
         if plan is None:
-            run = partial(denoise, transformer.graph, transformer.params, **loop, attend=attend)
+            run = jax.enable_x64(False)(partial(denoise, transformer.graph, transformer.params, **loop, attend=attend))
             return lambda state, start, stop: run(state, start=start, stop=stop), self.start(attend)
         loop |= {"plans": jax.device_put(self.step_plans(plan)), "skip_projections": skip_projections}
-        run = partial(denoise_planned, transformer.graph, transformer.params, **loop)
+        run = jax.enable_x64(False)(partial(denoise_planned, transformer.graph, transformer.params, **loop))
         return lambda state, start, stop: run(state, start=start, stop=stop), self.start(Planned())
 
     def run(self) -> np.ndarray:

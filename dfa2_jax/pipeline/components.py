@@ -22,6 +22,7 @@ class Component:
     def __init__(self, module: nnx.Module):
         self.graph, self.params = nnx.split(module)
 
+    @jax.enable_x64(False)  # a program of 32 bits, whatever the user's setting is
     def __call__(self, *args: Any, method: str = "__call__") -> Any:
         return call(self.graph, self.params, *args, method=method)
 
