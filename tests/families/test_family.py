@@ -125,3 +125,9 @@ def test_what_the_toy_refuses_is_refused(folder, tmp_path):
     (other / "scheduler" / "scheduler_config.json").write_text(json.dumps({"kind": "euler"}))
     with pytest.raises(CheckpointError, match="kind='euler' is not 'two step'"):
         Pipeline.from_pretrained(other)
+
+
+def test_a_class_that_is_no_family_is_refused():
+    with pytest.raises(TypeError, match=r"Half lacks \['cfg_scale', 'check', .* of families.base.Family"):
+        registry.register(type("Half", (), {"pipeline_class": "HalfPipeline"}))
+    assert "HalfPipeline" not in registry.FAMILIES

@@ -42,7 +42,7 @@ def test_the_wheel_holds_the_two_packages_and_nothing_else(tmp_path):
     metadata = f"dfa2_jax-{dfa2_jax.__version__}.dist-info/METADATA"
     said = message_from_bytes(zipfile.ZipFile(wheel).read(metadata))
     assert said["Version"] == dfa2_jax.__version__ and said["Keywords"] and said["License-Expression"] == "Apache-2.0"
-    assert "Typing :: Typed" in said.get_all("Classifier")
+    assert "Typing :: Typed" in said.get_all("Classifier") and said.get_all("Project-URL")
     required = [line for line in said.get_all("Requires-Dist") if "extra ==" not in line]
     assert not [line for line in required if line.startswith(("matplotlib", "scikit-image", "scipy", "torch"))]
     assert {"report", "plots", "quality"} <= {*said.get_all("Provides-Extra")}
@@ -72,6 +72,19 @@ def test_type_checkers_see_the_names_that_programs_get():
     seen = re.findall(r"from (\S+) import (\S+) as (\S+)", block)
     assert all(name == again for _, name, again in seen)
     assert {name: module for module, name, _ in seen} == dfa2_jax._MODULES
+
+
+@pytest.mark.checkout
+def test_every_target_that_pages_name_has_a_rule():
+    makefile = (ROOT / "Makefile").read_text()
+    rules = set(re.findall(r"^([\w-]+):", makefile, re.MULTILINE))
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md"), ROOT / ".ci" / "run"]
+    named = {
+        name for page in pages for name in re.findall(r"(?:^|`)make ([a-z][\w-]*)(?![\w/-])", page.read_text(), re.MULTILINE)
+    }
+    assert named and named <= rules
+    phony = re.search(r"^\.PHONY: (.*)", makefile, re.MULTILINE)
+    assert {*phony[1].split()} <= rules
 
 
 @pytest.mark.checkout
