@@ -79,9 +79,8 @@ def test_every_target_that_pages_name_has_a_rule():
     makefile = (ROOT / "Makefile").read_text()
     rules = set(re.findall(r"^([\w-]+):", makefile, re.MULTILINE))
     pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md"), ROOT / ".ci" / "run"]
-    named = {
-        name for page in pages for name in re.findall(r"(?:^|`)make ([a-z][\w-]*)(?![\w/-])", page.read_text(), re.MULTILINE)
-    }
+    target = re.compile(r"(?:^|`)make ([a-z][\w-]*)(?![\w/-])", re.MULTILINE)
+    named = {name for page in pages for name in target.findall(page.read_text())}
     assert named and named <= rules
     phony = re.search(r"^\.PHONY: (.*)", makefile, re.MULTILINE)
     assert {*phony[1].split()} <= rules
