@@ -127,6 +127,9 @@ def on_accelerator(leaf: Leaf, dtype: np.dtype) -> jax.Array:
 def load_leaf(leaf: Leaf, dtype: np.dtype, *, on_device: bool) -> jax.Array | np.ndarray:
     """The parameter as one array.
 
+    That it is finite is seen slab by slab on the host, for 0.08 s a gigabyte and core (10 to 20 % of loading from the
+    page cache), and in the program that places a block on an accelerator.
+
     Raises:
         CheckpointError: a value is not finite in `dtype`.
     """
