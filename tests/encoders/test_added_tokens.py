@@ -16,13 +16,14 @@ TEXTS = [
     "x<s1>y <S0> <cat toy>,<Cat Toy>  <Cat Toy>s",
     "circles Circle circle",
     "CAF\u00c9 caf\u00e9 cafe\u0301",
-    "<|startoftext|> a ! <|endoftext|> <|ENDOFTEXT|>  !",
+    "<|startoftext|> a ! <|endoftext|> <|ENDOFTEXT|> <|STARTOFTEXT|> !",
     "<mask> [EXTRA]extra [extra]",
 ]
 
 
 def token(rng, text):
-    return {"content": text} | {name: rng.random() < 0.5 for name in FLAGS}
+    """With some of the flags: what is absent has a default, which may depend on another."""
+    return {"content": text} | {name: rng.random() < 0.5 for name in FLAGS if rng.random() < 0.7}
 
 
 def draw_folder(rng, folder):
@@ -44,7 +45,7 @@ def draw_folder(rng, folder):
         decoder = {number: token(rng, text) for text, number in numbers.items()}
         for text in ("<|startoftext|>", "<|endoftext|>"):
             decoder[clip_files()[0][text]] = token(rng, text)
-        config["added_tokens_decoder"] = decoder
+        config["added_tokens_decoder"] = dict(rng.sample(sorted(decoder.items()), len(decoder)))
         config |= {name: "<|endoftext|>" for name in ("eos_token", "unk_token")}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     (folder / "special_tokens_map.json").write_text(json.dumps(special))
