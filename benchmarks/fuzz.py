@@ -1,10 +1,11 @@
-"""Damages safetensors files, indexes and plans many times over; stops at the first that is taken in a wrong way.
+"""Damages weights, plans, tokenizers and configs many times over; stops at the first that is taken in a wrong way.
 
     python -m benchmarks.fuzz [--count 100000] [--seed 1] [--out benchmarks/results/fuzz.json]
 
 Weights must be read as by safetensors itself, or refused with a CheckpointError, in memory of at most twice
-the files and a constant; plans must be what the file says, or refused with a PlanError. Each kind is damaged so many
-times. The test suite does 2,000 with another seed; the damage is that of tests/mutations.py.
+the files and a constant; plans must be what the file says, or refused with a PlanError. Tokenizers and configs must be
+read, or refused with a CheckpointError. Each kind is damaged so many times. The test suite does some hundreds with
+another seed; the damage is that of tests/mutations.py and tests/folder_mutations.py.
 """
 
 import argparse
@@ -19,6 +20,7 @@ from tqdm import trange
 from benchmarks.machine import describe_machine
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from folder_mutations import ConfigFuzzer, TokenizerFuzzer  # noqa: E402
 from mutations import SLACK_BYTES, Fuzzer, PlanFuzzer  # noqa: E402
 
 
@@ -36,12 +38,20 @@ def main() -> None:
         plans = PlanFuzzer(Path(folder), args.seed)
         for _ in trange(args.count, disable=None):
             plans.step()
+        tokenizers = TokenizerFuzzer(Path(folder) / "tokenizers", args.seed)
+        for _ in trange(args.count, disable=None):
+            tokenizers.step()
+        configs = ConfigFuzzer(Path(__file__).parents[1] / "assets" / "toy-sd35", Path(folder) / "configs", args.seed)
+        for _ in trange(args.count, disable=None):
+            configs.step()
     result = {
         "machine": describe_machine(),
         "mutations": args.count,
         "seed": args.seed,
         **fuzzer.counts,
         "plans": plans.counts,
+        "tokenizers": tokenizers.counts,
+        "configs": configs.counts,
         "other_exceptions": 0,  # the first would have ended the run
         "peak_bytes_above_twice_the_files": fuzzer.peak_above_twice,
         "allowed_bytes_above_twice_the_files": SLACK_BYTES,

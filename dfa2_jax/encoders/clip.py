@@ -13,6 +13,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from dfa2_jax.io.errors import check_fields
 from dfa2_jax.nn.carrier import carrier
 from dfa2_jax.nn.config import config_from_json
 from dfa2_jax.nn.linear import MLP, Linear, gelu_tanh
@@ -41,6 +42,14 @@ ACTIVATIONS: dict[str, Callable[[Any], Any]] = {
 # end a prompt with 49407: with 2, `pooled` is taken at the largest id (transformers PR 24773).
 LEGACY_EOS_TOKEN_ID = 2
 
+# A whole CLIPModel's config.json holds the text encoder's own in `text_config`, where transformers 4 left these out.
+WHOLE_MODEL_DEFAULTS = {
+    "hidden_size": 512,
+    "intermediate_size": 2048,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 8,
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class CLIPTextConfig:
@@ -58,6 +67,7 @@ class CLIPTextConfig:
     eos_token_id: int = 49407
 
     def __post_init__(self):
+        check_fields(self)
         if self.hidden_act not in ACTIVATIONS:
             raise ValueError(f"CLIP config: hidden_act={self.hidden_act!r} is unknown; known are {sorted(ACTIVATIONS)}")
         if self.hidden_size % self.num_attention_heads:
@@ -65,7 +75,12 @@ class CLIPTextConfig:
 
     @classmethod
     def from_json(cls, json: Mapping[str, Any]) -> "CLIPTextConfig":
-        """From transformers' parsed config.json. Raises ValueError for what this model cannot be."""
+        """From transformers' parsed config.json, also a whole CLIPModel's.
+
+        Raises ValueError for what this model cannot be.
+        """
+        if isinstance(text := json.get("text_config"), Mapping):
+            json = WHOLE_MODEL_DEFAULTS | dict(text)
         return config_from_json(cls, json)
 
 

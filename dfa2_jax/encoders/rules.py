@@ -2,6 +2,9 @@
 
 from dfa2_jax.weights.rules import Rule, dense, norm
 
+# Of a whole CLIPModel, whose text half a CLIPTextModel is; transformers passes over the rest.
+CLIP_REST = Rule(r"vision_model\..*|visual_projection\.weight|logit_scale", None)
+
 CLIP_LAYER = r"encoder\.layers\.(?P<layer>\d+)\."
 CLIP_TEXT = [
     Rule(r"embeddings\.(?P<name>token|position)_embedding\.weight", r"\g<name>_embedding"),
@@ -13,13 +16,16 @@ CLIP_TEXT = [
     *norm(r"final_layer_norm", "final_layer_norm"),
 ]
 # Folders saved by transformers 4 have the prefix, those saved by 5 do not, except with a projection.
-CLIP = [Rule(r"(text_model\.)?" + rule.key, rule.target, rule.turn) for rule in CLIP_TEXT]
-CLIP_PROJECTED = [*CLIP, *dense(r"text_projection", "text_projection")]
+CLIP_BODY = [CLIP_REST, *(Rule(r"(text_model\.)?" + rule.key, rule.target, rule.turn) for rule in CLIP_TEXT)]
+CLIP = [*CLIP_BODY, Rule(r"text_projection\.weight", None)]
+CLIP_PROJECTED = [*CLIP_BODY, *dense(r"text_projection", "text_projection")]
 
 T5_LAYER = r"encoder\.block\.(?P<layer>\d+)\.layer\."
 T5 = [
-    Rule(r"shared\.weight", "shared"),
-    Rule(r"encoder\.embed_tokens\.weight", None),  # tied to shared.weight
+    # Tied: either may be alone. Where both are there, transformers' encoder reads its own.
+    Rule(r"encoder\.embed_tokens\.weight", "shared"),
+    Rule(r"shared\.weight", "shared", is_spare=True),
+    Rule(r"decoder\..*|lm_head\.weight", None),  # of a whole T5ForConditionalGeneration
     Rule(r"encoder\.block\.0\.layer\.0\.SelfAttention\.relative_attention_bias\.weight", "relative_attention_bias"),
     *dense(T5_LAYER + r"0\.SelfAttention\.(?P<name>[qkvo])", r"layers.attention.\g<name>"),
     *norm(T5_LAYER + r"0\.layer_norm", "layers.attention_norm"),

@@ -9,6 +9,7 @@ from dfa2_jax.weights.spec import ComponentSpec
 
 CLIP = ComponentSpec(
     class_name="CLIPTextModel",
+    library="transformers",
     config=CLIPTextConfig.from_json,
     build=partial(CLIPTextModel, projection=False),
     rules=rules.CLIP,
@@ -16,6 +17,7 @@ CLIP = ComponentSpec(
 
 CLIP_PROJECTED = ComponentSpec(
     class_name="CLIPTextModelWithProjection",
+    library="transformers",
     config=CLIPTextConfig.from_json,
     build=partial(CLIPTextModel, projection=True),
     rules=rules.CLIP_PROJECTED,
@@ -23,6 +25,7 @@ CLIP_PROJECTED = ComponentSpec(
 
 T5 = ComponentSpec(
     class_name="T5EncoderModel",
+    library="transformers",
     config=T5Config.from_json,
     build=T5Encoder,
     rules=rules.T5,

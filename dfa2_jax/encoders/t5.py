@@ -15,6 +15,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from dfa2_jax.io.errors import check_fields
 from dfa2_jax.nn.config import config_from_json
 from dfa2_jax.nn.linear import Linear, gelu_tanh
 from dfa2_jax.nn.norms import RMSNorm
@@ -39,6 +40,7 @@ class T5Config:
     feed_forward_proj: str = "relu"
 
     def __post_init__(self):
+        check_fields(self)
         if self.feed_forward_proj != "gated-gelu":
             raise ValueError(
                 f"T5 config: feed_forward_proj={self.feed_forward_proj!r}, but only 'gated-gelu' (T5 v1.1) is "

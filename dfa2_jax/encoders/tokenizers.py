@@ -6,6 +6,7 @@ Ids equal those of transformers' tokenizers called as the diffusers pipelines ca
 
 import json
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,14 +15,21 @@ from typing import Any
 import numpy as np
 import tokenizers
 from jaxtyping import Int
-from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 
-from dfa2_jax.io.errors import blame
+from dfa2_jax.encoders.added_tokens import Fields, add_tokens, read_fields
+from dfa2_jax.encoders.bounds import check_growth, within_time
+from dfa2_jax.io.errors import blame, check_file, read_json
 
 logger = logging.getLogger("dfa2_jax")
 
+MAX_BYTES = 50_000_000  # Gemma's tokenizer.json has 33 MB
+
+NO_LIMIT = 10**6
+"""Tokens: a larger `model_max_length` is transformers' placeholder."""
+
 # OpenAI's pattern (openai/CLIP, simple_tokenizer.py): contractions, words, single digits, runs of punctuation.
-CLIP_WORDS = r"""'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""
+CLIP_WORDS = r"""<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,34 +43,34 @@ class Tokenizer:
     def load(cls, folder: str | Path) -> "Tokenizer":
         """Read `tokenizer.json`, or CLIP's older `vocab.json` and `merges.txt`, beside `tokenizer_config.json`.
 
-        Raises FileNotFoundError where neither is there, ValueError where the config lacks a needed field.
+        Raises:
+            FileNotFoundError: neither is there.
+            ValueError: a file lacks or garbles a field, or lengthens texts without bounds.
+            TimeoutError: reading took more than `bounds.MAX_SECONDS`.
         """
         folder = Path(folder)
-        config = read_config(folder)
-        if (folder / "tokenizer.json").is_file():
-            backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-        elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-            backend = clip_backend(folder, config)
-        else:
-            raise FileNotFoundError(missing_files(folder))
-        # A pad token is special even where it is a word: bigG pads with "!", and then no prompt's "!" is punctuation.
-        pad = special_token(config, "pad_token", folder)
-        pad_id = token_id(backend, pad, folder)
-        backend.add_special_tokens([pad])
+        fields, added = read_fields(folder)
+        limit = length_limit(fields)
+        backend = within_time(lambda: read_backend(folder, fields, added))
+        check_sides(backend, fields)
         backend.no_padding()
         backend.no_truncation()
-        return cls(
-            backend=backend,
-            pad_id=pad_id,
-            model_max_length=int(field(config, "model_max_length", folder)),
-            name=folder.name,
-        )
+        pad_id = token_id(backend, special_token(fields, "pad_token"), folder)
+        return cls(backend=backend, pad_id=pad_id, model_max_length=limit, name=folder.name)
 
     def encode(self, prompts: Sequence[str], max_length: int | None = None) -> Int[np.ndarray, "B T"]:
-        """Ids of each prompt, cut or padded to `max_length` (None: the model's); what is cut is logged as a warning."""
+        """Ids of each prompt, cut or padded to `max_length` (None: the model's); what is cut is logged as a warning.
+
+        Raises:
+            ValueError: neither the call nor the model gives a length, or the tokenizer fails or does not end.
+        """
         max_length = max_length or self.model_max_length
+        if max_length > NO_LIMIT:
+            raise ValueError(f"{self.name}: model_max_length={max_length:.3g} in tokenizer_config.json is no limit")
+        with blame(f"{self.name} could not read the prompts"):
+            encodings = within_time(lambda: self.backend.encode_batch(list(prompts)))
         ids = np.full((len(prompts), max_length), self.pad_id, np.int32)
-        for row, encoding in zip(ids, self.backend.encode_batch(list(prompts)), strict=True):
+        for row, encoding in zip(ids, encodings, strict=True):
             given = encoding.ids
             if len(given) > max_length:
                 self.warn_cut(given, max_length)
@@ -80,42 +88,81 @@ class Tokenizer:
         )
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """`tokenizer_config.json`, over what `special_tokens_map.json` says."""
-    if not (folder / "tokenizer_config.json").is_file():
-        raise FileNotFoundError(f"{folder} has no tokenizer_config.json; point at a tokenizer of a diffusers folder")
-    files = [folder / "special_tokens_map.json", folder / "tokenizer_config.json"]
-    parts = [json.loads(file.read_text(encoding="utf-8")) for file in files if file.is_file()]
-    return {key: value for part in parts for key, value in part.items() if value is not None}
+def read_backend(folder: Path, fields: Fields, added: Sequence[AddedToken]) -> tokenizers.Tokenizer:
+    """The tokenizer of the folder's files, with the tokens that lie beside its vocabulary."""
+    whole, vocabulary, merges = (folder / name for name in ("tokenizer.json", "vocab.json", "merges.txt"))
+    needed = ["pad_token"]
+    if whole.exists():
+        backend = whole_backend(whole)
+    elif vocabulary.exists() and merges.exists():
+        unknown = special_token(fields, "unk_token")
+        backend = clip_backend(read_json(vocabulary, MAX_BYTES), read_merges(merges), unknown)
+        needed += ["bos_token", "eos_token", "unk_token"]
+    else:
+        raise FileNotFoundError(missing_files(folder))
+    backend.add_tokens(list(added))
+    special = {name: special_token(fields, name) for name in needed}
+    ids = {name: token_id(backend, token, folder) for name, token in special.items()}
+    # A pad token is special even where it is a word: bigG pads with "!", and then no prompt's "!" is punctuation.
+    add_tokens(backend, added, fields)
+    if "eos_token" in special:
+        start, end = ((special[name], ids[name]) for name in ("bos_token", "eos_token"))
+        backend.post_processor = processors.RobertaProcessing(end, start, trim_offsets=False, add_prefix_space=False)
+    return backend
 
 
-def field(config: Mapping[str, Any], name: str, folder: Path) -> Any:
-    if name not in config:
-        raise ValueError(f"{folder / 'tokenizer_config.json'} lacks {name!r}; it has {sorted(config)}")
-    return config[name]
+def whole_backend(path: Path) -> tokenizers.Tokenizer:
+    """A tokenizer.json, whose steps are bounded."""
+    content = read_json(path, MAX_BYTES)
+    for part in ("normalizer", "pre_tokenizer", "decoder"):
+        check_growth(content.get(part), f"{path}: {part}")
+    return tokenizers.Tokenizer.from_str(json.dumps(content))
 
 
-def special_token(config: Mapping[str, Any], name: str, folder: Path) -> str:
-    """A special token's text; files hold it bare or as the fields of an `AddedToken`."""
-    token = field(config, name, folder)
-    return token["content"] if isinstance(token, dict) else token
+def check_sides(backend: tokenizers.Tokenizer, fields: Mapping[str, Any]) -> None:
+    """Prompts are cut and padded on the right, as those of all known models."""
+    for field, said in (("padding_side", backend.padding), ("truncation_side", backend.truncation)):
+        side = fields.get(field) or (said or {}).get("direction", "right")
+        if side != "right":
+            raise ValueError(f"{field}={side!r:.100} is not supported, only 'right'")
+
+
+def field(fields: Mapping[str, Any], name: str) -> Any:
+    if name not in fields:
+        raise ValueError(f"tokenizer_config.json lacks {name!r}; it has {sorted(fields)}")
+    return fields[name]
+
+
+def special_token(fields: Mapping[str, Any], name: str) -> str:
+    return str(field(fields, name))
+
+
+def length_limit(fields: Mapping[str, Any]) -> int:
+    """Where nobody gave it, transformers writes 1e30."""
+    value = field(fields, "model_max_length")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 1 <= value < math.inf:
+        raise ValueError(f"tokenizer_config.json: model_max_length={value!r:.100} is not a number of tokens")
+    return int(value)
 
 
 def token_id(backend: tokenizers.Tokenizer, token: str, folder: Path) -> int:
     """A special token's id; one that the vocabulary lacks would get an id that the encoder has no embedding for."""
-    found = backend.token_to_id(token)
-    if found is None:
+    number = backend.token_to_id(token)
+    if number is None:
         size = backend.get_vocab_size()
         raise ValueError(f"{folder}: special token {token!r} is not among the {size} tokens of the vocabulary")
-    return found
+    return number
 
 
-def clip_backend(folder: Path, config: Mapping[str, Any]) -> tokenizers.Tokenizer:
+def clip_backend(vocabulary: dict[str, int], merges: list[tuple[str, str]], unknown: str) -> tokenizers.Tokenizer:
     """CLIP's byte-level BPE from its vocabulary and merges: what transformers' `CLIPTokenizer` builds."""
-    start, end, unknown = (special_token(config, name, folder) for name in ("bos_token", "eos_token", "unk_token"))
     backend = tokenizers.Tokenizer(
-        models.BPE.from_file(
-            str(folder / "vocab.json"), str(folder / "merges.txt"), end_of_word_suffix="</w>", unk_token=unknown
+        models.BPE(
+            vocab=vocabulary,
+            merges=merges,
+            continuing_subword_prefix="",
+            end_of_word_suffix="</w>",
+            unk_token=unknown,
         )
     )
     backend.normalizer = normalizers.Sequence(
@@ -124,12 +171,27 @@ def clip_backend(folder: Path, config: Mapping[str, Any]) -> tokenizers.Tokenize
     words = pre_tokenizers.Split(tokenizers.Regex(CLIP_WORDS), behavior="removed", invert=True)
     backend.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False)])
     backend.decoder = decoders.ByteLevel()
-    start_id, end_id = token_id(backend, start, folder), token_id(backend, end, folder)
-    backend.add_special_tokens([start, end, unknown])
-    backend.post_processor = processors.RobertaProcessing(
-        (end, end_id), (start, start_id), trim_offsets=False, add_prefix_space=False
-    )
     return backend
+
+
+def read_merges(path: Path) -> list[tuple[str, str]]:
+    """Pairs of tokens in the order of their merges.
+
+    Raises:
+        ValueError: a line is no pair.
+    """
+    check_file(path)
+    if path.stat().st_size > MAX_BYTES:
+        raise ValueError(f"{path} has {path.stat().st_size} bytes, more than {MAX_BYTES}")
+    merges = []
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
+        if line.startswith("#version"):
+            continue
+        pair = line.split(" ")
+        if len(pair) != 2:
+            raise ValueError(f"{path}: line {number} is {line!r:.100}, not two tokens with a space between them")
+        merges.append((pair[0], pair[1]))
+    return merges
 
 
 def missing_files(folder: Path) -> str:

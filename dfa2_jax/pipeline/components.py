@@ -7,6 +7,7 @@ import jax
 from flax import nnx
 
 from dfa2_jax.encoders.tokenizers import Tokenizer, load_tokenizer
+from dfa2_jax.pipeline.fit import check_ids, check_tokenizer
 from dfa2_jax.weights.checkpoint import Checkpoint
 
 
@@ -39,6 +40,9 @@ class Networks:
     def __contains__(self, name: str) -> bool:
         return name in self.configs
 
+    def config(self, name: str) -> Any:
+        return self._checkpoint.config(name)
+
     def __getitem__(self, name: str) -> Component:
         if name not in self._loaded:
             self._loaded[name] = Component(self._checkpoint.load(name, self._dtype))
@@ -48,9 +52,25 @@ class Networks:
         """States of prompts, cut or padded to `length` tokens; None if the folder has no such encoder."""
         if encoder not in self:
             return None
-        return self[encoder](self.tokenizer(tokenizer).encode(prompts, length), *args)
+        ids = self.tokenizer(tokenizer).encode(prompts, length)
+        check_ids(ids, self.tokenizer(tokenizer), encoder, self.config(encoder))
+        return self[encoder](ids, *args)
 
     def tokenizer(self, name: str) -> Tokenizer:
+        """
+        Raises:
+            CheckpointError: it cannot be read, or does not fit its encoder.
+        """
         if name not in self._tokenizers:
-            self._tokenizers[name] = load_tokenizer(self._checkpoint.tokenizer_folder(name))
+            folder, encoder = self._checkpoint.tokenizer_folder(name), name.replace("tokenizer", "text_encoder")
+            tokenizer = load_tokenizer(folder)
+            check_tokenizer(folder, tokenizer, encoder, self.config(encoder))
+            self._tokenizers[name] = tokenizer
         return self._tokenizers[name]
+
+    def load_tokenizers(self) -> None:
+        """All that lie there, so that a faulty one is named before weights are read."""
+        for encoder in self.configs:
+            name = encoder.replace("text_encoder", "tokenizer")
+            if encoder != name and (self._checkpoint.folder / name).is_dir():
+                self.tokenizer(name)

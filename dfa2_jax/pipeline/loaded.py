@@ -10,6 +10,7 @@ from dfa2_jax.families.base import Embeddings, Family
 from dfa2_jax.families.registry import FAMILIES
 from dfa2_jax.options import suggests_names
 from dfa2_jax.pipeline.components import Component, Networks
+from dfa2_jax.pipeline.fit import check_fit
 from dfa2_jax.pipeline.request import ModelSizes, Request
 from dfa2_jax.sampling.tokens import Grid
 from dfa2_jax.weights.checkpoint import Checkpoint
@@ -38,6 +39,8 @@ class Loaded:
         self.fingerprint: str = checkpoint.fingerprint
         self.config = checkpoint.config("transformer")
         checkpoint.check_scheduler()
+        check_fit(checkpoint)
+        self.networks.load_tokenizers()
         self.scheduler = checkpoint.configs["scheduler"]
         started = time.perf_counter()
         transformer: Any = checkpoint.load("transformer", dtype)
@@ -48,8 +51,8 @@ class Loaded:
             self.networks["vae"]  # now, not after the first loop
         self.load_seconds = time.perf_counter() - started
 
-        vae = self.networks.configs.get("vae", {"block_out_channels": [None] * 4})
-        vae_scale = 2 ** (len(vae["block_out_channels"]) - 1)
+        levels = len(checkpoint.config("vae").block_out_channels) if "vae" in self.networks else 4
+        vae_scale = 2 ** (levels - 1)
         self.sizes = ModelSizes(
             vae_scale=vae_scale,
             multiple=vae_scale * self.config.patch_size,
@@ -69,7 +72,8 @@ class Loaded:
             ValueError: the folder lacks an encoder that this model cannot do without.
         """
         length = max_sequence_length or self.family.defaults.max_sequence_length
-        depth = self.networks.configs.get("text_encoder", {}).get("num_hidden_layers", clip_skip + 1)
+        has_clip = "text_encoder" in self.networks
+        depth = self.networks.config("text_encoder").num_hidden_layers if has_clip else clip_skip + 1
         if not 0 <= clip_skip < depth:
             raise ValueError(f"{clip_skip=} must be from 0 to {depth - 1}: the CLIP encoder has {depth} layers.")
 

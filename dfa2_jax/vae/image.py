@@ -13,6 +13,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from dfa2_jax.io.errors import check_fields
 from dfa2_jax.nn.config import config_from_json
 from dfa2_jax.vae.blocks import DownBlock, GroupNorm, MidBlock, UpBlock, conv
 
@@ -36,6 +37,11 @@ class AutoencoderConfig:
     use_post_quant_conv: bool = True
 
     def __post_init__(self):
+        check_fields(self)
+        if not 0 < len(self.block_out_channels) < 10:
+            raise ValueError(f"VAE config: {len(self.block_out_channels)=} must be from 1 to 9 levels")
+        if self.scaling_factor <= 0:
+            raise ValueError(f"VAE config: {self.scaling_factor=} must be positive: latents are divided by it")
         bad = [channels for channels in self.block_out_channels if channels % self.norm_num_groups]
         if bad:
             raise ValueError(f"VAE config: {self.block_out_channels=} must be multiples of {self.norm_num_groups=}")

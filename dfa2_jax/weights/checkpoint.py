@@ -99,7 +99,7 @@ class Checkpoint(ABC):
         """The component's model with its weights on the default device (see `compute_dtype` for `dtype`).
 
         Raises:
-            CheckpointError: weights are missing, unknown or misshapen, or not finite in float16.
+            CheckpointError: weights are missing, unknown or misshapen, or not finite.
         """
         self.check_component(component)
         spec, stored = self.spec.components[component], self.stored_dtype(component)

@@ -42,6 +42,11 @@ class DiffusersCheckpoint(Checkpoint):
         for name in classes:
             file = "scheduler_config.json" if name == "scheduler" else "config.json"
             configs[name] = read_json(folder / name / file)
+            if explicit := configs[name].get("transformers_weights"):
+                raise CheckpointError(
+                    f"{folder / name / file} has transformers_weights={explicit!r:.200}, which is not supported: "
+                    "rename that file to model.safetensors and remove the field."
+                )
             if "quantization_config" in configs[name]:
                 raise CheckpointError(
                     f"{folder / name / file} has a quantization_config: quantised weights are not supported; "
@@ -54,7 +59,7 @@ class DiffusersCheckpoint(Checkpoint):
         """The component's weights by source key, headers checked."""
         self.check_component(component)
         if component not in self._tensors:
-            tensors = open_weights(self.folder / component)
+            tensors = open_weights(self.folder / component, self.spec.components[component].library)
             for key, tensor in tensors.items():
                 if DTYPES[tensor.dtype].name not in FLOAT_DTYPES and "position_ids" not in key:
                     raise CheckpointError(

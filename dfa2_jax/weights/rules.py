@@ -50,11 +50,15 @@ def table(x: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Rule:
-    """Source keys that fullmatch `key` fill `target`; None: a known key that is left out."""
+    """Source keys that fullmatch `key` fill `target`; None: a known key that is left out.
+
+    is_spare: it fills its place only where no other key does.
+    """
 
     key: str
     target: str | None
     turn: Turn = same
+    is_spare: bool = False
 
 
 def dense(key: str, target: str) -> list[Rule]:
@@ -76,7 +80,7 @@ class Piece:
     path: str
     place: int | None
     tensor: Tensor
-    turn: Turn
+    rule: Rule
 
 
 def pieces_of(key: str, tensor: Tensor, rules: Sequence[Rule], place: Place) -> list[Piece] | None:
@@ -89,7 +93,7 @@ def pieces_of(key: str, tensor: Tensor, rules: Sequence[Rule], place: Place) -> 
                 continue
             path, block = match.expand(rule.target), match.groupdict().get("layer")
             path, index = (path, None) if block is None else place(path, int(block))
-            pieces.append(Piece(path, index, tensor, rule.turn))
+            pieces.append(Piece(path, index, tensor, rule))
     return pieces if known else None
 
 
@@ -122,9 +126,11 @@ def map_weights(
             continue
         for piece in pieces:
             taken = pieces_by_path.setdefault(piece.path, {})
-            if piece.place in taken:
-                duplicate.append(f"{key} and {taken[piece.place].tensor.key}")
-            taken[piece.place] = piece
+            other = taken.get(piece.place)
+            if other is not None and other.rule.is_spare == piece.rule.is_spare:
+                duplicate.append(f"{key} and {other.tensor.key}")
+            if other is None or not piece.rule.is_spare:
+                taken[piece.place] = piece
 
     leaves, missing = {}, []
     for path, shape in shapes.items():
@@ -147,7 +153,7 @@ def map_weights(
 
 def shape_fault(piece: Piece, expected: tuple[int, ...]) -> str | None:
     try:
-        got = piece.turn(np.broadcast_to(np.int8(0), piece.tensor.shape)).shape
+        got = piece.rule.turn(np.broadcast_to(np.int8(0), piece.tensor.shape)).shape
     except (ValueError, IndexError):
         got = ()
     if got == expected:
@@ -179,8 +185,8 @@ def equal_blocks(shape: tuple[int, ...], nbytes: int) -> int:
 
 
 def read_layer(piece: Piece) -> np.ndarray:
-    return piece.turn(piece.tensor.array())[None]
+    return piece.rule.turn(piece.tensor.array())[None]
 
 
 def read_rows(piece: Piece, start: int, rows: int) -> np.ndarray:
-    return piece.turn(piece.tensor.array())[start : start + rows]
+    return piece.rule.turn(piece.tensor.array())[start : start + rows]

@@ -6,17 +6,21 @@ tensor. Rules follow the reference implementation (a header of at most 100 MB; t
 without gaps or overlaps), stricter where that allows unknown fields, and names outside of ASCII or with escapes.
 """
 
+import codecs
+import logging
 import math
 import mmap
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import ml_dtypes
 import numpy as np
 
-from dfa2_jax.io.errors import MAX_JSON_BYTES, CheckpointError
+from dfa2_jax.io.errors import MAX_JSON_BYTES, CheckpointError, check_file
+
+logger = logging.getLogger("dfa2_jax")
 
 MAX_HEADER_BYTES = 100_000_000  # as the reference implementation
 MAX_TENSORS = 10_000  # FLUX.1 has 1,160
@@ -43,6 +47,18 @@ DTYPES: dict[str, np.dtype] = {
         "BOOL": np.bool_,
     }.items()
 }
+
+Library = Literal["diffusers", "transformers"]
+
+WEIGHT_FILES: dict[Library, tuple[str, str]] = {
+    "diffusers": ("diffusion_pytorch_model", ".json"),
+    "transformers": ("model", ".safetensors"),
+}
+"""How a library's weight files begin, and how the name ends that it takes where a single file and an index lie there.
+
+diffusers 0.42 (`modeling_utils.from_pretrained`) looks for an index first, transformers 5.23
+(`modeling_utils._get_resolved_checkpoint_files`) for a single file.
+"""
 
 SPACE = re.compile(rb"[ \t\r\n]*+")
 NAME = re.compile(rb'"([ !#-\[\]-~]{0,1000}+)"')
@@ -230,6 +246,7 @@ def open_safetensors(path: Path) -> dict[str, Tensor]:
     Raises:
         CheckpointError: the file is missing or breaks any rule of the format.
     """
+    check_file(path)
     try:
         with path.open("rb") as file:
             size = file.seek(0, 2)
@@ -264,24 +281,33 @@ def variant_of(name: str, stem: str) -> str | None:
     return None if match is None else (match.group(1) or match.group(2) or "")
 
 
-def find_weights(folder: Path, stems: Sequence[str] = ("diffusion_pytorch_model", "model")) -> Path:
-    """The weight file or index of a component: the full one, else the '.fp16' variant, else any variant."""
+def find_weights(folder: Path, library: Library) -> Path:
+    """The weight file or index that the library reads: the full one, else the '.fp16' variant, else any variant.
+
+    Raises:
+        CheckpointError: the folder has none.
+    """
     try:
         names = sorted(path.name for path in folder.iterdir())
     except OSError as error:
         raise CheckpointError(f"{folder} cannot be listed: {error.strerror or error}.") from error
-    found = [(variant, name) for stem in stems for name in names if (variant := variant_of(name, stem)) is not None]
+    stem, preferred = WEIGHT_FILES[library]
+    found = [(variant, name) for name in names if (variant := variant_of(name, stem)) is not None]
     if not found:
         pickled = [name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt"))]
         hint = f" It has {pickled}: pickle is never read; save with safe_serialization=True." if pickled else ""
-        raise CheckpointError(f"{folder} has no safetensors weights ({' or '.join(stems)}).{hint}")
-    # An index before a single file, as diffusers does where both lie there.
-    return folder / min(found, key=lambda item: (item[0] != "", item[0] != "fp16", item[0], item[1].endswith("rs")))[1]
+        raise CheckpointError(f"{folder} has no safetensors weights ({stem}.safetensors or its index).{hint}")
+    found.sort(key=lambda item: (item[0] != "", item[0] != "fp16", item[0], not item[1].endswith(preferred)))
+    (variant, chosen), others = found[0], found[1:]
+    if rest := [name for other, name in others if other == variant]:
+        logger.warning("%s has %s and %s: %s reads %s, and so it is read", folder, chosen, rest[0], library, chosen)
+    return folder / chosen
 
 
 def scan_index(data: mmap.mmap) -> dict[str, str]:
     """`weight_map` of an index: the shard of every key. All else is passed over."""
-    scanner, shards, shared = Scanner(data, 0, len(data)), {}, {}
+    marked = data[:3] == codecs.BOM_UTF8  # as editors leave it
+    scanner, shards, shared = Scanner(data, 3 * marked, len(data)), {}, {}
     for field in scanner.members():
         if field != "weight_map":
             for _ in scanner.members() if scanner.peek(b"{") else [None]:
@@ -308,6 +334,7 @@ def scan_index(data: mmap.mmap) -> dict[str, str]:
 
 def open_index(index: Path) -> dict[str, Tensor]:
     """Every tensor of a sharded component; index and shards must name the same keys."""
+    check_file(index)
     try:
         with index.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             if len(data) > MAX_JSON_BYTES:
@@ -336,7 +363,7 @@ def open_index(index: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def open_weights(folder: Path) -> dict[str, Tensor]:
+def open_weights(folder: Path, library: Library = "diffusers") -> dict[str, Tensor]:
     """Every tensor of a component's folder, sharded or not, by key."""
-    path = find_weights(folder)
+    path = find_weights(folder, library)
     return open_index(path) if path.suffix == ".json" else open_safetensors(path)

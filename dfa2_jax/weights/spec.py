@@ -7,6 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 from flax import nnx
 
 from dfa2_jax.weights.rules import Place, Rule, same_place
+from dfa2_jax.weights.safetensors import Library
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,6 +19,7 @@ class ComponentSpec:
     build: `build(config, dtype=..., rngs=...)`.
     rules: from the keys of its torch state dict to our parameters.
     place: where a block's parameters lie: `place(config)(path, block)` is the path and the place in its leading axis.
+    library: whose rules say which weight files of its folder are read.
     float16_becomes: the dtype that the network takes where float16 would overflow; None: float16 is fine.
     """
 
@@ -26,6 +28,7 @@ class ComponentSpec:
     build: Callable[..., nnx.Module]
     rules: Sequence[Rule]
     place: Callable[[Any], Place] = lambda config: same_place
+    library: Library = "diffusers"
     float16_becomes: str | None = None
 
 

@@ -154,8 +154,8 @@ def test_a_damaged_converted_folder(folder, tmp_path):
 @pytest.mark.parametrize(
     ("family", "file", "change", "message"),
     [
-        ("sd35", "tokenizer_3/tokenizer.json", "{", "tokenizer_3 is not a tokenizer that can be read"),
-        ("sd35", "tokenizer/tokenizer.json", "[]", "tokenizer is not a tokenizer that can be read"),
+        ("sd35", "tokenizer_3/tokenizer.json", "{", "tokenizer_3/tokenizer.json is not valid JSON"),
+        ("sd35", "tokenizer/tokenizer.json", "[]", "tokenizer.json must hold a JSON object, not list"),
         (
             "sd35",
             "scheduler/scheduler_config.json",
@@ -220,6 +220,35 @@ def test_impossible_layer_counts(component, field, value, tiny_sd35, tmp_path):
     edit_json(folder / component / "config.json", **{field: value})
     with refuses(folder, rf"The {component} in .*{field}|The {component} in .*config.json"):
         open_checkpoint(folder).leaves(component)
+
+
+@pytest.mark.parametrize(
+    ("component", "changes", "message"),
+    [
+        ("vae", {"layers_per_block": 10**6}, "layers_per_block=1000000 is not a number from 1 to 99"),
+        ("vae", {"norm_num_groups": 0}, "norm_num_groups=0 is not a number from 1"),
+        ("vae", {"block_out_channels": [32] * 10}, "must be from 1 to 9 levels"),
+        ("vae", {"block_out_channels": [32] * 10**5}, "block_out_channels has 100000 entries, more than 999"),
+        ("vae", {"block_out_channels": []}, "must be from 1 to 9 levels"),
+        ("vae", {"scaling_factor": 0}, "scaling_factor=0 must be positive"),
+        ("text_encoder", {"hidden_size": 10**9}, "hidden_size=1000000000 is not a number from 1 to 1048576"),
+        ("text_encoder", {"num_attention_heads": 0}, "num_attention_heads=0 is not a number from 1"),
+        ("text_encoder", {"max_position_embeddings": -77}, "max_position_embeddings=-77 is not a number from 1"),
+        ("text_encoder", {"layer_norm_eps": -1e-5}, "layer_norm_eps=-1e-05 is not from 0 to 1"),
+        ("text_encoder_3", {"vocab_size": 10**12}, "vocab_size=1000000000000 is not a number from 1 to 1048576"),
+        ("text_encoder_3", {"layer_norm_epsilon": 2.0}, "layer_norm_epsilon=2.0 is not from 0 to 1"),
+        ("text_encoder_3", {"relative_attention_num_buckets": 10**9}, "relative_attention_num_buckets=1000000000 is"),
+        ("transformer", {"pos_embed_max_size": 10**8}, "pos_embed_max_size=100000000 is not a number from 1"),
+        ("transformer", {"sample_size": 0}, "sample_size=0 is not a number from 1"),
+        ("transformer", {"dual_attention_layers": [0] * 1000}, "dual_attention_layers has 1000 entries"),
+    ],
+)
+@pytest.mark.usefixtures("no_shape_checks")
+def test_absurd_sizes_are_named_before_anything_is_built(component, changes, message, tiny_sd35, tmp_path):
+    folder = shutil.copytree(tiny_sd35, tmp_path / "model")
+    edit_json(folder / component / "config.json", **changes)
+    with refuses(folder, f"The {component} in .*{message}"):
+        open_checkpoint(folder).config(component)
 
 
 @pytest.mark.parametrize("value", [[], {}, 1, None])

@@ -1,5 +1,7 @@
-"""Damaged safetensors files, indexes and plans: read as they are, or refused in our own words."""
+"""Damaged weights, indexes, plans, tokenizers and configs: read as they are, or refused in our own words."""
 
+import pytest
+from folder_mutations import ConfigFuzzer, TokenizerFuzzer
 from mutations import Fuzzer, PlanFuzzer
 
 
@@ -15,3 +17,18 @@ def test_damaged_plans_are_read_as_they_are_or_refused(tmp_path):
     for _ in range(2000):
         fuzzer.step()
     assert fuzzer.counts["refused"] > 1000 and fuzzer.counts["read"] > 50
+
+
+def test_damaged_tokenizers_are_read_or_refused(tmp_path):
+    fuzzer = TokenizerFuzzer(tmp_path, seed=0)
+    for _ in range(300):
+        fuzzer.step()
+    assert fuzzer.counts["refused"] > 100 and fuzzer.counts["read"] > 50
+
+
+@pytest.mark.usefixtures("no_shape_checks")
+def test_damaged_configs_are_read_or_refused(tiny_sd35, tmp_path):
+    fuzzer = ConfigFuzzer(tiny_sd35, tmp_path / "model", seed=0)
+    for _ in range(500):
+        fuzzer.step()
+    assert fuzzer.counts["refused"] > 100 and fuzzer.counts["read"] > 50

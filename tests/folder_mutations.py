@@ -1,0 +1,83 @@
+"""Damages tokenizers and configs and says how their readers took it; shared by test_fuzz.py and benchmarks/fuzz.py."""
+
+import random
+import shutil
+from pathlib import Path
+
+import numpy as np
+from mutations import edit_json, mutate
+from tokenizer_cases import write_clip_json, write_clip_old, write_t5
+
+from dfa2_jax.encoders.tokenizers import load_tokenizer
+from dfa2_jax.families.registry import open_checkpoint
+from dfa2_jax.io.errors import CheckpointError
+from dfa2_jax.pipeline.fit import check_fit
+
+PROMPTS = ["a large red circle on the left!", "caf\u00e9 <|endoftext|> \u7ea2\u8272 " + "a" * 60]
+
+
+class FolderFuzzer:
+    """Damages one file of a folder at a time, in its bytes or, half of the time, in a number or a piece of its JSON."""
+
+    def __init__(self, folder: Path, seed: int):
+        self.rng, self.folder = random.Random(seed), folder
+        files = (path for path in sorted(folder.rglob("*")) if path.suffix in (".json", ".txt"))
+        self.samples = {path: path.read_bytes() for path in files}
+        self.counts = {"read": 0, "refused": 0}
+        for path in self.samples:
+            self.read(path)
+
+    def read(self, path: Path) -> None:
+        """What a user of the folder does; raises CheckpointError where it is refused."""
+        raise NotImplementedError
+
+    def step(self) -> None:
+        """One damaged file. Raises whatever reading raises that is no CheckpointError, with the file."""
+        path = self.rng.choice(sorted(self.samples))
+        good = self.samples[path]
+        damage = edit_json if path.suffix == ".json" and self.rng.random() < 0.5 else mutate
+        damaged = damage(self.rng, good) if damage is edit_json else mutate(self.rng, good, is_json=True)
+        path.write_bytes(damaged)
+        try:
+            self.read(path)
+            self.counts["read"] += 1
+        except CheckpointError as error:
+            assert str(error).strip(), damaged
+            self.counts["refused"] += 1
+        except BaseException as error:
+            error.add_note(f"{path.relative_to(self.folder)}: {damaged!r:.3000}")
+            raise
+        finally:
+            path.write_bytes(good)
+
+
+class TokenizerFuzzer(FolderFuzzer):
+    """CLIP tokenizers of both ages, and T5's."""
+
+    def __init__(self, folder: Path, seed: int):
+        writers = {
+            "json": lambda to: write_clip_json(to, "!"),
+            "old": lambda to: write_clip_old(to, "!"),
+            "t5": write_t5,
+        }
+        for name, write in writers.items():
+            (folder / name).mkdir(parents=True)
+            write(folder / name)
+        super().__init__(folder, seed)
+
+    def read(self, path: Path) -> None:
+        ids = load_tokenizer(path.parent).encode(PROMPTS, 77)
+        assert ids.shape == (2, 77) and ids.dtype == np.int32 and (ids >= 0).all()
+
+
+class ConfigFuzzer(FolderFuzzer):
+    """The configs of a pipeline, without its weights and tokenizers."""
+
+    def __init__(self, source: Path, folder: Path, seed: int):
+        shutil.copytree(source, folder, ignore=shutil.ignore_patterns("*.safetensors", "tokenizer*"))
+        super().__init__(folder, seed)
+
+    def read(self, path: Path) -> None:
+        checkpoint = open_checkpoint(self.folder)
+        checkpoint.check_scheduler()
+        check_fit(checkpoint)
