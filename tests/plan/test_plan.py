@@ -196,9 +196,9 @@ def test_what_a_plan_says_is_shown_and_never_obeyed(file):
         assert text.replace("\n", "").isprintable()
     faults = {
         "a method": lambda c: c["methods"].update(a=HOSTILE),
-        "a layer": lambda c: c["setting"]["layers"][0].update(name=HOSTILE[:-1]),
+        "a layer": lambda c: c["steps"][1].update({HOSTILE: "ffff"}),
         "a letter": lambda c: c["steps"][1].update({"joint.0": "fff\x1b"}),
-        "a key": lambda c: c.update({HOSTILE: 1}),
+        "a key": lambda c: c.update({HOSTILE[:-1]: 1}),
         "a call": lambda c: c["setting"].update(weights="another"),
     }
     good = file.read_bytes()
