@@ -222,14 +222,13 @@ def test_the_next_conversion_removes_what_a_killed_one_left(tiny_flux_schnell, t
     assert list(dst.parent.iterdir()) == [dst] and verify_folder(dst) == []
 
 
-@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
-def test_signals_stop_the_writers_and_leave_nothing(signum, code, tiny_flux_schnell, tmp_path):
+def test_a_signal_stops_the_writers_and_leaves_nothing(tiny_flux_schnell, tmp_path):
     source = copy_model(tiny_flux_schnell, tmp_path / "source")
     with slow_conversion(source, tmp_path / "work" / "out") as process:
-        process.send_signal(signum)
+        process.send_signal(signal.SIGHUP)
         process.send_signal(signal.SIGTERM)  # the impatient's: cleaning up goes on
         told = process.communicate(timeout=60)[1]
-    assert process.returncode == code and told.endswith("dfa2-convert: interrupted, nothing was kept\n")
+    assert process.returncode == 129 and told.endswith("dfa2-convert: interrupted, nothing was kept\n")
     assert "Traceback" not in told
     assert list((tmp_path / "work").iterdir()) == []
 
