@@ -1,6 +1,6 @@
 """Kills commands at random moments (SIGKILL) and runs each again; a run goes on where the last one stopped.
 
-    python -m benchmarks.kills [--count 200] [--models DIR] [--out benchmarks/results/kills.json]
+    python -m benchmarks.kills [plan convert ...] [--count 200] [--models DIR] [--out benchmarks/results/kills.json]
 
 What a kill leaves must be whole where it shows. The next run must give what an unbroken one gives, bit for bit, and
 leave nothing else. Each of the five commands is killed so many times; tests/kill_cases.py has them. `--models` names
@@ -27,6 +27,7 @@ NAMES = ("plan", "convert", "calibrate", "sample", "report")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="COMMAND", help=f"of {', '.join(NAMES)} (default: all)")
     parser.add_argument(
         "--count", type=int, default=200, help="kills of each command, those of earlier runs among them"
     )
@@ -40,7 +41,7 @@ def main() -> None:
     for name in NAMES:
         rows.setdefault(name, {"case": name, "kills": 0, "ended_before": 0, "left_something": 0, "faults": []})
     with tempfile.TemporaryDirectory() as work:
-        missing = [name for name in NAMES if rows[name]["kills"] < args.count]
+        missing = [name for name in args.names or NAMES if rows[name]["kills"] < args.count]
         for name, case in prepare(args.models, Path(work), missing).items():
             row = rows[name]
             killer = Killer(name, case, Path(work), seed=row["kills"])
