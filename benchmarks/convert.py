@@ -14,7 +14,7 @@ everything written before has been synced. Contenders take turns, round by round
                         same number of bytes in arrays of the same shapes that lie in memory before the clock starts
     orbax uncompressed  the same with `use_compression=False`, which is what `convert` writes
     load diffusers      `open_checkpoint(...).load("transformer", "bfloat16")` of the diffusers folder
-    load converted      the same of the converted folder
+    load converted      the same of the converted folder, compared with its checksums, and `unchecked`
 
 Orbax holds all arrays in memory (twice while it saves), so it runs at the smallest size only, as does float32.
 GB and GB/s count the bytes of the source.
@@ -182,13 +182,13 @@ def child(contender: str, folder: Path, target: Path) -> dict[str, Any]:
     """One measurement, in the process that makes it."""
     import jax
 
-    import dfa2_jax.families.registry  # noqa: F401  (what a load imports counts as "before")
     from dfa2_jax.conversion import convert_checkpoint
-    from dfa2_jax.families.registry import open_checkpoint
+    from dfa2_jax.families.registry import FAMILIES  # what a load imports counts as "before"
+    from dfa2_jax.weights.open import open_folder
 
     jax.device_put(np.zeros(8)).block_until_ready()  # the backend is up, as in any process that uses JAX
     row: dict[str, Any] = {"before": anonymous_bytes()}
-    start = time.perf_counter()
+    start, cpu_start = time.perf_counter(), time.process_time()
     if contender == "plain write":
         write_plainly(target, sum(path.stat().st_size for path in folder.rglob("*.safetensors")))
     elif contender.startswith("convert"):
@@ -197,17 +197,18 @@ def child(contender: str, folder: Path, target: Path) -> dict[str, Any]:
         options = {"use_compression": False} if "uncompressed" in contender else {}
         row["seconds"], row["arrays"] = save_with_orbax(folder, target, **options)
     else:
-        model = open_checkpoint(folder if "diffusers" in contender else target).load("transformer", "bfloat16")
+        source = folder if "diffusers" in contender else target
+        model = open_folder(source, FAMILIES, verify="unchecked" not in contender).load("transformer", "bfloat16")
         arrays = jax.block_until_ready(jax.tree.leaves(model))
         row["arrays"] = sum(array.nbytes for array in arrays)
     row.setdefault("seconds", time.perf_counter() - start)
-    return row
+    return row | {"cpu_seconds": time.process_time() - cpu_start}
 
 
 def measure(contender: str, folder: Path, target: Path) -> dict[str, Any]:
     """`child` in a fresh process, with the peak of its anonymous memory seen from here."""
     if not contender.startswith("orbax"):
-        warm(target if contender == "load converted" else folder)
+        warm(target if contender.startswith("load converted") else folder)
     os.sync()
     command = [sys.executable, "-m", "benchmarks.convert", "--child", contender, str(folder), str(target)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"JAX_PLATFORMS": "cpu"})
@@ -267,7 +268,7 @@ def main() -> None:
             sizes.append((folder, write_folder(folder, *map(int, blocks.split(",")))))
         for _ in range(args.rounds):
             for folder, nbytes in sizes:
-                contenders = ["convert", "load diffusers", "load converted", "plain write"]
+                contenders = ["convert", "load diffusers", "load converted", "load converted unchecked", "plain write"]
                 if nbytes == min(size for _, size in sizes):
                     contenders += ["convert float32", "orbax", "orbax uncompressed"]
                 for contender in contenders:

@@ -2,18 +2,21 @@
 
 import argparse
 import asyncio
+import hashlib
 import json
 import logging
 import os
 import re
 import shutil
 import sys
-import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from importlib.metadata import version
 from os import PathLike
 from pathlib import Path
+from queue import SimpleQueue
+from threading import Event
 from typing import Any
 
 import numpy as np
@@ -24,7 +27,10 @@ from tqdm import tqdm
 
 from dfa2_jax.encoders.tokenizers import load_tokenizer
 from dfa2_jax.families.registry import open_checkpoint
+from dfa2_jax.io.atomic import NameTaken, appearing, check_free, remove_leftovers
+from dfa2_jax.io.digest import digest_of, file_sha256
 from dfa2_jax.io.errors import CheckpointError
+from dfa2_jax.io.signals import Interrupted, interruptible
 from dfa2_jax.options import suggests_names
 from dfa2_jax.weights.checkpoint import compute_dtype
 from dfa2_jax.weights.diffusers import DiffusersCheckpoint
@@ -44,21 +50,34 @@ Arrays = dict[tuple[Any, ...], "LazyArray"]
 
 
 class LazyArray:
-    """A parameter that is read, turned and cast a slab at a time while Orbax writes it."""
+    """A parameter that is read, turned and cast a slab at a time while Orbax writes it.
 
-    def __init__(self, leaf: Leaf, dtype: np.dtype, done: Callable[[int], None]):
-        self.leaf, self.shape, self.dtype, self.done = leaf, leaf.shape, dtype, done
+    digests: sha256 of every chunk that is written, by its place.
+    """
+
+    def __init__(self, leaf: Leaf, dtype: np.dtype):
+        self.leaf, self.shape, self.dtype = leaf, leaf.shape, dtype
         self.size = int(np.prod(leaf.shape))
         self.nbytes = self.size * dtype.itemsize
+        self.digests = [""] * len(leaf.blocks)
+
+
+class Stopped(Exception):
+    """The writers were asked to end."""
 
 
 class LazyArrayHandler(ocp.type_handlers.NumpyHandler):
-    """Writes a `LazyArray` as Orbax writes a NumPy array, but one chunk per block, so that plain Orbax restores it."""
+    """Writes a `LazyArray` as Orbax writes a NumPy array, but one chunk per block, so that plain Orbax restores it.
 
-    def __init__(self) -> None:
+    done: is told the bytes of each chunk.
+    stopped: where it is set, the writers end.
+    """
+
+    def __init__(self, done: Callable[[int], None], stopped: Event) -> None:
         super().__init__(deepcopy_host_arrays=False)
-        self._threads = ThreadPoolExecutor(THREADS)
+        self.threads = ThreadPoolExecutor(THREADS)
         self.errors: list[Exception] = []
+        self._done, self._stopped = done, stopped
 
     async def _open_and_write(self, value: Any, tspec: dict[str, Any], ts_context: ts.Context) -> None:
         rows = max((stop - start for start, stop in spans(value.leaf)), default=1)
@@ -67,32 +86,43 @@ class LazyArrayHandler(ocp.type_handlers.NumpyHandler):
         assert store.kvstore is not None  # a file store
         folder = Path(store.kvstore.path)
 
-        def write(block: Block) -> None:
-            if self.errors:
-                return
-            try:
-                name = [block.start // rows, *(0 for _ in value.shape[1:])]
-                nbytes = write_chunk(folder / ".".join(map(str, name)), (rows for _, rows in slabs(block, value.dtype)))
-            except Exception as error:  # raised by `save_orbax`: raised here, it would leave writes behind
-                self.errors.append(error)
-            else:
-                loop.call_soon_threadsafe(value.done, nbytes)
+        def write(place: int, block: Block) -> None:
+            name = [block.start // rows, *(0 for _ in value.shape[1:])]
+            if not self.errors:
+                try:
+                    path = folder / ".".join(map(str, name))
+                    nbytes, value.digests[place] = write_chunk(path, self._parts(block, value.dtype))
+                    self._done(nbytes)
+                except Exception as error:  # raised by `save_orbax`: raised here, it would leave writes behind
+                    self.errors.append(error)
 
-        loop = asyncio.get_running_loop()
-        await asyncio.gather(*(loop.run_in_executor(self._threads, write, block) for block in value.leaf.blocks))
+        loop, blocks = asyncio.get_running_loop(), enumerate(value.leaf.blocks)
+        await asyncio.gather(*(loop.run_in_executor(self.threads, write, *block) for block in blocks))
+
+    def _parts(self, block: Block, dtype: np.dtype) -> Iterator[np.ndarray]:
+        for _, rows in slabs(block, dtype):
+            if self._stopped.is_set():
+                raise Stopped
+            yield rows
 
 
-def write_chunk(path: Path, arrays: Iterable[np.ndarray]) -> int:
-    """An uncompressed zarr chunk: the arrays' bytes. TensorStore would copy them first, a page fault per 4 kB."""
+def write_chunk(path: Path, arrays: Iterable[np.ndarray]) -> tuple[int, str]:
+    """An uncompressed zarr chunk: the arrays' bytes. TensorStore would copy them first, a page fault per 4 kB.
+
+    Returns:
+        The bytes' number and hexadecimal sha256.
+    """
+    digest = hashlib.sha256()
     with path.open("wb", buffering=0) as file:
         for array in arrays:
             rest = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+            digest.update(rest)
             while rest:
                 rest = rest[file.write(rest) :]
         os.fsync(file.fileno())
         if hasattr(os, "posix_fadvise"):  # else what is written drives the source out of the page cache
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        return file.tell()
+        return file.tell(), digest.hexdigest()
 
 
 def spans(leaf: Leaf) -> list[tuple[int, int]]:
@@ -120,66 +150,101 @@ def convert_checkpoint(
         CheckpointError: what is wrong with the source, the destination or the disk.
     """
     dst = Path(dst)
-    if dst.exists() or dst.is_symlink():
-        raise CheckpointError(f"{dst} exists already: remove it, or choose another destination.")
+    with disk_faults_named(dst):
+        remove_leftovers(dst.parent)
+        check_free(dst)
     checkpoint = open_source(src)
-    written = 0
-
-    def done(nbytes: int) -> None:
-        nonlocal written
-        written += nbytes
-        progress(written, total)
-
-    arrays = lazy_arrays(checkpoint, dtype, done)  # every fault is found before the first write
+    arrays = lazy_arrays(checkpoint, dtype)  # every fault is found before the first write
     checkpoint.check_scheduler()
     tokenizers = [f"tokenizer{name[12:]}" for name in arrays if "encoder" in name]
     for name in tokenizers:
         load_tokenizer(checkpoint.tokenizer_folder(name))
     total = sum(array.nbytes for component in arrays.values() for array in component.values())
-    partial = make_room(dst, total)
-    try:
-        for name, component in arrays.items():
-            save_orbax(partial / "weights" / name, component)
-        for name in tokenizers:
-            shutil.copytree(checkpoint.tokenizer_folder(name), partial / name)
-        write_config(partial / "config.json", checkpoint, arrays)
-        partial.chmod(0o755)  # mkdtemp made it private
-        sync_tree(partial)
-        os.rename(partial, dst)
-        sync(dst.parent)
-    except OSError as error:
-        raise CheckpointError(f"{dst} could not be written: {error.strerror or error}. Nothing was kept.") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)  # after the rename it is gone
+    with disk_faults_named(dst), appearing(dst) as partial:
+        check_room(partial, total)
+        done = partial_sums(progress, total)
+        supervise(lambda told, stopped: write_folder(partial, checkpoint, arrays, tokenizers, told, stopped), done)
     return dst
 
 
-def lazy_arrays(
-    checkpoint: DiffusersCheckpoint, dtype: DTypeLike | None, done: Callable[[int], None]
-) -> dict[str, Arrays]:
+@contextmanager
+def disk_faults_named(dst: Path) -> Iterator[None]:
+    """
+    Raises:
+        CheckpointError: the code within cannot write, or the name is taken.
+    """
+    try:
+        yield
+    except NameTaken as error:
+        raise CheckpointError(str(error)) from error
+    except OSError as error:
+        raise CheckpointError(f"{dst} could not be written: {error.strerror or error}. Nothing was kept.") from error
+
+
+def partial_sums(progress: Callable[[int, int], None], total: int) -> Callable[[int], None]:
+    """What tells `progress` the sum of all numbers so far, and the total."""
+    written = 0
+
+    def add(nbytes: int) -> None:
+        nonlocal written
+        written += nbytes
+        progress(written, total)
+
+    return add
+
+
+def supervise(work: Callable[[Callable[[int], None], Event], None], progress: Callable[[int], None]) -> None:
+    """Run `work(told, stopped)` in a thread of its own, and hand on to `progress` what it tells.
+
+    An exception here, as of Ctrl-C, stops the work, and goes on when that has ended.
+    """
+    told: SimpleQueue[int | None] = SimpleQueue()
+    stopped = Event()
+    with ThreadPoolExecutor(1) as thread:
+        try:
+            future = thread.submit(work, told.put, stopped)
+            future.add_done_callback(lambda _: told.put(None))
+            for nbytes in iter(told.get, None):
+                progress(nbytes)
+        finally:
+            stopped.set()
+    future.result()
+
+
+def write_folder(
+    folder: Path,
+    checkpoint: DiffusersCheckpoint,
+    arrays: Mapping[str, Arrays],
+    tokenizers: Sequence[str],
+    told: Callable[[int], None],
+    stopped: Event,
+) -> None:
+    """All that a converted folder holds."""
+    for name, component in arrays.items():
+        save_orbax(folder / "weights" / name, component, told, stopped)
+    for name in tokenizers:
+        shutil.copytree(checkpoint.tokenizer_folder(name), folder / name)
+    write_config(folder, checkpoint, arrays, tokenizers)
+
+
+def lazy_arrays(checkpoint: DiffusersCheckpoint, dtype: DTypeLike | None) -> dict[str, Arrays]:
     """By component, every parameter in the type that it is written in."""
     arrays = {}
     for name in checkpoint.classes:
         if name != "scheduler":
             written = written_dtype(checkpoint, name, dtype)
-            arrays[name] = {path: LazyArray(leaf, written, done) for path, leaf in checkpoint.leaves(name).items()}
+            arrays[name] = {path: LazyArray(leaf, written) for path, leaf in checkpoint.leaves(name).items()}
     return arrays
 
 
-def make_room(dst: Path, nbytes: int) -> Path:
-    """A new folder beside `dst`, on a disk that holds so many bytes more.
-
-    Raises:
-        CheckpointError: there is no such room.
+def check_room(folder: Path, nbytes: int) -> None:
     """
-    try:
-        dst.parent.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(dst.parent).free
-        if free < nbytes:
-            raise CheckpointError(f"{dst.parent} has {free:,} bytes free, the checkpoint needs {nbytes:,}: make room.")
-        return Path(tempfile.mkdtemp(prefix=f".{dst.name}.partial-", dir=dst.parent))
-    except OSError as error:
-        raise CheckpointError(f"{dst.parent} cannot be written: {error.strerror or error}.") from error
+    Raises:
+        CheckpointError: the disk has less than so many bytes free.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < nbytes:
+        raise CheckpointError(f"{folder.parent} has {free:,} bytes free, the checkpoint needs {nbytes:,}: make room.")
 
 
 def open_source(src: str | PathLike[str]) -> DiffusersCheckpoint:
@@ -211,9 +276,9 @@ def written_dtype(checkpoint: DiffusersCheckpoint, component: str, dtype: DTypeL
     return stored if dtype is None else compute_dtype(spec, stored, dtype, "accelerator")
 
 
-def save_orbax(folder: Path, arrays: Arrays) -> None:
+def save_orbax(folder: Path, arrays: Arrays, told: Callable[[int], None], stopped: Event) -> None:
     """An Orbax checkpoint of an NNX state, uncompressed: zstd takes 5 % off bfloat16 weights and half of the speed."""
-    lazy = LazyArrayHandler()
+    lazy = LazyArrayHandler(told, stopped)
     registry = ocp.type_handlers.create_type_handler_registry((LazyArray, lazy))
     handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_compression=False, type_handler_registry=registry)
     tree: dict[str, Any] = {}
@@ -223,47 +288,44 @@ def save_orbax(folder: Path, arrays: Arrays) -> None:
             node = node.setdefault(str(part), {})
         node["value"] = array  # what an NNX variable adds to its path
         assert ".".join([*map(str, path), "value"]) == orbax_name(path)
-    with ocp.Checkpointer(handler) as checkpointer:
-        checkpointer.save(folder.absolute(), tree)
+    try:
+        with ocp.Checkpointer(handler) as checkpointer:
+            checkpointer.save(folder.absolute(), tree)
+    except Exception as error:  # of many types; the disk is full, most of the time
+        lazy.errors.append(error)
+    finally:
+        lazy.threads.shutdown(cancel_futures=True)
     for error in lazy.errors:
-        if isinstance(error, CheckpointError):
+        if isinstance(error, CheckpointError | Stopped):
             raise error
-        raise CheckpointError(f"{folder} could not be written: {error!s:.300}. Nothing was kept.") from error
+        raise CheckpointError(f"{folder.name} could not be written: {error!s:.300}. Nothing was kept.") from error
 
 
-def write_config(path: Path, checkpoint: DiffusersCheckpoint, arrays: Mapping[str, Arrays]) -> None:
+def write_config(
+    folder: Path, checkpoint: DiffusersCheckpoint, arrays: Mapping[str, Arrays], tokenizers: Sequence[str]
+) -> None:
     components: dict[str, dict[str, Any]] = {
         name: {"class": kind, "config": checkpoint.configs[name]} for name, kind in checkpoint.classes.items()
     }
     for name, component in arrays.items():
-        stored = {path: StoredArray(array.dtype, array.shape) for path, array in component.items()}
+        stored = {path: StoredArray(x.dtype, x.shape, tuple(x.digests)) for path, x in component.items()}
         components[name]["arrays"] = {array_name(path): array.content() for path, array in stored.items()}
+    copied = [path for name in tokenizers for path in (folder / name).rglob("*") if path.is_file()]
     content = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "pipeline_class": checkpoint.pipeline_class,
         "fingerprint": checkpoint.fingerprint,
         "components": components,
+        "files": {str(path.relative_to(folder)): file_sha256(path) for path in copied},
         "versions": {name: version(name) for name in ("dfa2-jax", "jax", "orbax-checkpoint")},
     }
-    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
-
-
-def sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def sync_tree(folder: Path) -> None:
-    for path in [*folder.rglob("*"), folder]:
-        sync(path)
+    content |= {"digest": digest_of(content)}
+    (folder / "config.json").write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit codes: 0, or 2 with one line on stderr, or 130 when interrupted."""
+    """Exit codes: 0, or 2 with one line on stderr, or 128 and its number where a signal ended it (Ctrl-C: 130)."""
     parser = argparse.ArgumentParser(prog="dfa2-convert", description="Convert a diffusers folder to Orbax.")
     parser.add_argument("src", metavar="SRC", help="a diffusers folder, or a hub id such as owner/name")
     parser.add_argument("dst", metavar="DST", help="the folder to write; must not exist")
@@ -271,7 +333,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns of what it does not do
     try:
-        with tqdm(unit="B", unit_scale=True, desc="convert") as bar:
+        with interruptible(), tqdm(unit="B", unit_scale=True, desc="convert") as bar:
 
             def progress(done: int, total: int) -> None:
                 bar.total = total
@@ -281,9 +343,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (CheckpointError, OSError) as error:
         print(f"dfa2-convert: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("dfa2-convert: interrupted, nothing was kept", file=sys.stderr)
-        return 130
+    except Interrupted as error:  # after the name was taken, which one step does, all is there
+        kept = f"{args.dst} is complete" if os.path.lexists(args.dst) else "nothing was kept"
+        print(f"dfa2-convert: interrupted, {kept}", file=sys.stderr)
+        return error.exit_code
     print(args.dst)
     return 0
 

@@ -1,7 +1,11 @@
-"""Weights of opened checkpoints, compared."""
+"""Weights of opened checkpoints, compared; and converted folders, changed."""
+
+import json
 
 import numpy as np
 from flax import nnx
+
+from dfa2_jax.io.digest import digest_of
 
 
 def leaves(checkpoint, component, dtype=None):
@@ -14,3 +18,12 @@ def assert_equal_weights(a, b, component, dtype=None):
     for path, leaf in ours.items():
         assert leaf.dtype == theirs[path].dtype
         np.testing.assert_array_equal(leaf[...], theirs[path][...], err_msg=str(path))
+
+
+def edit_config(folder, change, *, signed=True):
+    """config.json after `change(config)`, with the digest made good or as it was."""
+    config = json.loads((folder / "config.json").read_text())
+    change(config)
+    if signed and config.pop("digest", None):
+        config["digest"] = digest_of(config)
+    (folder / "config.json").write_text(json.dumps(config))

@@ -65,3 +65,19 @@ def convert(data: Any) -> Iterator[list[str]]:
 def fuzz(data: Any) -> Iterator[list[str]]:
     yield ["safetensors files and indexes", f"{data['read']:,}", f"{data['refused']:,}", str(data["other_exceptions"])]
     yield ["plans", f"{data['plans']['read']:,}", f"{data['plans']['refused']:,}", str(data["other_exceptions"])]
+
+
+@table("checksums", "checksums.json", "what | GB for each second of a core")
+def checksums(data: Any) -> Iterator[list[str]]:
+    for name, rate in data["digests_gb_per_cpu_second"].items():
+        yield [name, f"{rate:.2f}"]
+    for name, row in data["rows"].items():
+        yield [name, f"{data['weights_gb'] / row['cpu_seconds']:.2f}"]
+
+
+@table("kills", "kills.json", "command | kills | ended before | left something for the next run | faults")
+def kills(data: Any) -> Iterator[list[str]]:
+    titles = {"plan": "saving plans", "convert": "converting", "calibrate": "calibrating", "sample": "sampling"}
+    for row in data["rows"]:
+        numbers = (row["kills"], row["ended_before"], row["left_something"], len(row["faults"]))
+        yield [titles.get(row["case"], "reporting"), *map(str, numbers)]

@@ -20,8 +20,9 @@ from jaxtyping import Int
 from tqdm import tqdm
 
 from dfa2_jax.calibration.attends import Budget, Trials, TryEverything, saved_tiles
-from dfa2_jax.calibration.resume import Checkpointed, digest_of
+from dfa2_jax.calibration.resume import Checkpointed
 from dfa2_jax.calibration.search import MAX_DELTA
+from dfa2_jax.io.digest import digest_of
 from dfa2_jax.nn.attention import in_order
 from dfa2_jax.nn.linear import XLA_OPTIONS
 from dfa2_jax.options import CALL, CALL_FIELDS, CalibrationOptions, Options, described, suggests_names

@@ -1,18 +1,20 @@
 """The findings of a calibration so far, in a file, so that an interrupted one goes on."""
 
-import hashlib
 import json
 from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
 
 from dfa2_jax.io.atomic import replacing
-from dfa2_jax.io.errors import blame, read_json
+from dfa2_jax.io.digest import digest_of
+from dfa2_jax.io.errors import CheckpointError, blame, read_json
 from dfa2_jax.plan.plan import Plan
+
+FIELDS = ("calibration", "picks", "spent")
+"""Of a file, beside the digest of them all: the digest of what the findings depend on, and the findings."""
 
 
 @dataclass
@@ -40,13 +42,19 @@ class Checkpointed:
         path = None if path is None else Path(path)
         if path is None or not path.exists():
             return cls(path, digest, [], [])
-        content = read_json(path)
-        if content.get("digest") != digest:
-            raise ValueError(
-                f"{path} is the progress of another calibration, digest {content.get('digest')!r:.100}, this one's is "
-                f"{digest!r}: give another file, or remove it to start anew."
-            )
         with blame(f"{path}, remove it to start anew"):
+            try:
+                content = read_json(path)
+            except CheckpointError as error:
+                raise ValueError(str(error)) from error
+            own = digest_of({name: content.get(name) for name in FIELDS})
+            if {*content} != {*FIELDS, "digest"} or content["digest"] != own:
+                raise ValueError(f"digest is {content.get('digest')!r:.100}, the content's is {own!r}: it was changed")
+            if content["calibration"] != digest:
+                raise ValueError(
+                    f"it is the progress of another calibration, {content['calibration']!r:.100}, not of "
+                    f"{digest!r}; or give another file"
+                )
             picks, spent = np.asarray(content["picks"], int), np.asarray(content["spent"], float)
             steps, *size = empty.choices.shape
             if not 1 <= len(picks) < steps or [*picks.shape[1:]] != size or spent.shape != picks.shape[:2]:
@@ -67,9 +75,9 @@ class Checkpointed:
         self.picks.append(picks.tolist())
         self.spent.append(tuple(np.where(picks < 0, 0, chosen).sum(1).tolist()))
         if self.path is not None:
-            content = {"digest": self.digest, "picks": self.picks, "spent": self.spent}
+            content = dict(zip(FIELDS, (self.digest, self.picks, self.spent), strict=True))
             with replacing(self.path) as file:
-                file.write(json.dumps(content).encode())
+                file.write(json.dumps(content | {"digest": digest_of(content)}).encode())
 
     def filled(self, empty: Plan) -> Plan:
         """With what is found; later steps stay as they are."""
@@ -77,7 +85,3 @@ class Checkpointed:
         if self.picks:
             choices[1 : 1 + self.steps] = np.array(self.picks) + 1  # the table's first method is full
         return replace(empty, choices=choices)
-
-
-def digest_of(content: Any) -> str:
-    return "sha256:" + hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

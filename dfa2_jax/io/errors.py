@@ -23,6 +23,14 @@ LARGEST_SIZE = 2**20
 class CheckpointError(ValueError):
     """A checkpoint folder or file cannot be used. The message names file, field, both values and the way out."""
 
+    def __init__(self, message: str):
+        super().__init__(printable(message))
+
+
+def printable(text: str) -> str:
+    """Text that a terminal only shows: control characters and what no encoding knows are escaped, line breaks stay."""
+    return "".join(x if x.isprintable() or x == "\n" else x.encode("unicode_escape").decode() for x in text)
+
 
 @contextmanager
 def blame(culprit: str) -> Iterator[None]:

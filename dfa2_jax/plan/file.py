@@ -1,6 +1,5 @@
 """A plan's file: JSON that a person can read and edit, its schema, and all that is checked when it is read."""
 
-import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,6 +10,7 @@ import numpy as np
 from jaxtyping import UInt8
 from pydantic import Field, ValidationError
 
+from dfa2_jax.io.digest import digest_of
 from dfa2_jax.io.errors import CheckpointError, read_json
 from dfa2_jax.plan.method import Method, PlanError, letters
 from dfa2_jax.plan.setting import CalibrationRecord, Record, Setting
@@ -137,12 +137,6 @@ def content_of(
         "methods": dict(zip(letters(methods), map(str, methods), strict=True)),
         "steps": steps,
     }
-
-
-def digest_of(content: dict[str, Any]) -> str:
-    """The sha256 of a file's content."""
-    compact = json.dumps(content, sort_keys=True, separators=(",", ":"))
-    return "sha256:" + hashlib.sha256(compact.encode()).hexdigest()
 
 
 def written(content: dict[str, Any]) -> bytes:

@@ -3,11 +3,15 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from dfa2_jax.io.errors import printable
 from pallas_kernels.layout import CACHED, FULL
 
 
 class PlanError(ValueError):
     """A plan cannot be read, or does not fit. The message names the field, both values and the way out."""
+
+    def __init__(self, message: str):
+        super().__init__(printable(message))
 
 
 @dataclass(frozen=True)

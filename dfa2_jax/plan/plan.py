@@ -11,7 +11,9 @@ import numpy as np
 from jaxtyping import Int, UInt8
 
 from dfa2_jax.io.atomic import replacing
-from dfa2_jax.plan.file import blame_file, content_of, digest_of, read, written
+from dfa2_jax.io.digest import digest_of
+from dfa2_jax.io.errors import printable
+from dfa2_jax.plan.file import blame_file, content_of, read, written
 from dfa2_jax.plan.method import FULL_METHOD, Method, PlanError, letters
 from dfa2_jax.plan.setting import CalibrationRecord, Setting
 from pallas_kernels.layout import FULL
@@ -70,7 +72,7 @@ class Plan:
         size = f"{setting.height} x {setting.width}, {setting.num_inference_steps} steps{guided}"
         methods = ", ".join(f"{method} {share:.1%}" for method, share in self.shares().items())
         return (
-            f"Plan for {setting.pipeline_class}: {size}\n"
+            f"Plan for {printable(setting.pipeline_class)}: {size}\n"
             f"  heads: {methods}\n"
             f"  density {self.density():.3f} of query-key pairs, {self.digest[:19]}{edited}"
         )

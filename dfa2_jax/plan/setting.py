@@ -1,13 +1,17 @@
 """What a plan is bound to, and how it was found: the records in its file."""
 
+from itertools import pairwise
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from pallas_kernels.layout import Layout
 
 Count = Annotated[int, Field(ge=0, le=10_000_000)]
+Positive = Annotated[int, Field(ge=1, le=10_000_000)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(allow_inf_nan=False, ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class Record(BaseModel):
@@ -19,7 +23,7 @@ class AttentionLayer(Record):
 
     name: Annotated[str, Field(max_length=100)]
     num_text: Count
-    num_visual: Annotated[int, Field(ge=1, le=10_000_000)]
+    num_visual: Positive
     text_first: bool
 
     @property
@@ -35,15 +39,25 @@ class Setting(Record):
     """Fingerprint of the transformer's stored weights."""
     scheduler: str
     sigmas: Annotated[tuple[Number, ...], Field(strict=False, min_length=2, max_length=1001)]
-    """Noise levels: one more than steps, the last one 0."""
-    height: Annotated[int, Field(ge=1)]
+    """Noise levels: one more than steps, never rising, the last one 0."""
+    height: Positive
     """Pixels."""
-    width: Annotated[int, Field(ge=1)]
+    width: Positive
     doubled_batch: bool
     """Guidance runs [unconditional, conditional] as one batch, which shares plan and cache."""
     num_heads: Annotated[int, Field(ge=1, le=256)]
     layers: Annotated[tuple[AttentionLayer, ...], Field(strict=False, min_length=1, max_length=999)]
     """In order of execution."""
+
+    @field_validator("sigmas")
+    @classmethod
+    def _check_sigmas(cls, sigmas: tuple[float, ...]) -> tuple[float, ...]:
+        for number, (high, low) in enumerate(pairwise(sigmas)):
+            if low > high:
+                raise ValueError(f"noise rises from {high} to {low} (numbers {number} and {number + 1})")
+        if sigmas[-1] != 0:
+            raise ValueError(f"the last one is {sigmas[-1]}, not 0")
+        return sigmas
 
     @property
     def num_inference_steps(self) -> int:
@@ -51,8 +65,8 @@ class Setting(Record):
 
 
 class Density(Record):
-    exact: Number
-    tiles: Number
+    exact: Share
+    tiles: Share
 
 
 class CalibrationRecord(Record):
@@ -60,17 +74,17 @@ class CalibrationRecord(Record):
 
     prompts_sha256: str
     """Of prompts and negative prompt."""
-    num_prompts: Count
+    num_prompts: Positive
     seed: int
     guidance_scale: Number
     dtype: str
     """Of the transformer."""
-    delta: Number
-    c: Number | None
+    delta: NotNegative
+    c: NotNegative | None
     candidates: Annotated[tuple[str, ...], Field(strict=False)]
-    tiles: Annotated[tuple[Count, Count], Field(strict=False)]
+    tiles: Annotated[tuple[Positive, Positive], Field(strict=False)]
     """Queries and keys of the tiles whose savings were weighed."""
     versions: dict[str, str]
     predicted_density: Density
-    errors: Annotated[tuple[Annotated[tuple[Number, ...], Field(strict=False)], ...], Field(strict=False)]
+    errors: Annotated[tuple[Annotated[tuple[NotNegative, ...], Field(strict=False)], ...], Field(strict=False)]
     """By step and layer: relative squared errors of what was chosen, added up over the heads."""

@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 
 from dfa2_jax.io.atomic import replacing
-from dfa2_jax.io.extras import need
+from dfa2_jax.io.errors import printable
+from dfa2_jax.plan.canvas import new_figure
 from dfa2_jax.plan.method import Method
 from dfa2_jax.plan.plan import Plan
 from pallas_kernels.layout import CACHED, FULL
@@ -36,7 +37,7 @@ def summary(plan: Plan) -> str:
             lines["errors"] = (
                 f"{spent.mean():.4f} of delta {origin.delta} on average in a layer, {spent.max():.4f} at most{edited}"
             )
-    return "\n".join(f"{name:11s} {line}" for name, line in lines.items())
+    return "\n".join(f"{name:11s} {printable(line)}" for name, line in lines.items())
 
 
 def density_table(plan: Plan) -> np.ndarray:
@@ -56,10 +57,16 @@ def draw(plan: Plan, path: Path) -> None:
     Raises:
         MissingExtra: matplotlib is not installed.
     """
-    need("matplotlib", "The picture of a plan", "plots")
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    steps, layers, _ = plan.choices.shape
+    width, height = 3 + min(0.35 * steps, 15), 2 + min(0.2 * layers, 14)
+    with new_figure(width, height, "The picture of a plan") as figure:
+        _fill(figure, plan)
+        with replacing(Path(path)) as file:
+            figure.savefig(file, format="png", dpi=110)
+
+
+def _fill(figure: Any, plan: Plan) -> None:
     from matplotlib.colors import ListedColormap
-    from matplotlib.figure import Figure
     from matplotlib.patches import Patch
     from matplotlib.ticker import MaxNLocator
 
@@ -67,8 +74,6 @@ def draw(plan: Plan, path: Path) -> None:
     ranks, names, colours = ranked(plan)
     picture = ranks.transpose(1, 0, 2).reshape(layers, steps * heads)
 
-    figure = Figure(figsize=(3 + min(0.35 * steps, 15), 2 + min(0.2 * layers, 14)), layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.subplots(2, 2, sharex="col", sharey="row", width_ratios=(5, 1), height_ratios=(1, 6))
     table, (top, corner), (atlas, side) = density_table(plan), axes[0], axes[1]
     atlas.imshow(
@@ -78,7 +83,7 @@ def draw(plan: Plan, path: Path) -> None:
     for step in range(steps - 1):
         atlas.axvline(step + 0.5, color="white", linewidth=0.6)
     shown = range(0, layers, max(1, layers // 40))
-    atlas.set_yticks([*shown], [plan.setting.layers[number].name for number in shown], fontsize=7)
+    atlas.set_yticks([*shown], [printable(plan.setting.layers[number].name) for number in shown], fontsize=7)
     atlas.xaxis.set_major_locator(MaxNLocator(integer=True))
     atlas.set(xlabel="step (within it, heads from left to right)", ylabel="layer")
     top.bar(np.arange(steps), table.mean(1), color="grey")
@@ -88,9 +93,8 @@ def draw(plan: Plan, path: Path) -> None:
     handles = [Patch(color=colour, label=name) for name, colour in zip(names, colours, strict=True)]
     corner.axis("off")
     corner.legend(handles=handles, loc="center", fontsize=7)
-    figure.suptitle(f"{plan.setting.pipeline_class}: {plan.density():.2f} of query-key pairs kept", fontsize=10)
-    with replacing(Path(path)) as file:
-        figure.savefig(file, format="png", dpi=110)
+    title = f"{printable(plan.setting.pipeline_class)}: {plan.density():.2f} of query-key pairs kept"
+    figure.suptitle(title, fontsize=10)
 
 
 def ranked(plan: Plan) -> tuple[np.ndarray, list[str], list[Any]]:

@@ -11,8 +11,10 @@ import numpy as np
 from jaxtyping import Array, Float
 from tqdm import trange
 
+from dfa2_jax.io.errors import printable
 from dfa2_jax.nn.attention import Heads, LayerPlan, Project, arrow_attention, in_order
 from dfa2_jax.pipeline.call import Call
+from dfa2_jax.plan.canvas import new_figure
 from dfa2_jax.plan.plan import Plan
 from dfa2_jax.plan.view import ranked
 from pallas_kernels.layout import Layout
@@ -116,17 +118,24 @@ def windows_of(plans: Sequence[Plan]) -> tuple[int, ...]:
 
 def draw(plan: Plan, masses: Masses) -> bytes:
     """A PNG, layers from top to bottom, heads within, steps from left to right: locality, text, method."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    steps, layers, heads = plan.choices.shape
+    tall = layers * min(max(0.35, 0.06 * heads), 0.8)
+    with new_figure(4.5 + 3 * min(0.12 * steps, 3), tall + 1.8, "The picture of heads") as figure:
+        _fill(figure, plan, masses, tall)
+        figure.savefig(file := io.BytesIO(), format="png", dpi=110)
+    return file.getvalue()
+
+
+def _fill(figure: Any, plan: Plan, masses: Masses, tall: float) -> None:
+    """
+    Args:
+        tall: inches of the three pictures.
+    """
     from matplotlib.colors import ListedColormap
-    from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
     steps, layers, heads = plan.choices.shape
     ranks, names, colours = ranked(plan)
-    tall = layers * min(max(0.35, 0.06 * heads), 0.8)
-    size = 4.5 + 3 * min(0.12 * steps, 3), tall + 1.8
-    figure = Figure(figsize=size, layout="constrained")
-    FigureCanvasAgg(figure)
     (local_scale, text_scale, legend), (local, text, method) = figure.subplots(2, 3, height_ratios=(0.15, tall))
 
     def show(axes: Any, values: np.ndarray, title: str, **options: Any) -> Any:
@@ -150,6 +159,4 @@ def draw(plan: Plan, masses: Masses) -> bytes:
     legend.axis("off")
     handles = [Patch(color=colour, label=name) for name, colour in zip(names, colours, strict=True)]
     legend.legend(handles=handles, loc="lower center", fontsize=7, ncols=2, frameon=False)
-    local.set_yticks([*range(layers)], [layer.name for layer in plan.setting.layers])
-    figure.savefig(file := io.BytesIO(), format="png", dpi=110)
-    return file.getvalue()
+    local.set_yticks([*range(layers)], [printable(layer.name) for layer in plan.setting.layers])

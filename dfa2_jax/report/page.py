@@ -1,6 +1,7 @@
 """A quality report as one HTML file: nothing beside it, no script."""
 
 import base64
+import hashlib
 import io
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -31,8 +32,13 @@ tr.plan { background: #eef4ff; font-weight: 600; } small { color: #666; font-wei
 .failed, .passed { border-left: .4rem solid #c0392b; padding-left: 1rem; } .passed { border-color: #2e8b57; }
 figure { margin: 1.5rem 0; } figcaption { overflow-wrap: anywhere; } .pair { display: flex; gap: .6rem; }
 .pair span { flex: 1 1 0; max-width: 24rem; } .pair img { width: 100%; image-rendering: pixelated; display: block; }
-.facts td { text-align: left; white-space: normal; } img { max-width: 100%; } code { overflow-wrap: anywhere; }
+.facts td, td.prompt { white-space: normal; } .facts td { text-align: left; }
+img { max-width: 100%; } code { overflow-wrap: anywhere; }
 """
+
+_STYLE_HASH = base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()
+POLICY = f"default-src 'none'; img-src data:; style-src 'sha256-{_STYLE_HASH}'; base-uri 'none'; form-action 'none'"
+"""Of the page's contents: its pictures and this style; no script, no address, whatever a prompt or a name holds."""
 
 
 def page(content: Mapping[str, Any], worst: Mapping[str, Sequence[Any]], figures: Mapping[str, bytes]) -> str:
@@ -55,7 +61,8 @@ def page(content: Mapping[str, Any], worst: Mapping[str, Sequence[Any]], figures
         parts += [f"<h2>What the heads do, and what {_text(name)} gives them</h2>", _heads(content, png)]
     parts += ["<h2>Every image</h2>", _details(content), "<h2>How it was made</h2>", _origin(content)]
     title = "Quality report"
-    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title>'
+    policy = f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
+    head = f'<meta charset="utf-8">{policy}<meta name="viewport" content="width=device-width"><title>{title}</title>'
     body = "\n".join(part for part in parts if part)
     return (
         f'<!DOCTYPE html>\n<html lang="en"><head>{head}<style>{STYLE}</style></head>\n<body>\n{body}\n</body></html>\n'
@@ -216,7 +223,7 @@ def _details(content: Mapping[str, Any]) -> str:
             cells = "".join(
                 f"<td>{_number(metric, row['metrics'][metric]['values'][i][j])}</td>" for row, metric in columns
             )
-            lines.append(f'<tr><td style="white-space: normal">{_text(prompt)}</td><td>{seed}</td>{cells}</tr>')
+            lines.append(f'<tr><td class="prompt">{_text(prompt)}</td><td>{seed}</td>{cells}</tr>')
     table = f"<table><thead><tr><th>prompt</th><th>seed</th>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
     counted = _count(len(lines), "image")
     return f'<details><summary>{counted}</summary><div class="wide">{table}</div></details>'

@@ -27,6 +27,7 @@ from dfa2_jax.nn.attention import dense_implementation
 from dfa2_jax.options import Options, ReportOptions, described, suggests_names
 from dfa2_jax.pipeline.call import Call
 from dfa2_jax.pipeline.pipeline import Pipeline
+from dfa2_jax.plan.canvas import import_matplotlib
 from dfa2_jax.plan.method import PlanError
 from dfa2_jax.plan.plan import Plan
 from dfa2_jax.plan.setting import Setting
@@ -255,8 +256,8 @@ def _check_plans(plans: Mapping[str, Plan], setting: Setting) -> None:
 
 
 def _judges(lpips: Any, clip: Any, image_reward: Any) -> Judges:
-    for package in ("skimage.metrics", "matplotlib"):
-        need(package, "A report", "report")
+    import_matplotlib("A report", "report")
+    need("skimage.metrics", "A report", "report")
     near: dict[str, Any] = {"psnr": quality.psnr, "ssim": quality.ssim}
     if lpips is not None:
         near["lpips"] = quality.lpips(Path(lpips))

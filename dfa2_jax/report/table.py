@@ -196,7 +196,7 @@ class Report:
         return content | {"not_finite": line.not_finite, "metrics": metrics}
 
     def save(self, folder: str | PathLike[str]) -> Path:
-        """Write report.html and report.json, both whole or neither, and return the first.
+        """Write report.json, then report.html, each whole, and return the latter.
 
         Raises:
             OSError: the folder cannot be written to.
@@ -209,8 +209,9 @@ class Report:
         content = self.content()
         html = page(content, {line.name: line.worst for line in plans}, figures)
         with replacing(folder / "report.html") as shown, replacing(folder / "report.json") as numbers:
-            shown.write(html.encode())
-            numbers.write((json.dumps(content, ensure_ascii=False, allow_nan=False, indent=1) + "\n").encode())
+            text = json.dumps(content, ensure_ascii=False, allow_nan=False, indent=1) + "\n"
+            shown.write(html.encode(errors="backslashreplace"))  # of a path that is not UTF-8
+            numbers.write(text.encode(errors="backslashreplace"))  # JSON writes it in the same way
         return folder / "report.html"
 
 

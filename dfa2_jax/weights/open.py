@@ -11,11 +11,12 @@ from dfa2_jax.weights.orbax import ConvertedCheckpoint
 from dfa2_jax.weights.spec import PipelineSpec
 
 
-def open_folder(folder: str | PathLike[str], specs: Mapping[str, PipelineSpec]) -> Checkpoint:
+def open_folder(folder: str | PathLike[str], specs: Mapping[str, PipelineSpec], *, verify: bool = True) -> Checkpoint:
     """Open a diffusers pipeline folder or one that `dfa2-convert` wrote; reads no weights yet.
 
     Args:
         specs: of the pipelines that are known, by class name: `families.registry.FAMILIES`.
+        verify: compare a converted folder with its checksums while it is read.
 
     Raises:
         CheckpointError: the folder is neither, or is damaged, or holds another kind of pipeline.
@@ -30,4 +31,4 @@ def open_folder(folder: str | PathLike[str], specs: Mapping[str, PipelineSpec]) 
     config = read_json(folder / "config.json")
     if name := config.get("_class_name"):
         raise CheckpointError(f"{folder} is a single {name!r:.200}; give the pipeline folder that holds it.")
-    return ConvertedCheckpoint(folder, specs)
+    return ConvertedCheckpoint(folder, specs, verify)

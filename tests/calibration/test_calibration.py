@@ -1,6 +1,5 @@
 """Calibration against an independent float64 oracle, and what must hold of its plans."""
 
-import json
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import product
@@ -227,19 +226,12 @@ def test_an_interrupted_calibration_goes_on(name, pipelines, tmp_path, monkeypat
     monkeypatch.setattr(calibration.Checkpointed, "add", stop)
     with pytest.raises(KeyboardInterrupt):
         find(pipeline, name, delta=0.6, resume=path)
-    kept, steps = json.loads(path.read_text()), []
+    steps = []
     monkeypatch.setattr(calibration.Checkpointed, "add", lambda self, *found: (steps.append(1), add(self, *found)))
     assert find(pipeline, name, delta=0.6, resume=path) == whole
     assert len(steps) == 2  # of four after the first
-    with pytest.raises(ValueError, match="is the progress of another calibration"):
+    with pytest.raises(ValueError, match="remove it to start anew: it is the progress of another calibration"):
         find(pipeline, name, delta=0.5, resume=path)
-    for change in ({"picks": [[[5]]]}, {"spent": []}, {"picks": None}):
-        path.write_text(json.dumps(kept | change))
-        with pytest.raises(ValueError, match="progress.json, remove it to start anew"):
-            find(pipeline, name, delta=0.6, resume=path)
-    path.write_text('{"digest": 1')
-    with pytest.raises(ValueError, match="progress.json is not valid JSON"):
-        find(pipeline, name, delta=0.6, resume=path)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,10 @@
 """Plans: what they compute, what their files hold, and what they refuse."""
 
 import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -147,6 +151,19 @@ CHANGES = {
     "steps": (lambda c: c["steps"].pop(), "steps: there are 2, but setting.sigmas has 3"),
     "method": (lambda c: c["methods"].update(a="arrow(1/x)"), r"'arrow\(1/x\)' is not a method"),
     "errors": (lambda c: c["calibration"]["errors"].pop(), "calibration.errors must be 3 rows of 3"),
+    "a negative noise": (
+        lambda c: c["setting"].update(sigmas=[1.0, 0.5, -0.5, 0.0]),
+        "sigmas: .*rises from -0.5 to 0.0",
+    ),
+    "rising noise": (lambda c: c["setting"].update(sigmas=[0.5, 0.75, 0.25, 0.0]), "sigmas: .*rises from 0.5 to 0.75"),
+    "noise left": (lambda c: c["setting"].update(sigmas=[1.0, 0.5, 0.25, 0.25]), "sigmas: .*last one is 0.25, not 0"),
+    "no tiles": (lambda c: c["calibration"].update(tiles=[0, 16]), "calibration.tiles.0: .*greater than or equal to 1"),
+    "a density": (
+        lambda c: c["calibration"]["predicted_density"].update(exact=1.5),
+        "exact: .*less than or equal to 1",
+    ),
+    "a negative budget": (lambda c: c["calibration"].update(delta=-0.4), "delta: .*greater than or equal to 0"),
+    "a negative error": (lambda c: c["calibration"]["errors"][1].__setitem__(0, -1.0), "errors.1.0: .*equal to 0"),
     "digest": (lambda c: c["steps"][1].update({"joint.0": "ffff"}), "digest is .*edited or damaged.*dfa2 plan sign"),
 }
 
@@ -158,6 +175,39 @@ def test_faults_are_named(case, file):
     with pytest.raises(PlanError, match=message) as caught:
         Plan.load(file)
     assert str(file) in str(caught.value)
+    if case != "digest":
+        with pytest.raises(PlanError, match=message):
+            Plan.sign(file)
+
+
+HOSTILE = "\x1b]0;owned\x07\x1b[2J\u202e\udcff"
+
+
+def test_what_a_plan_says_is_shown_and_never_obeyed(file):
+    """By a terminal: escape sequences, another direction of writing, what no encoding knows."""
+
+    def rename(content):
+        content["setting"].update(pipeline_class=HOSTILE, weights=HOSTILE)
+
+    edit(file, rename)
+    plan = Plan.sign(file)
+    for text in (summary(plan), repr(plan)):
+        assert "\\x1b]0;owned\\x07\\x1b[2J\\u202e\\udcff" in text
+        assert text.replace("\n", "").isprintable()
+    faults = {
+        "a method": lambda c: c["methods"].update(a=HOSTILE),
+        "a layer": lambda c: c["steps"][1].update({HOSTILE: "ffff"}),
+        "a letter": lambda c: c["steps"][1].update({"joint.0": "fff\x1b"}),
+        "a key": lambda c: c.update({HOSTILE[:-1]: 1}),
+        "a call": lambda c: c["setting"].update(weights="another"),
+    }
+    good = file.read_bytes()
+    for case, change in faults.items():
+        file.write_bytes(good)
+        edit(file, change)
+        with pytest.raises(PlanError) as caught:
+            Plan.sign(file).check(plan.setting)
+        assert str(caught.value).replace("\n", "").isprintable() and "\\x1b" in str(caught.value), case
 
 
 @pytest.mark.parametrize(
@@ -244,3 +294,30 @@ def test_a_summary_and_a_picture(tmp_path):
     for colour in ((0x20, 0x12, 0x4D), (0xF4, 0xA2, 0x59)):  # full and cached are there
         assert (pixels == colour).all(1).sum() > 100
     assert [file.name for file in tmp_path.iterdir()] == ["plan.png"]
+
+
+def test_dollars_in_a_plan_are_no_markup(tmp_path):
+    """Mathtext would refuse this, and TeX run it."""
+    import matplotlib
+
+    plan = sample_plan(0)
+    layers = tuple(layer.model_copy(update={"name": rf"$\frac{i}$"}) for i, layer in enumerate(plan.setting.layers))
+    setting = plan.setting.model_copy(update={"pipeline_class": "$\\input{x}$ \x1b[2J", "layers": layers})
+    with matplotlib.rc_context({"text.usetex": True}):
+        draw(replace(plan, setting=setting), tmp_path / "plan.png")
+        assert matplotlib.rcParams["text.usetex"]
+    assert (tmp_path / "plan.png").stat().st_size > 1000
+
+
+def test_a_picture_needs_no_backend_of_the_environments():
+    """As `!dfa2 plan show` in a notebook, whose backend is not installed here."""
+    code = """
+import io, os
+from dfa2_jax.plan.canvas import new_figure
+with new_figure(1, 1, "A test") as figure:
+    figure.savefig(file := io.BytesIO(), format="png")
+print(file.getvalue()[1:4], os.environ["MPLBACKEND"])
+"""
+    environment = os.environ | {"MPLBACKEND": "module://not.there"}
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert run.stdout == "b'PNG' module://not.there\n", run.stderr

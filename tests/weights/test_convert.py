@@ -2,11 +2,14 @@
 
 import errno
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
-import tempfile
+import threading
 import time
+from contextlib import contextmanager
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +17,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from convert_cases import assert_equal_weights, leaves
+from damage import copy_model
 from flax import nnx
 
 from dfa2_jax import conversion as convert_module
@@ -22,6 +26,7 @@ from dfa2_jax.families.registry import networks, open_checkpoint
 from dfa2_jax.io.errors import CheckpointError
 from dfa2_jax.weights import leaf as leaf_module
 from dfa2_jax.weights.checkpoint import compute_dtype
+from dfa2_jax.weights.verify import verify_folder
 
 FOLDERS = ["tiny_sd35", "tiny_flux_dev"]
 
@@ -177,45 +182,104 @@ def test_a_hub_id_is_fetched_into_the_cache(tiny_flux_schnell, tmp_path, monkeyp
     assert not wanted("flux1-schnell.safetensors") and not wanted("text_encoder/model.bin")
 
 
-def test_a_killed_conversion_leaves_no_destination(tiny_sd35, tmp_path):
-    code = f"""
-import dfa2_jax.conversion as c, os, time
-slabs = c.slabs
+SLOW = """
+import sys, time
+import dfa2_jax.conversion as conversion
+write_chunk = conversion.write_chunk
 def slow(*args):
-    os.write(1, b"reading\\n")  # one call, for several threads read at once
-    time.sleep(0.2)
-    return slabs(*args)
-c.slabs = slow
-c.convert_checkpoint({str(tiny_sd35)!r}, {str(tmp_path / "out")!r})
+    time.sleep(0.05)
+    return write_chunk(*args)
+conversion.write_chunk = slow
+sys.exit(conversion.main(sys.argv[1:]))
 """
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
-        first = process.stdout.readline()
-        time.sleep(0.5)
+
+
+@contextmanager
+def slow_conversion(source, dst):
+    """A process that is in the midst of writing."""
+    command = [sys.executable, "-c", SLOW, str(source), str(dst)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        while not list(dst.parent.glob(f".{dst.name}.*/weights/*/*/[0-9]*")):
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.02)
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def test_the_next_conversion_removes_what_a_killed_one_left(tiny_flux_schnell, tmp_path):
+    source, dst = copy_model(tiny_flux_schnell, tmp_path / "source"), tmp_path / "work" / "out"
+    with slow_conversion(source, dst) as process:
+        with pytest.raises(CheckpointError, match="out is being made by another process: wait for it, or stop it"):
+            convert_checkpoint(source, dst)
+        assert process.poll() is None
         process.kill()
-    assert first == "reading\n"
-    assert [path.name.startswith(".out.partial-") for path in tmp_path.iterdir()] == [True]
+    assert len(list(dst.parent.iterdir())) == 2  # what was written, and what was locked
     with pytest.raises(CheckpointError, match="is not a folder"):
-        open_checkpoint(tmp_path / "out")
-    with pytest.raises(CheckpointError, match="holds neither"):
-        open_checkpoint(next(tmp_path.iterdir()))
-    convert_checkpoint(tiny_sd35, tmp_path / "out")  # and nothing is in the way of another try
+        open_checkpoint(dst)
+    convert_checkpoint(source, dst)
+    assert list(dst.parent.iterdir()) == [dst] and verify_folder(dst) == []
 
 
-@pytest.mark.parametrize(
-    ("error", "message"),
-    [
-        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), "could not be written: No space left on device"),
-        (OSError(errno.EROFS, os.strerror(errno.EROFS)), "could not be written: Read-only file system"),
-    ],
-)
-def test_a_disk_that_fills_up(error, message, tiny_flux_dev, tmp_path, monkeypatch):
+def test_a_signal_stops_the_writers_and_leaves_nothing(tiny_flux_schnell, tmp_path):
+    source = copy_model(tiny_flux_schnell, tmp_path / "source")
+    with slow_conversion(source, tmp_path / "work" / "out") as process:
+        process.send_signal(signal.SIGHUP)
+        process.send_signal(signal.SIGTERM)  # the impatient's: cleaning up goes on
+        told = process.communicate(timeout=60)[1]
+    assert process.returncode == 129 and told.endswith("dfa2-convert: interrupted, nothing was kept\n")
+    assert "Traceback" not in told
+    assert list((tmp_path / "work").iterdir()) == []
+
+
+def test_an_exception_of_the_caller_stops_the_writers_and_leaves_nothing(tiny_flux_dev, tmp_path, monkeypatch):
+    """As Ctrl-C in a notebook does: it is raised in the thread that waits, while others write."""
+    written, write_chunk = [], convert_module.write_chunk
+    monkeypatch.setattr(convert_module, "write_chunk", lambda *args: (written.append(1), write_chunk(*args))[1])
+
+    def progress(done, total):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert_checkpoint(tiny_flux_dev, tmp_path / "out", progress=progress)
+    count = len(written)
+    assert list(tmp_path.iterdir()) == [] and threading.active_count() < 40
+    time.sleep(0.3)
+    assert len(written) == count, "writers go on"
+
+
+FULL_DISK = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("function", ["write_chunk", "write_config", "file_sha256", "appearing"])
+def test_a_disk_that_fills_up(function, tiny_flux_schnell, tmp_path, monkeypatch, capsys):
+    """Whoever meets it: writers of chunks in their threads, what comes after them, or what comes before."""
+    source = tiny_flux_schnell if function == "file_sha256" else copy_model(tiny_flux_schnell, tmp_path / "source")
+
     def fail(*_):
-        raise error
+        raise FULL_DISK
 
-    monkeypatch.setattr(convert_module, "write_config", fail)
-    with pytest.raises(CheckpointError, match=message):
-        convert_checkpoint(tiny_flux_dev, tmp_path / "out")
-    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(convert_module, function, fail)
+    assert main([str(source), str(tmp_path / "work" / "out")]) == 2
+    told = capsys.readouterr().err
+    assert re.search("could not be written: .*No space left on device.* Nothing was kept.", told)
+    assert not list(tmp_path.glob("work/*"))
+
+
+def test_orbax_meets_a_full_disk(tiny_flux_schnell, tmp_path, monkeypatch):
+    """Its own writes fail in its own words."""
+    import orbax.checkpoint as ocp
+
+    def fail(*_, **__):
+        raise ValueError("RESOURCE_EXHAUSTED: Error writing [OS error 28: ENOSPC No space left on device]")
+
+    monkeypatch.setattr(ocp.PyTreeCheckpointHandler, "finalize", fail)
+    with pytest.raises(
+        CheckpointError, match="transformer could not be written: RESOURCE_EXHAUSTED.* Nothing was kept"
+    ):
+        convert_checkpoint(copy_model(tiny_flux_schnell, tmp_path / "source"), tmp_path / "work" / "out")
+    assert list((tmp_path / "work").iterdir()) == []
 
 
 def test_a_write_that_fails_midway(tiny_flux_dev, tmp_path):
@@ -236,16 +300,6 @@ except CheckpointError as error:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_interrupt_leaves_nothing(tiny_flux_dev, tmp_path, capsys, monkeypatch):
-    def interrupt(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(convert_module, "write_config", interrupt)
-    assert main([str(tiny_flux_dev), str(tmp_path / "out")]) == 130
-    assert list(tmp_path.iterdir()) == []
-    assert "nothing was kept" in capsys.readouterr().err
-
-
 def test_too_small_a_disk_is_refused_first(tiny_flux_dev, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: type("usage", (), {"free": 1000}))
     with pytest.raises(CheckpointError, match="has 1,000 bytes free, the checkpoint needs [0-9,]+: make room"):
@@ -255,18 +309,21 @@ def test_too_small_a_disk_is_refused_first(tiny_flux_dev, tmp_path, monkeypatch)
 
 def test_a_folder_that_cannot_be_written(tiny_flux_dev, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(CheckpointError, match="cannot be written"):
+    with pytest.raises(CheckpointError, match="could not be written: File exists"):
         convert_checkpoint(tiny_flux_dev, tmp_path / "file" / "out")
 
 
 def test_a_read_only_folder(tiny_flux_dev, tmp_path, monkeypatch):
     """As for a user who is not root: root may write anywhere."""
 
-    def refuse(**_):
-        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    def refuse(path, flags, *mode, **options):
+        if flags & os.O_CREAT:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return really(path, flags, *mode, **options)
 
-    monkeypatch.setattr(tempfile, "mkdtemp", refuse)
-    with pytest.raises(CheckpointError, match="cannot be written: Permission denied"):
+    really = os.open
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(CheckpointError, match="could not be written: Permission denied"):
         convert_checkpoint(tiny_flux_dev, tmp_path / "out")
 
 

@@ -6,7 +6,7 @@ import shutil
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from convert_cases import assert_equal_weights, leaves
+from convert_cases import assert_equal_weights, edit_config, leaves
 
 from dfa2_jax.conversion import convert_checkpoint
 from dfa2_jax.families.registry import open_checkpoint
@@ -52,9 +52,7 @@ def edited(converted, tmp_path):
 
     def edit(change):
         folder = shutil.copytree(converted, tmp_path / "edited folder", dirs_exist_ok=True)
-        config = json.loads((converted / "config.json").read_text())
-        change(config, config["components"]["transformer"]["arrays"])
-        (folder / "config.json").write_text(json.dumps(config))
+        edit_config(folder, lambda config: change(config, config["components"]["transformer"]["arrays"]))
         return folder
 
     return edit
@@ -62,7 +60,8 @@ def edited(converted, tmp_path):
 
 def test_one_array_may_have_another_type(converted, half, edited):
     path, name = tuple(ARRAY.split(".")), f"{ARRAY}.value"
-    mixed = edited(lambda config, arrays: arrays[ARRAY].update(dtype="bfloat16"))
+    rounded = json.loads((half / "config.json").read_text())["components"]["transformer"]["arrays"][ARRAY]
+    mixed = edited(lambda _, arrays: arrays.update({ARRAY: rounded}))
     shutil.rmtree(mixed / "weights" / "transformer" / name)
     shutil.copytree(half / "weights" / "transformer" / name, mixed / "weights" / "transformer" / name)
     checkpoint = open_checkpoint(mixed)
@@ -81,7 +80,11 @@ CHANGES = {
     "no type": (lambda _, arrays: arrays[ARRAY].pop("dtype"), f"transformer.{ARRAY} has an unusable entry .dtype=None"),
     "no such type": (lambda _, arrays: arrays[ARRAY].update(dtype="int3"), "dtype='int3' is not one of"),
     "no shape": (lambda _, arrays: arrays[ARRAY].update(shape=[2, -1]), r"shape=\[2, -1\] is not a list of sizes"),
+    "no checksums": (lambda _, arrays: arrays[ARRAY].pop("sha256"), "sha256=None is not a list .*dfa2-convert"),
+    "no checksum": (lambda _, arrays: arrays[ARRAY].update(sha256=["0"]), "sha256=..0.. is not a list of checksums"),
+    "too few": (lambda _, arrays: arrays[ARRAY]["sha256"].append("0" * 64), "3 checksums, which do not divide"),
     "no object": (lambda _, arrays: arrays.update({ARRAY: "float32"}), "unusable entry .'float32' is not an object"),
+    "no digest": (lambda config, _: config.pop("digest"), "no digest: .* carries no checksums. Remove"),
     "format 1": (
         lambda config, _: config.update(format_version=1),
         r"format_version=1; this version reads .*, 2. Remove the folder .* `dfa2-convert SRC '.*edited folder'`",
