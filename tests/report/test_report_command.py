@@ -33,9 +33,13 @@ def command(tiny_sd35, plans, tmp_path, cache):
 def test_the_gate_has_an_exit_code(command, tmp_path, capsys):
     assert command(min_psnr=18) == 0
     printed = capsys.readouterr()
-    assert printed.out.strip() == str(tmp_path / "out" / "report.html") and "2/2" in printed.err
+    verdict, path = printed.out.splitlines()
+    assert path == str(tmp_path / "out" / "report.html") and "2/2" in printed.err
+    assert verdict.startswith("Passed: all limits are kept. Plan broken is ") and " dB (another seed " in verdict
     assert command(min_psnr=18, min_ssim=0.97) == 1
-    failures = [line for line in capsys.readouterr().err.splitlines() if line.startswith("dfa2 report: ")]
+    printed = capsys.readouterr()
+    failures = [line for line in printed.err.splitlines() if line.startswith("dfa2 report: ")]
+    assert printed.out.startswith("Failed: 1 limit is missed. Plan broken is ")
     assert len(failures) == 1 and "plan broken: mean SSIM 0." in failures[0] and "below the limit 0.97" in failures[0]
     assert (tmp_path / "out" / "report.json").exists(), "a failed gate has its report too"
     assert command(plan=tmp_path / "full.json", min_ssim=0.9999) == 0
