@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from io import TextIOWrapper
 from pathlib import Path
 
 from dfa2_jax import __version__
@@ -22,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Exit codes: 0; 1 where `dfa2 report` has limits and a plan misses one, or `dfa2 again` makes other pixels; 2 for
     bad input (one line on stderr); 130 when interrupted; 141 when whoever reads stdout has left."""
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # None where the shell closed it; a notebook's own
+        if isinstance(stream, TextIOWrapper):  # None where the shell closed it; a notebook's own
             stream.reconfigure(errors="backslashreplace")  # no prompt is beyond an ASCII terminal
     try:
         try:
@@ -104,16 +105,7 @@ def _parser() -> Parser:
     )
     _add_report(report)
 
-    plans = commands.add_parser("plan", help="look at a plan, or sign an edited one").add_subparsers(
-        dest="action", required=True
-    )
-    show = plans.add_parser("show", help="a summary, and a picture", description="Summarise a plan, and draw it.")
-    show.set_defaults(run=("plans", "show"))
-    show.add_argument("plan", type=Path)
-    show.add_argument("--png", type=Path, metavar="FILE", help="where to draw it; default: beside the plan")
-    sign = plans.add_parser("sign", help="accept edits", description="Check an edited plan and renew its digest.")
-    sign.set_defaults(run=("plans", "sign"))
-    sign.add_argument("plan", type=Path)
+    _add_plan(commands.add_parser("plan", help="look at a plan, or sign an edited one"))
 
     doctor = commands.add_parser("doctor", help="what this machine can do", description="Report on this machine.")
     doctor.set_defaults(run=("doctor", "run"))
@@ -132,6 +124,17 @@ def _add_report(report: argparse.ArgumentParser) -> None:
     report.add_argument("--min-ssim", type=float, metavar="X")
     report.add_argument("--min-psnr", type=float, metavar="X", help="in dB")
     add_flags(report, ReportOptions)
+
+
+def _add_plan(plan: argparse.ArgumentParser) -> None:
+    plans = plan.add_subparsers(dest="action", required=True)
+    show = plans.add_parser("show", help="a summary, and a picture", description="Summarise a plan, and draw it.")
+    show.set_defaults(run=("plans", "show"))
+    show.add_argument("plan", type=Path)
+    show.add_argument("--png", type=Path, metavar="FILE", help="where to draw it; default: beside the plan")
+    sign = plans.add_parser("sign", help="accept edits", description="Check an edited plan and renew its digest.")
+    sign.set_defaults(run=("plans", "sign"))
+    sign.add_argument("plan", type=Path)
 
 
 def _add_folder(

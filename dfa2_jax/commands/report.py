@@ -45,7 +45,7 @@ def verdict(report: Report) -> str:
 def _of_plan(report: Report, plan: Line) -> str:
     speed = f"Plan {plan.name} is {report.speedup(plan):.2f} times as fast as dense sampling"
     mean = plan.mean("psnr")
-    likeness = f"its images are as near to dense ones as {mean:.1f} dB"
+    likeness = f"its images keep a mean PSNR of {mean:.1f} dB to the dense ones"
     if any(distance["within"] for distance in report.distances(plan)):
         return f"{speed}, and {likeness}, within the noise of rounding."
     others = [line for kind in ("floor", "ceiling") for line in report.of_kind(kind) if not line.left_out]
