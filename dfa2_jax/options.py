@@ -43,8 +43,7 @@ class Options:
         "text, or a list of texts: one image each",
         flag=True,
         action="append",
-        required=True,
-        help="text; repeat it for a batch",
+        help="text; may be repeated",
     )
     prompt_2: Prompt = option(None, "for the second text encoder; None: `prompt`", flag=True, action="append")
     prompt_3: Prompt = option(None, "for the third text encoder (SD3); None: `prompt`", flag=True, action="append")
@@ -71,13 +70,15 @@ class Options:
     )
     guidance_scale: float | None = option(None, "SD3: classifier-free; FLUX.1-dev: embedded. None: 7, 3.5", flag=True)
     true_cfg_scale: float = option(1.0, "classifier-free guidance for FLUX.1; needs a negative prompt", flag=True)
-    num_images_per_prompt: int = option(1, "images of each prompt", flag=True)
+    num_images_per_prompt: int = option(
+        1, "images of each prompt", flag=True, help="images of each prompt, of as many seeds from --seed on"
+    )
     seed: int | list[int] = option(
         0,
         "an int draws the whole batch, as one CPU generator does in diffusers; a list gives each image its own",
         flag=True,
         nargs="+",
-        help="one for the batch, or one for each image",
+        help="each prompt is sampled from each seed",
     )
     latents: Any = option(None, "latents to start from, as diffusers takes them, in place of noise")
     prompt_embeds: Any = option(None, "text states [B, T, E] in place of `prompt`")
@@ -192,6 +193,16 @@ def names_of(group: Any) -> list[str]:
     return [argument.name for argument in fields(group)]
 
 
+ANSWERS = {
+    "generator": "pass seed=, an int or one for each image: it draws the noise of torch.Generator().manual_seed(seed).",
+    "torch_dtype": "pass dtype=.",
+    "device": "weights go to JAX's default device, jax.devices()[0]; CUDA_VISIBLE_DEVICES chooses.",
+    "device_map": "weights go to JAX's default device, jax.devices()[0]; CUDA_VISIBLE_DEVICES chooses.",
+    "return_dict": "a call returns an Output, with images.",
+}
+"""Arguments of diffusers that have another form here."""
+
+
 def check_names(owner: str, given: Iterable[str], known: Collection[str]) -> None:
     """Refuses names that `owner` lacks.
 
@@ -202,6 +213,7 @@ def check_names(owner: str, given: Iterable[str], known: Collection[str]) -> Non
         if name not in known:
             nearest = get_close_matches(name, known, 1)
             advice = f"did you mean {nearest[0]!r}?" if nearest else f"it has {', '.join(known)}."
+            advice = ANSWERS.get(name, advice)
             raise TypeError(f"{owner} has no argument {name!r}: {advice}")
 
 

@@ -17,6 +17,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
+from dfa2_jax.io.images import read_metadata
+
 AMPLIFIED = 4
 """A difference of a quarter of the range is white."""
 
@@ -31,8 +33,7 @@ def read(folder: Path) -> dict[str, np.ndarray]:
 
 def prompt_of(path: Path) -> str:
     """What `dfa2 sample` noted in the PNG."""
-    noted = json.loads(Image.open(path).text["dfa2_jax"])  # type: ignore[attr-defined]
-    return noted["prompt"][noted["image"]]
+    return read_metadata(path)["prompt"]
 
 
 def in_short(line: dict[str, Any]) -> str:

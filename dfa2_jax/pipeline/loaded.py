@@ -20,6 +20,8 @@ class Loaded:
     """What a call of a pipeline runs on.
 
     Attributes:
+        folder: of the checkpoint.
+        requested_dtype: what the caller asked for; None: the checkpoint's own.
         config: sizes of the transformer.
         family: what this kind of model does its own way.
         fingerprint: of the transformer's stored weights.
@@ -34,6 +36,8 @@ class Loaded:
 
     def __init__(self, checkpoint: Checkpoint, *, dtype: Any = None, torch_rounding: bool = False):
         self.networks = Networks(checkpoint, dtype)
+        self.folder = checkpoint.folder
+        self.requested_dtype = None if dtype is None else jnp.dtype(dtype).name
         self.pipeline_class: str = checkpoint.pipeline_class
         self.torch_rounding = torch_rounding
         self.fingerprint: str = checkpoint.fingerprint

@@ -1,16 +1,31 @@
-"""What a sampling call returns, and what it says of itself."""
+"""What a sampling call returns, what it says of itself, and how that makes it again."""
 
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields
 from importlib.metadata import version
+from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from PIL import Image
 
+from dfa2_jax.io.atomic import replacing
+from dfa2_jax.io.hub import model_name
+from dfa2_jax.io.images import SUFFIXES, encode, stem_of, write_new
+from dfa2_jax.options import Options, of_names
 from dfa2_jax.pipeline.call import Call
+from dfa2_jax.pipeline.loaded import Loaded
+from dfa2_jax.pipeline.request import Request, seeds_of
+from dfa2_jax.plan.plan import Plan
 
-LEFT_OUT = ("progress", "callback_on_step_end", "output_type", "seed", "sigmas", "plan", "attend")
+LEFT_OUT = ("progress", "output_type", "seed", "sigmas", "plan", "attend", "callback_on_step_end")
 """Arguments that metadata leaves out, or gives in another form."""
+
+TEXTS = tuple(f"{side}prompt{n}" for side in ("", "negative_") for n in ("", "_2", "_3"))
+CODE = ("attend", "callback_on_step_end")
+"""Arguments that are the caller's own code."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +45,74 @@ class Output:
     metadata: dict[str, Any] = field(repr=False)
     faults: tuple[str, ...] = ()
 
+    def save(
+        self, path: str | PathLike[str], *, format: str | None = None, numbers: Collection[int] | None = None
+    ) -> list[Path]:
+        """Write images that say how to make them again (`dfa2 again`), each whole or not at all.
+
+        Args:
+            path: a file for one image, by its suffix PNG, JPEG or WebP; or a folder, where files are named after prompt
+                and seed, never over another.
+            format: "png", "jpeg" or "webp", in a folder; None: "png".
+            numbers: of the images to write; None: all.
+
+        Returns:
+            The files, in the order of the images.
+
+        Raises:
+            ValueError: latents are no images, one file is asked for several, a format is unknown, or JPEG has no room
+                for the metadata.
+            OSError: the disk.
+        """
+        path, shown = Path(path), pictures(self.images)
+        numbers = range(len(shown)) if numbers is None else numbers
+        kind = image_format(path, format, len(numbers))
+        files = []
+        for i in numbers:
+            made = image_metadata(self.metadata, i)
+            data = encode(shown[i], kind, made, parameters(made))
+            if is_file_name(path):
+                with replacing(path) as file:
+                    file.write(data)
+                files.append(path)
+            else:
+                path.mkdir(parents=True, exist_ok=True)
+                files.append(write_new(path, stem_of(made.get("prompt") or "", made["seed"]), kind, data))
+        return files
+
+
+def pictures(images: Any) -> list[Image.Image]:
+    """PIL images of what a call returned."""
+    if isinstance(images, np.ndarray):
+        if images.ndim != 4 or images.shape[3] != 3:
+            raise ValueError(f'latents {list(images.shape)} are no images: sample with output_type="pil".')
+        return [Image.fromarray(pixels) for pixels in (images * 255).round().astype(np.uint8)]
+    return images
+
+
+def is_file_name(path: Path) -> bool:
+    """Whether a path names an image file, not a folder."""
+    return path.suffix.lower() in SUFFIXES and not path.is_dir()
+
+
+def image_format(path: Path, format: str | None, count: int) -> str:
+    """Of `count` images that are to be written to `path`.
+
+    Raises:
+        ValueError: an unknown format, or suffix and format, or file and count, disagree.
+    """
+    kinds = sorted({*SUFFIXES.values()})
+    if format is not None and format not in kinds:
+        raise ValueError(f"{format=} is not one of {kinds}.")
+    if not is_file_name(path):
+        return format or "png"
+    kind = SUFFIXES[path.suffix.lower()]
+    if count != 1:
+        raise ValueError(f"{path} is one file for {count} images: give a folder.")
+    if format not in (None, kind):
+        raise ValueError(f"{path} is {kind} by its suffix, but {format=}: leave one of them out.")
+    return kind
+
 
 def density(call: Call) -> float | None:
     """The kept share of a call's query-key pairs, further forwards of its guidance included.
@@ -46,36 +129,86 @@ def density(call: Call) -> float | None:
     return (plan.density() * every + more) / (every + more) if more else plan.density()
 
 
-def metadata(call: Call, density: float | None) -> dict[str, Any]:
-    """Options as resolved; arrays only by their shape."""
-    options, request, pipeline = call.options, call.request, call.pipeline
+def metadata(pipeline: Loaded, options: Options, request: Request) -> dict[str, Any]:
+    """Of a call: options as resolved; arrays only by their shape, code only by its name."""
     values = {one.name: getattr(options, one.name) for one in fields(options)}
     given = {
         name: f"array{list(np.shape(value))}" if name.endswith(("embeds", "latents")) else plain(value)
         for name, value in values.items()
         if value is not None and name not in LEFT_OUT
     }
+    seeds, device = seeds_of(options.seed, request.batch), jax.devices()[0]
     resolved = {
         "height": request.height,
         "width": request.width,
         "num_inference_steps": request.steps,
         "guidance_scale": plain(request.guidance_scale),
+        "cfg_scale": plain(request.cfg_scale),
+        "embedded_guidance": plain(request.guidance_scale) if getattr(pipeline.config, "guidance_embeds", 0) else None,
         "max_sequence_length": request.length,
-        "seed": plain(options.seed) if call.seeds[0] is not None else None,
+        "seed": None if options.latents is not None else seeds if np.ndim(options.seed) else seeds[0],
         "plan": None if options.plan is None else options.plan.digest,
-        "density": density,
         "sigmas": None if request.sigmas is None else [float(sigma) for sigma in request.sigmas],
+        "folder": str(pipeline.folder.absolute()),
         "pipeline": pipeline.pipeline_class,
         "fingerprint": pipeline.fingerprint,
+        "requested_dtype": pipeline.requested_dtype,
         "dtype": pipeline.dtype.name,
         "torch_rounding": pipeline.torch_rounding,
+        "device": f"{device.platform} {device.device_kind}",
         "versions": {"dfa2_jax": version("dfa2-jax"), "jax": jax.__version__},
     }
-    if options.attend is not None:
-        resolved["attend"] = repr(options.attend)
-    return given | resolved
+    code = {name: repr(values[name]) for name in CODE if values[name] is not None}
+    return given | resolved | code
+
+
+def image_metadata(made: Mapping[str, Any], number: int) -> dict[str, Any]:
+    """Of one image of a call: its own prompts and seed, its number, and under "batch" those of the whole call.
+
+    Sums of another batch size have another order, so an image is made again within its batch.
+    """
+    prompt_number = number // made["num_images_per_prompt"]
+    own = {name: made[name][prompt_number] for name in TEXTS if isinstance(made.get(name), list)}
+    batch = {name: made[name] for name in (*TEXTS, "seed", "num_images_per_prompt") if name in made}
+    seed = made["seed"][number] if isinstance(made["seed"], list) else made["seed"]
+    return {**made, **own, "seed": seed, "image": number, "batch": batch}
+
+
+def parameters(made: Mapping[str, Any]) -> str:
+    """One image's settings as AUTOMATIC1111's web UI writes them, and other tools read them."""
+    lines = [made.get("prompt") or ""]
+    if made.get("negative_prompt"):
+        lines.append(f"Negative prompt: {made['negative_prompt']}")
+    settings = {
+        "Steps": made["num_inference_steps"],
+        "Sampler": "Euler",
+        "CFG scale": 1 if made["cfg_scale"] is None else made["cfg_scale"],
+        "Distilled CFG Scale": made["embedded_guidance"],
+        "Seed": made["seed"],
+        "Size": f"{made['width']}x{made['height']}",
+        "Model": model_name(Path(made["folder"])),
+        "Version": f"dfa2_jax {made['versions']['dfa2_jax']}",
+    }
+    lines.append(", ".join(f"{name}: {value}" for name, value in settings.items() if value is not None))
+    return "\n".join(lines)
+
+
+def options_again(made: Mapping[str, Any], plan: Plan | None) -> Options:
+    """The options of the call that made an image, by the image's metadata.
+
+    Raises:
+        ValueError: the metadata lacks an argument: an array, or the caller's own code.
+    """
+    known = {one.name for one in fields(Options)} - {"plan"}
+    arguments = {name: value for name, value in {**made, **made.get("batch", {})}.items() if name in known}
+    for name, value in arguments.items():
+        if name in CODE or name.endswith(("embeds", "latents")):
+            raise ValueError(f"the image was made with {name}={value}, which its metadata does not hold.")
+    return of_names(Options, arguments | {"plan": plan})
 
 
 def plain(value: Any) -> Any:
     """As JSON knows it: no NumPy numbers, no tuples."""
-    return np.asarray(value).tolist() if isinstance(value, (np.ndarray, np.generic, tuple, list)) else value
+    if isinstance(value, (tuple, list)):
+        return [plain(item) for item in value]
+    return value.tolist() if isinstance(value, (np.ndarray, np.generic)) else value

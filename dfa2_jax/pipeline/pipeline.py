@@ -2,20 +2,24 @@
 
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from os import PathLike
-from typing import Any
+from typing import Any, NoReturn
 
+import jax
 import numpy as np
 
 from dfa2_jax.families.registry import open_checkpoint
+from dfa2_jax.io.hub import find_model
 from dfa2_jax.nn.attention import Attend
 from dfa2_jax.options import Options, Prompt, described, of_names, suggests_names
+from dfa2_jax.pipeline.ahead import compile_ahead
 from dfa2_jax.pipeline.call import Call, prepare
 from dfa2_jax.pipeline.health import faults_of
 from dfa2_jax.pipeline.loaded import Loaded
 from dfa2_jax.pipeline.output import Output, density, metadata
-from dfa2_jax.pipeline.request import resolve
+from dfa2_jax.pipeline.request import Request, resolve
 from dfa2_jax.pipeline.timing import Clock
 from dfa2_jax.plan.plan import Plan
 from dfa2_jax.plan.setting import Setting
@@ -39,14 +43,26 @@ class Pipeline(Loaded):
         """Open a diffusers folder, or one that `dfa2-convert` wrote. Text encoders are loaded when first needed.
 
         Args:
-            folder: of the whole pipeline.
+            folder: of the whole pipeline, or the hub id of a folder in the cache of huggingface_hub.
             dtype: None keeps the checkpoint's, except T5 and VAE stored in float16 (they overflow) and float32 on CPU.
             torch_rounding: see `Pipeline`.
 
         Raises:
             CheckpointError: what is wrong with which file.
         """
-        return cls(open_checkpoint(folder), dtype=dtype, torch_rounding=torch_rounding)
+        return cls(open_checkpoint(find_model(folder)), dtype=dtype, torch_rounding=torch_rounding)
+
+    def to(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """diffusers' way to a GPU, which JAX has not.
+
+        Raises:
+            NotImplementedError: says where the weights are, and how another device is chosen.
+        """
+        raise NotImplementedError(
+            f"pipeline.to({', '.join(map(repr, args))}): the weights are on JAX's default device, {jax.devices()[0]}, "
+            f"of jax.devices()={jax.devices()}. CUDA_VISIBLE_DEVICES or JAX_PLATFORMS chooses another before Python "
+            "starts. A dtype is an argument of from_pretrained."
+        )
 
     def __repr__(self) -> str:
         parts = ", ".join(name for name in self.networks.configs if name != "scheduler")
@@ -106,22 +122,33 @@ class Pipeline(Loaded):
         options = Options(**{name: value for name, value in locals().items() if name != "self"})
         return self.sample(options)
 
-    def sample(self, options: Options) -> Output:
-        """As a call of the pipeline with these options."""
+    def sample(self, options: Options, phase: Callable[[str], AbstractContextManager[None]] = nullcontext) -> Output:
+        """As a call of the pipeline with these options.
+
+        Args:
+            phase: entered with its name around all but the loop, which has its bar (`timing.told`).
+        """
         clock = Clock()
-        call = self.prepare(options)
-        if options.plan is not None:
-            options.plan.check(call.setting)
+        with phase("encoding"):
+            call = self.prepare(options)
+            if options.plan is not None:
+                options.plan.check(call.setting)
         clock.lap("encode")
+        if options.progress:  # a bar starts after compilation
+            with phase("compiling"):
+                compile_ahead(call)
+            clock.lap("compile")
         tokens = call.run()
         clock.lap("denoise")
-        images = call.images(tokens)
+        with phase("decoding"):
+            images = call.images(tokens)
         clock.lap("decode")
         timings = clock.seconds | {"per_step": clock.seconds["denoise"] / call.request.steps}
         faults = faults_of(call, tokens, images)
         for fault in faults:
             logger.warning("%s", fault)
-        return Output(images, call.seeds, timings, metadata(call, density(call)), faults)
+        made = metadata(self, options, call.request) | {"density": density(call)}
+        return Output(images, call.seeds, timings, made, faults)
 
     def setting(self, **arguments: Any) -> Setting:
         """What a plan is bound to, of a call with these arguments: `Plan.full(pipeline.setting(prompt=...))`.
@@ -138,10 +165,18 @@ class Pipeline(Loaded):
         Raises:
             ValueError: as in a call.
         """
+        return prepare(self, options, self.request(options))
+
+    def request(self, options: Options) -> Request:
+        """A call with these options, checked and with every default filled in.
+
+        Raises:
+            ValueError: as in a call.
+        """
         request = resolve(self._planned(options), self.family, self.sizes)
         if request.output_type != "latent":
             self.check_vae()
-        return prepare(self, options, request)
+        return request
 
     def _planned(self, options: Options) -> Options:
         """With what the plan says where the call says nothing."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from operator import index
 from typing import Any
 
 import numpy as np
@@ -112,10 +113,14 @@ def resolve(options: Options, family: Family, sizes: ModelSizes) -> Request:
 
 def seeds_of(seed: int | list[int], batch: int) -> list[int]:
     """One seed per image of the batch; an int is repeated, since it draws all of them."""
-    values = np.asarray(seed)
-    if values.ndim > 1 or not np.issubdtype(values.dtype, np.integer) or (values < 0).any():
-        raise ValueError(f"seed={seed!r} must be an integer, or one integer per image, none negative.")
-    seeds = [int(value) for value in (values if values.ndim else [values] * batch)]
+    given: Any = seed
+    values = list(given) if np.ndim(given) else [given] * batch  # no array: NumPy has no type of 2**63 and -1
+    try:
+        seeds = [-1 if isinstance(value, bool) else index(value) for value in values]
+    except TypeError:
+        seeds = [-1]
+    if not all(0 <= value < 2**64 for value in seeds):  # torch's own range
+        raise ValueError(f"seed={seed!r} must be an integer, or one integer per image, from 0 to 2**64 - 1.")
     if len(seeds) != batch:
         raise ValueError(f"{len(seeds)} seeds for a batch of {batch} images: pass an int or one seed per image.")
     return seeds

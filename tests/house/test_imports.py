@@ -16,6 +16,7 @@ PACKAGES = {package.__name__: Path(package.__file__).parent for package in (dfa2
 WINGS = (
     "dfa2_jax.__main__",
     "dfa2_jax.cli",
+    "dfa2_jax.commands",
     "dfa2_jax",  # the public names
     "dfa2_jax.report",
     "dfa2_jax.calibration",
@@ -111,7 +112,6 @@ def test_rooms_know_their_own_alone(wing_name):
 
 
 LATE = {
-    "dfa2_jax.cli": "answers --help without JAX",
     "pallas_kernels.backends.jax_triton.backend": "needs jax-triton, an extra, only where its kernel runs",
     "pallas_kernels.backends.mosaic.backend": "needs jax 0.11 only where its kernels run",
     "pallas_kernels.backends.triton.backend": "needs Pallas's Triton, which JAX will drop, only where its kernels run",

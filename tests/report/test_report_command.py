@@ -6,7 +6,9 @@ import pytest
 from report_cases import PROMPTS, SIZE, three_plans
 
 from dfa2_jax import Pipeline, Plan, PlanError, cli, quality_report
+from dfa2_jax.commands.report import verdict
 from dfa2_jax.report import metrics
+from dfa2_jax.report.table import Line, Report
 
 
 @pytest.fixture(scope="module")
@@ -33,12 +35,39 @@ def command(tiny_sd35, plans, tmp_path, cache):
 def test_the_gate_has_an_exit_code(command, tmp_path, capsys):
     assert command(min_psnr=18) == 0
     printed = capsys.readouterr()
-    assert printed.out.strip() == str(tmp_path / "out" / "report.html") and "2/2" in printed.err
+    verdict, path = printed.out.splitlines()
+    assert path == str(tmp_path / "out" / "report.html") and "2/2" in printed.err
+    assert verdict.startswith("Passed: all limits are kept. Plan broken is ") and verdict.endswith(
+        " dB to the dense ones."
+    )
     assert command(min_psnr=18, min_ssim=0.97) == 1
-    failures = [line for line in capsys.readouterr().err.splitlines() if line.startswith("dfa2 report: ")]
+    printed = capsys.readouterr()
+    failures = [line for line in printed.err.splitlines() if line.startswith("dfa2 report: ")]
+    assert printed.out.startswith("Failed: 1 limit is missed. Plan broken is ")
     assert len(failures) == 1 and "plan broken: mean SSIM 0." in failures[0] and "below the limit 0.97" in failures[0]
     assert (tmp_path / "out" / "report.json").exists(), "a failed gate has its report too"
     assert command(plan=tmp_path / "full.json", min_ssim=0.9999) == 0
+
+
+@pytest.mark.parametrize(
+    ("psnr", "limits", "words"),
+    [
+        (30.0, {}, "No limits were set. Plan p is 2.00 times as fast as dense sampling, and its images keep a mean "
+            "PSNR of 30.0 dB to the dense ones (rounding 45.0 dB, another seed 10.0 dB)."),
+        (44.0, {"psnr": 40.0}, "Passed: all limits are kept. Plan p is 2.00 times as fast as dense sampling, and its "
+            "images keep a mean PSNR of 44.0 dB to the dense ones, within the noise of rounding."),
+        (30.0, {"psnr": 40.0}, "Failed: 1 limit is missed. Plan p "),
+    ],
+)  # fmt: skip
+def test_the_first_line_is_a_verdict_in_words(psnr, limits, words):
+    lines = (
+        Line("dense", "dense", seconds=[1.0]),
+        Line("float16", "floor", scores={"psnr": [43.0, 47.0]}),
+        Line("p", "plan", scores={"psnr": [psnr, psnr]}, seconds=[0.5]),
+        Line("seed", "ceiling", scores={"psnr": [9.0, 11.0]}),
+    )
+    said = verdict(Report(lines, ("a", "b"), (0,), limits, None, {}))
+    assert said.startswith(words) and "\n" not in said
 
 
 def test_an_interrupted_report_leaves_no_file(command, tmp_path, monkeypatch, capsys):

@@ -1,0 +1,114 @@
+"""`dfa2 again`: an image made anew from what it says of itself, and compared with it."""
+
+import argparse
+import sys
+from contextlib import nullcontext
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from PIL import Image
+
+from dfa2_jax.commands.sample import Target
+from dfa2_jax.commands.start import print_path, start
+from dfa2_jax.io.errors import blame
+from dfa2_jax.io.images import SUFFIXES, read_metadata
+from dfa2_jax.pipeline.output import options_again
+from dfa2_jax.pipeline.pipeline import Pipeline
+from dfa2_jax.pipeline.timing import told
+from dfa2_jax.plan.plan import Plan
+
+
+def run(args: argparse.Namespace) -> int:
+    made = read_metadata(args.image)
+    folder = args.folder or made.get("folder")
+    if not isinstance(folder, str):
+        raise ValueError(f"{args.image} names no folder of its model: dfa2 again {args.image} FOLDER.")
+    target = Target(args.out or args.image.parent, SUFFIXES.get(args.image.suffix.lower(), "png"))
+    with blame(f"{args.image} cannot be made again"):  # a stranger's file may say anything
+        plan = plan_of(args, made)
+        options = options_again(made, plan)
+    start()
+    for name, then, now in changes(made):
+        print(f"{name} was {then}, and is {now}: pixels may differ", file=sys.stderr)
+    phase = nullcontext if args.quiet else told
+    with phase("loading"):
+        kind = {"dtype": made.get("requested_dtype"), "torch_rounding": made.get("torch_rounding", False)}
+        pipeline = Pipeline.from_pretrained(folder, **kind)
+    if pipeline.fingerprint != made.get("fingerprint"):
+        raise ValueError(
+            f"{args.image} was made with weights {made.get('fingerprint')}, and {folder} holds {pipeline.fingerprint}: "
+            f"dfa2 again {args.image} FOLDER, with the folder of those weights."
+        )
+    with blame(f"{args.image} cannot be made again"):
+        request = pipeline.request(options)
+        if not 0 <= made["image"] < request.batch:
+            raise ValueError(f"it says that it is image {made['image']} of {request.batch}.")
+    output = pipeline.sample(replace(options, progress=not args.quiet), phase)
+    if plan is not None:
+        output.metadata["plan_file"] = str(plan_path(args, made).absolute())
+    (path,) = output.save(target.out, format=target.kind, numbers=[made["image"]])
+    print_path(path)
+    return compare(args.image, path)
+
+
+def plan_path(args: argparse.Namespace, made: dict[str, Any]) -> Path:
+    """Of the image's plan.
+
+    Raises:
+        ValueError: neither the command nor the image names it.
+    """
+    path = args.plan or made.get("plan_file")
+    if path is None:
+        raise ValueError(f"{args.image} was made by plan {made['plan']}, and does not name its file: pass --plan FILE.")
+    return Path(path)
+
+
+def plan_of(args: argparse.Namespace, made: dict[str, Any]) -> Plan | None:
+    """The plan that an image was made by.
+
+    Raises:
+        ValueError: another plan lies where the image's plan lay, or none.
+    """
+    if made.get("plan") is None:
+        return None
+    path = plan_path(args, made)
+    if not path.exists():
+        raise ValueError(f"{args.image} was made by the plan {path}, which is not there: pass --plan FILE.")
+    plan = Plan.load(path)
+    if plan.digest != made["plan"]:
+        raise ValueError(
+            f"{args.image} was made by plan {made['plan']}, and {path} is {plan.digest}: pass that one by --plan FILE."
+        )
+    return plan
+
+
+def changes(made: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    """What is not as it was when the image was made: name, value then, value now."""
+    device = jax.devices()[0]
+    now = {
+        "versions": {"dfa2_jax": version("dfa2-jax"), "jax": jax.__version__},
+        "device": f"{device.platform} {device.device_kind}",
+    }
+    return [(name, made.get(name), value) for name, value in now.items() if made.get(name) != value]
+
+
+def compare(first: Path, second: Path) -> int:
+    """Says on stderr by how much two images differ; 0 where they do not."""
+    pixels = [np.asarray(Image.open(path).convert("RGB"), np.int32) for path in (first, second)]
+    if pixels[0].shape != pixels[1].shape:
+        print(f"{second} has another size than {first}: {pixels[1].shape}, {pixels[0].shape}", file=sys.stderr)
+        return 1
+    difference = np.abs(pixels[0] - pixels[1])
+    if not difference.any():
+        print(f"{second} has the pixels of {first}, bit for bit", file=sys.stderr)
+        return 0
+    print(
+        f"{second} differs from {first} in {np.count_nonzero(difference)} of {difference.size} values, by at most "
+        f"{difference.max()} of 255",
+        file=sys.stderr,
+    )
+    return 1

@@ -1,0 +1,27 @@
+"""`dfa2 calibrate`: prompts to a plan."""
+
+import argparse
+import os
+from typing import Any
+
+from dfa2_jax.calibration.calibrate import calibrate
+from dfa2_jax.commands.flags import given
+from dfa2_jax.commands.start import print_path, read_prompts, start
+from dfa2_jax.options import CALL, CalibrationOptions, Options
+from dfa2_jax.pipeline.pipeline import Pipeline
+
+
+def run(args: argparse.Namespace) -> int:
+    """Progress is kept beside the plan: the same command goes on after an interruption."""
+    start()
+    prompts = read_prompts(args.prompts)
+    if not os.access(args.out.absolute().parent, os.W_OK):
+        raise PermissionError(f"--out {args.out} is not in a folder that is there and writable: choose another one.")
+    resume = args.out.with_name(f"{args.out.name}.progress")
+    pipeline = Pipeline.from_pretrained(args.folder, dtype=args.dtype)
+    options: dict[str, Any] = given(args, Options, CALL) | given(args, CalibrationOptions) | {"c": args.c or None}
+    plan = calibrate(pipeline, prompts, **options, progress=not args.quiet, resume=resume)
+    plan.save(args.out)
+    resume.unlink(missing_ok=True)
+    print_path(args.out)
+    return 0

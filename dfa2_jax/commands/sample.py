@@ -1,0 +1,172 @@
+"""`dfa2 sample`: text to images, in batches of one size."""
+
+import argparse
+import json
+import os
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from dfa2_jax.commands.flags import given
+from dfa2_jax.commands.start import print_path, read_prompts, start
+from dfa2_jax.io.images import exif, numbered, read_metadata, stem_of
+from dfa2_jax.options import Options
+from dfa2_jax.pipeline.output import image_format, image_metadata, is_file_name, metadata, parameters
+from dfa2_jax.pipeline.pipeline import Pipeline
+from dfa2_jax.pipeline.timing import told
+from dfa2_jax.plan.plan import Plan
+
+KNOWN_LATER = ("density",)
+"""Of an image's metadata, what only its call knows."""
+
+
+@dataclass(frozen=True)
+class Shot:
+    """What one image is made from. texts: the prompts of each encoder, by argument."""
+
+    texts: dict[str, str]
+    seed: int
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One call. images: what each image to be kept will say of itself; those that only fill up are not among them."""
+
+    options: Options
+    images: list[dict[str, Any]]
+
+
+def run(args: argparse.Namespace) -> int:
+    shots = shots_of(args)
+    target = Target(args.out, image_format(args.out, args.format, len(shots)))
+    start()
+    plan = None if args.plan is None else Plan.load(args.plan)
+    phase = nullcontext if args.quiet else told
+    with phase("loading"):
+        pipeline = Pipeline.from_pretrained(args.folder, dtype=args.dtype)
+    options: dict[str, Any] = given(args, Options) | {"plan": plan, "progress": not args.quiet}
+    options["num_images_per_prompt"] = 1  # a shot is one image
+    plan_file = {} if args.plan is None else {"plan_file": str(args.plan.absolute())}
+    batches = list(batches_of(pipeline, options, shots, args.batch, plan_file))  # all are checked before one is made
+    target.check(image for batch in batches for image in batch.images)
+    seconds: Counter[str] = Counter()
+    for batch in batches:
+        paths = [target.find(image) for image in batch.images]
+        output = None
+        if None in paths:
+            output = pipeline.sample(batch.options, phase)
+            output = replace(output, metadata=output.metadata | plan_file)
+            seconds.update(output.timings | {"calls": 1})
+            phase = nullcontext  # later batches have the shapes of this one: they compile nothing
+        for number, path in enumerate(paths):
+            if path is None:
+                assert output is not None
+                (path,) = output.save(target.out, format=target.kind, numbers=[number])
+                target.taken.add(path)
+            else:
+                print(f"skipped {path}: it is made already", file=sys.stderr)
+            print_path(path)
+    if seconds and not args.quiet:
+        calls = seconds.pop("calls")
+        totals = {"load": pipeline.load_seconds} | seconds | {"per_step": seconds["per_step"] / calls}
+        print("seconds: " + ", ".join(f"{name} {value:.2f}" for name, value in totals.items()), file=sys.stderr)
+    return 0
+
+
+def shots_of(args: argparse.Namespace) -> list[Shot]:
+    """Each prompt with each seed.
+
+    Raises:
+        ValueError: there is no prompt, or counts disagree.
+    """
+    prompts = [*(args.prompt or []), *(read_prompts(args.prompts) if args.prompts else [])]
+    if not prompts:
+        raise ValueError("there is no prompt: pass --prompt TEXT or --prompts FILE.")
+    texts = {"prompt": prompts}
+    for name in ("prompt_2", "prompt_3"):
+        values = getattr(args, name)
+        if values is not None:
+            if len(values) not in (1, len(prompts)):
+                raise ValueError(f"{len(values)} of {name} for {len(prompts)} prompts: pass one, or one for each.")
+            texts[name] = values * (len(prompts) // len(values))
+    seeds: Sequence[int] = args.seed if isinstance(args.seed, list) else [args.seed]
+    count = args.num_images_per_prompt
+    if count != 1:
+        if len(seeds) > 1 or count < 1:
+            raise ValueError(f"--num-images-per-prompt {count} must be positive, and goes with one seed: {seeds}.")
+        seeds = range(seeds[0], seeds[0] + count)
+    if args.batch < 1:
+        raise ValueError(f"--batch {args.batch} must be at least 1.")
+    each = [{name: values[i] for name, values in texts.items()} for i in range(len(prompts))]
+    return [Shot(own, seed) for own in each for seed in seeds]
+
+
+def batches_of(
+    pipeline: Pipeline, options: dict[str, Any], shots: Sequence[Shot], size: int, plan_file: dict[str, str]
+) -> Iterator[Batch]:
+    """Calls of one size, since another size would compile anew: the last shot fills up the last batch.
+
+    Raises:
+        ValueError: what is wrong with the options.
+    """
+    size = min(size, len(shots))
+    for i in range(0, len(shots), size):
+        kept = shots[i : i + size]
+        filled = [*kept, *[kept[-1]] * (size - len(kept))]
+        own: dict[str, Any] = {name: [shot.texts[name] for shot in filled] for name in kept[0].texts}
+        own["seed"] = [shot.seed for shot in filled]
+        asked = Options(**options | own)
+        made = metadata(pipeline, asked, pipeline.request(asked)) | plan_file
+        yield Batch(asked, [image_metadata(made, number) for number in range(len(kept))])
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where images go. taken: files that this run has made or found."""
+
+    out: Path
+    kind: str
+    taken: set[Path] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        """Raises OSError where nothing can be written."""
+        folder = self.out.parent if is_file_name(self.out) else self.out
+        if folder.exists() and not folder.is_dir():
+            raise NotADirectoryError(f"--out {self.out}: {folder} is a file: choose a folder.")
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(f"--out {self.out} is not writable: choose another folder.")
+
+    def check(self, images: Iterator[dict[str, Any]]) -> None:
+        """Raises ValueError where JPEG has no room for what an image says of itself."""
+        for made in images if self.kind == "jpeg" else ():
+            exif(self.kind, made, parameters(made))
+
+    def find(self, made: dict[str, Any]) -> Path | None:
+        """The file of an image that an earlier run has made as this one would.
+
+        Raises:
+            FileExistsError: the one file that was asked for is another image.
+        """
+        one = is_file_name(self.out)
+        files = [self.out] if one else numbered(self.out, stem_of(made["prompt"], made["seed"]), self.kind)
+        for path in files:
+            if path not in self.taken and path.exists() and _says(path, made):
+                self.taken.add(path)
+                return path
+        if one and self.out.exists():
+            raise FileExistsError(f"--out {self.out} is there, and made otherwise: remove it, or choose another name.")
+        return None
+
+
+def _says(path: Path, made: dict[str, Any]) -> bool:
+    """Whether a file is complete, and says what its image would say of itself."""
+    try:
+        said = read_metadata(path)
+    except ValueError:
+        return False
+    return {name: value for name, value in said.items() if name not in KNOWN_LATER} == json.loads(json.dumps(made))

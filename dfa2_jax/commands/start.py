@@ -1,0 +1,64 @@
+"""What commands begin and end with: a device, the cache of compiled programs, prompts from a file, paths on stdout."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+
+
+def devices() -> list[Any]:
+    """JAX's.
+
+    Raises:
+        OSError: JAX cannot start, with its reason.
+    """
+    try:
+        return jax.devices()
+    except Exception as error:  # a RuntimeError, or an AssertionError where JAX_PLATFORMS names what is not installed
+        asked = os.environ.get("JAX_PLATFORMS") or "not set"
+        raise OSError(f"JAX finds no device to run on (JAX_PLATFORMS is {asked}): {error!r:.300}") from error
+
+
+def start() -> None:
+    """Finds a device, and keeps compiled programs on disk: the second run of a shape starts at once. The library never
+    does this.
+
+    Raises:
+        OSError: JAX cannot start.
+    """
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        try:
+            cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        except RuntimeError:  # neither HOME nor an entry of this user: a container under a number
+            print("no HOME: compiled programs are not kept; set JAX_COMPILATION_CACHE_DIR", file=sys.stderr)
+        else:
+            jax.config.update("jax_compilation_cache_dir", str(cache / "dfa2_jax" / "xla"))
+    devices()
+
+
+def read_prompts(path: Path) -> list[str]:
+    r"""One per line; empty lines are skipped. Lines end at \n, \r\n and \r; U+2028, U+0085 and \v are text.
+
+    Raises:
+        ValueError: there is none, or the file is no UTF-8.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")  # the three ends become \n
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--prompts {path} is not UTF-8: {error}") from error
+    prompts = [line for line in text.split("\n") if line.strip()]
+    if not prompts:
+        raise ValueError(f"--prompts {path} holds no prompt: write one per line.")
+    return prompts
+
+
+def print_path(path: Path) -> None:
+    """On stdout, byte for byte as the file system has it, whatever stdout's encoding is."""
+    if sys.stdout is None:  # the shell closed it
+        return
+    sys.stdout.flush()
+    sys.stdout.buffer.write(os.fsencode(path) + b"\n")
+    sys.stdout.buffer.flush()

@@ -1,0 +1,62 @@
+"""Hub ids: folders in the user's own cache of huggingface_hub. Nothing here contacts a network."""
+
+import os
+import re
+from os import PathLike
+from pathlib import Path
+
+from dfa2_jax.io.errors import CheckpointError
+
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+CACHED = re.compile(r"models--[\w.-]+?--([\w.-]+)")
+
+
+def is_hub_id(source: str | PathLike[str]) -> bool:
+    """Whether a source names a repository: `owner/name`, and no such path is here."""
+    return HUB_ID.fullmatch(os.fspath(source)) is not None and not os.path.lexists(source)
+
+
+def find_model(source: str | PathLike[str]) -> Path:
+    """The folder of a model: a path, or a hub id whose files lie in the user's cache.
+
+    Raises:
+        CheckpointError: the source is a single file, or a hub id that the cache lacks. The message names the command
+            that fetches it.
+    """
+    path = Path(source)
+    if path.is_file():
+        raise CheckpointError(
+            f"{path} is a single file, and those are not read: give the pipeline's diffusers folder, which holds "
+            "model_index.json and a folder for each of transformer, vae, text encoders and tokenizers."
+        )
+    return find_cached(os.fspath(source)) if is_hub_id(source) else path
+
+
+def find_cached(repository: str) -> Path:
+    """A repository's snapshot in the user's cache.
+
+    Raises:
+        CheckpointError: the cache lacks it, or holds a part without model_index.json.
+    """
+    import huggingface_hub  # here: it takes long, and paths need it not
+    from huggingface_hub import constants
+
+    fetch = (
+        f"Fetch it: hf download {repository} --include '*.json' --include '*/*' "
+        f"(or dfa2-convert {repository} FOLDER --download). Nothing is downloaded unasked."
+    )
+    try:
+        folder = Path(huggingface_hub.snapshot_download(repository, local_files_only=True))
+    except Exception as error:  # of many types: absent, no valid id, a cache that cannot be read
+        raise CheckpointError(
+            f"There is no folder {repository} here, and the cache {constants.HF_HUB_CACHE} holds no such model. {fetch}"
+        ) from error
+    if not (folder / "model_index.json").is_file():
+        raise CheckpointError(f"{repository} is in the cache, {folder}, without its model_index.json. {fetch}")
+    return folder
+
+
+def model_name(folder: Path) -> str:
+    """What people call a model: the folder's name, or the repository's where the folder is a snapshot of the cache."""
+    cached = CACHED.fullmatch(folder.parent.parent.name) if folder.parent.name == "snapshots" else None
+    return folder.name if cached is None else cached[1]
