@@ -29,7 +29,7 @@ PYTEST := -m pytest -q -n auto --maxprocesses 4 --dist loadfile
 
 # Text to images by the model in the box, dense and by two plans, side by side: about seven minutes on two cores.
 SHAPE := --height 256 --width 256 --steps 20 --guidance-scale 4 --max-sequence-length 32
-SAMPLE := sed 's/.*/--prompt "&"/' assets/held_out_prompts.txt | xargs $(BIN)/dfa2 sample build/demo/sd35
+SAMPLE := $(BIN)/dfa2 sample build/demo/sd35 --prompts assets/held_out_prompts.txt --batch 4
 
 demo: $(VENV)/ready
 	rm -rf build/demo

@@ -20,8 +20,12 @@ from dfa2_jax.weights.dtypes import FLOAT_DTYPES
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit codes: 0; 1 where `dfa2 report` has limits and a plan misses one, or `dfa2 again` makes other pixels; 2 for
-    bad input (one line on stderr); 130 when interrupted; 141 when whoever reads stdout has left."""
+    """Exit codes.
+
+    0; 1 where `dfa2 report` has limits and a plan misses one, `dfa2 again` makes other pixels, or `dfa2 sample` makes
+    images that cannot be right; 2 for bad input (one line on stderr); 130 when interrupted; 141 when whoever reads
+    stdout has left.
+    """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):  # None where the shell closed it; a notebook's own
             stream.reconfigure(errors="backslashreplace")  # no prompt is beyond an ASCII terminal
@@ -107,6 +111,13 @@ def _parser() -> Parser:
 
     _add_plan(commands.add_parser("plan", help="look at a plan, or sign an edited one"))
 
+    verify = commands.add_parser(
+        "verify", help="a folder against its checksums", description="Compare a folder's files with their checksums."
+    )
+    verify.set_defaults(run=("verify", "run"))
+    verify.add_argument("folder", help="one that dfa2-convert wrote, or a hub id in your cache")
+    verify.add_argument("--quiet", action="store_true", help="no progress on stderr")
+
     doctor = commands.add_parser("doctor", help="what this machine can do", description="Report on this machine.")
     doctor.set_defaults(run=("doctor", "run"))
     return parser
@@ -151,6 +162,9 @@ def _add_prompts(parser: argparse.ArgumentParser, required: bool = True) -> None
 
 
 def _add_dtype(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--no-verify", dest="verify", action="store_false", help="load converted weights without their checksums"
+    )
     parser.add_argument(
         "--dtype", *ALIASES["dtype"], choices=FLOAT_DTYPES, help="default: the checkpoint's; float32 on CPU"
     )

@@ -6,7 +6,6 @@ import hashlib
 import json
 import logging
 import os
-import re
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -30,6 +29,7 @@ from dfa2_jax.families.registry import open_checkpoint
 from dfa2_jax.io.atomic import NameTaken, appearing, check_free, remove_leftovers
 from dfa2_jax.io.digest import digest_of, file_sha256
 from dfa2_jax.io.errors import CheckpointError
+from dfa2_jax.io.hub import find_model, is_hub_id
 from dfa2_jax.io.signals import Interrupted, interruptible
 from dfa2_jax.options import suggests_names
 from dfa2_jax.weights.checkpoint import compute_dtype
@@ -136,7 +136,8 @@ def convert_checkpoint(
     dst: str | PathLike[str],
     dtype: DTypeLike | None = None,
     *,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Callable[[int, int], None] | None = None,
+    download: bool = False,
 ) -> Path:
     """Convert a diffusers folder, or a hub repository, to a folder that `Pipeline.from_pretrained` opens.
 
@@ -145,6 +146,7 @@ def convert_checkpoint(
         dst: must not exist; it appears when it is complete, never before.
         dtype: of the weights; None keeps each component's. T5 and VAE never become float16 (they overflow).
         progress: called with (bytes written, bytes in all).
+        download: fetch a hub repository that the user's cache lacks.
 
     Raises:
         CheckpointError: what is wrong with the source, the destination or the disk.
@@ -153,7 +155,7 @@ def convert_checkpoint(
     with disk_faults_named(dst):
         remove_leftovers(dst.parent)
         check_free(dst)
-    checkpoint = open_source(src)
+    checkpoint = open_source(src, download)
     arrays = lazy_arrays(checkpoint, dtype)  # every fault is found before the first write
     checkpoint.check_scheduler()
     tokenizers = [f"tokenizer{name[12:]}" for name in arrays if "encoder" in name]
@@ -162,7 +164,7 @@ def convert_checkpoint(
     total = sum(array.nbytes for component in arrays.values() for array in component.values())
     with disk_faults_named(dst), appearing(dst) as partial:
         check_room(partial, total)
-        done = partial_sums(progress, total)
+        done = partial_sums(progress or (lambda done, total: None), total)
         supervise(lambda told, stopped: write_folder(partial, checkpoint, arrays, tokenizers, told, stopped), done)
     return dst
 
@@ -247,17 +249,15 @@ def check_room(folder: Path, nbytes: int) -> None:
         raise CheckpointError(f"{folder.parent} has {free:,} bytes free, the checkpoint needs {nbytes:,}: make room.")
 
 
-def open_source(src: str | PathLike[str]) -> DiffusersCheckpoint:
-    path = Path(src)
-    if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", os.fspath(src)):
-        path = download(os.fspath(src))
+def open_source(src: str | PathLike[str], download: bool) -> DiffusersCheckpoint:
+    path = fetch(os.fspath(src)) if download and is_hub_id(src) else find_model(src)
     checkpoint = open_checkpoint(path)
     if not isinstance(checkpoint, DiffusersCheckpoint):
         raise CheckpointError(f"{path} is converted already: `Pipeline.from_pretrained` opens it as it is.")
     return checkpoint
 
 
-def download(repository: str) -> Path:
+def fetch(repository: str) -> Path:
     """The hub's snapshot in the user's own cache."""
     import huggingface_hub
 
@@ -330,6 +330,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("src", metavar="SRC", help="a diffusers folder, or a hub id such as owner/name")
     parser.add_argument("dst", metavar="DST", help="the folder to write; must not exist")
     parser.add_argument("--dtype", choices=FLOAT_DTYPES, help="of the weights (default: as stored)")
+    parser.add_argument("--download", action="store_true", help="fetch a hub id that your cache lacks")
     args = parser.parse_args(argv)
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns of what it does not do
     try:
@@ -339,7 +340,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 bar.total = total
                 bar.update(done - bar.n)
 
-            convert_checkpoint(args.src, args.dst, args.dtype, progress=progress)
+            convert_checkpoint(args.src, args.dst, args.dtype, progress=progress, download=args.download)
     except (CheckpointError, OSError) as error:
         print(f"dfa2-convert: {error}", file=sys.stderr)
         return 2

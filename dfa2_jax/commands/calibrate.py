@@ -18,7 +18,7 @@ def run(args: argparse.Namespace) -> int:
     if not os.access(args.out.absolute().parent, os.W_OK):
         raise PermissionError(f"--out {args.out} is not in a folder that is there and writable: choose another one.")
     resume = args.out.with_name(f"{args.out.name}.progress")
-    pipeline = Pipeline.from_pretrained(args.folder, dtype=args.dtype)
+    pipeline = Pipeline.from_pretrained(args.folder, dtype=args.dtype, verify=args.verify)
     options: dict[str, Any] = given(args, Options, CALL) | given(args, CalibrationOptions) | {"c": args.c or None}
     plan = calibrate(pipeline, prompts, **options, progress=not args.quiet, resume=resume)
     plan.save(args.out)

@@ -8,12 +8,12 @@ import shutil
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 import jax
 
 from dfa2_jax.commands.start import devices
 from dfa2_jax.nn.attention import arrow_implementation, dense_implementation
+from pallas_kernels import Device
 
 
 def run(args: argparse.Namespace) -> int:
@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
         for kind, choose in (("dense", dense_implementation), ("arrow", arrow_implementation)):
             choice = choose(dtype, head_dim)
             _tell(f"{kind} {model}", f"{choice.implementation}: {choice.why}")
-    if advice := missing_kernels(device):
+    if advice := missing_kernels(Device.current()):
         _tell("missing", advice)
     stats = device.memory_stats()
     if stats and "bytes_limit" in stats:
@@ -46,9 +46,9 @@ def _tell(name: str, fact: str) -> None:
     print(f"{name:17s} {fact}")
 
 
-def missing_kernels(device: Any) -> str | None:
+def missing_kernels(device: Device) -> str | None:
     """What a Hopper GPU lacks under a jax older than 0.11, why, and what to do; None where nothing is missing."""
-    if int(float(getattr(device, "compute_capability", 0))) != 9 or jax.__version_info__ >= (0, 11):
+    if device.generation != "hopper" or jax.__version_info__ >= (0, 11):
         return None
     if sys.version_info >= (3, 12):
         why, advice = f"they need jax 0.11, this is {jax.__version__}", "pip install 'dfa2-jax[cuda13]' 'jax>=0.11'"

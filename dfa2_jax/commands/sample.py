@@ -47,13 +47,14 @@ def run(args: argparse.Namespace) -> int:
     plan = None if args.plan is None else Plan.load(args.plan)
     phase = nullcontext if args.quiet else told
     with phase("loading"):
-        pipeline = Pipeline.from_pretrained(args.folder, dtype=args.dtype)
+        pipeline = Pipeline.from_pretrained(args.folder, dtype=args.dtype, verify=args.verify)
     options: dict[str, Any] = given(args, Options) | {"plan": plan, "progress": not args.quiet}
     options["num_images_per_prompt"] = 1  # a shot is one image
     plan_file = {} if args.plan is None else {"plan_file": str(args.plan.absolute())}
     batches = list(batches_of(pipeline, options, shots, args.batch, plan_file))  # all are checked before one is made
     target.check(image for batch in batches for image in batch.images)
     seconds: Counter[str] = Counter()
+    is_sound = True
     for batch in batches:
         paths = [target.find(image) for image in batch.images]
         output = None
@@ -61,6 +62,7 @@ def run(args: argparse.Namespace) -> int:
             output = pipeline.sample(batch.options, phase)
             output = replace(output, metadata=output.metadata | plan_file)
             seconds.update(output.timings | {"calls": 1})
+            is_sound &= not output.faults
             phase = nullcontext  # later batches have the shapes of this one: they compile nothing
         for number, path in enumerate(paths):
             if path is None:
@@ -74,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
         calls = seconds.pop("calls")
         totals = {"load": pipeline.load_seconds} | seconds | {"per_step": seconds["per_step"] / calls}
         print("seconds: " + ", ".join(f"{name} {value:.2f}" for name, value in totals.items()), file=sys.stderr)
-    return 0
+    return 0 if is_sound else 1
 
 
 def shots_of(args: argparse.Namespace) -> list[Shot]:

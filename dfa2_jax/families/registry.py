@@ -39,6 +39,6 @@ def networks() -> dict[str, ComponentSpec]:
     return {spec.class_name: spec for spec in specs}
 
 
-def open_checkpoint(folder: str | PathLike[str]) -> Checkpoint:
+def open_checkpoint(folder: str | PathLike[str], *, verify: bool = True) -> Checkpoint:
     """A folder of one of these families (`weights.open.open_folder`)."""
-    return open_folder(folder, FAMILIES)
+    return open_folder(folder, FAMILIES, verify=verify)

@@ -7,6 +7,7 @@ from dfa2_jax.pipeline import components
 from dfa2_jax.pipeline.call import Call
 
 
+@jax.enable_x64(False)  # as the programs run
 def compile_ahead(call: Call) -> None:
     """The loop and the decoder; `call.run` and `call.images` then compile nothing.
 

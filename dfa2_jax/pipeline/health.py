@@ -15,8 +15,8 @@ def faults_of(call: Call, tokens: np.ndarray, images: Any) -> tuple[str, ...]:
         images: as `Call.images` makes them.
     """
     faults = []
-    broken = ~np.isfinite(tokens).all(axis=(1, 2))
-    step = first_broken_step(call) if broken.any() else None
+    broken = [not np.isfinite(latents).all() for latents in tokens]
+    step = first_broken_step(call) if any(broken) else None
     for number, (latents, image) in enumerate(zip(tokens, images, strict=True)):
         if broken[number]:
             since = "" if step is None else f" from step {step + 1} of {call.request.steps} on"

@@ -38,19 +38,22 @@ class Pipeline(Loaded):
     @classmethod
     @suggests_names
     def from_pretrained(
-        cls, folder: str | PathLike[str], *, dtype: Any = None, torch_rounding: bool = False
+        cls, folder: str | PathLike[str], *, dtype: Any = None, torch_rounding: bool = False, verify: bool = True
     ) -> "Pipeline":
         """Open a diffusers folder, or one that `dfa2-convert` wrote. Text encoders are loaded when first needed.
 
         Args:
             folder: of the whole pipeline, or the hub id of a folder in the cache of huggingface_hub.
             dtype: None keeps the checkpoint's, except T5 and VAE stored in float16 (they overflow) and float32 on CPU.
-            torch_rounding: see `Pipeline`.
+            torch_rounding: round where torch does in `dtype`, to reproduce diffusers' 16-bit images. False keeps
+                sinusoids and latents in float32, closer to the float32 image.
+            verify: compare a converted folder's weights with their checksums as they are read.
 
         Raises:
             CheckpointError: what is wrong with which file.
         """
-        return cls(open_checkpoint(find_model(folder)), dtype=dtype, torch_rounding=torch_rounding)
+        checkpoint = open_checkpoint(find_model(folder), verify=verify)
+        return cls(checkpoint, dtype=dtype, torch_rounding=torch_rounding)
 
     def to(self, *args: Any, **kwargs: Any) -> NoReturn:
         """diffusers' way to a GPU, which JAX has not.

@@ -249,11 +249,11 @@ def _embeddings(options: Options, sizes: ModelSizes, prefix: str) -> Embeddings 
     given = [getattr(options, name) is not None for name in names]
     if not any(given):
         return None
-    text = host_array(names[0], getattr(options, names[0])) if given[0] else np.empty(0)
     if sizes.pooled_projection_dim is None and given[1]:
         raise ValueError(f"{names[1]} is not None, but this model takes no pooled text.")
     if sizes.pooled_projection_dim is not None and not all(given):
         raise ValueError(f"{names[0]} and {names[1]} go together: {names[given.index(False)]} is None.")
+    text = host_array(names[0], getattr(options, names[0]))
     if text.ndim != 3 or text.shape[2] != sizes.joint_attention_dim or not text.size:
         raise ValueError(f"{names[0]} must be [batch, tokens, {sizes.joint_attention_dim}], got {list(text.shape)}.")
     if sizes.pooled_projection_dim is None:

@@ -92,7 +92,7 @@ def clip_score(folder: Path) -> Callable[[Image, str], float]:
         )
     transformers, torch = (need(name, "clip", "quality") for name in ("transformers", "torch"))
     try:
-        local = {"local_files_only": True}
+        local = {"local_files_only": True, "trust_remote_code": False}
         model = transformers.CLIPModel.from_pretrained(folder, use_safetensors=True, **local).eval()
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **local)
         pixels = transformers.CLIPImageProcessor.from_pretrained(folder, **local)

@@ -32,20 +32,22 @@ def test_doctor_names_device_and_attention(capsys):
     assert f"python            {platform.python_version()}" in printed and "Mosaic kernels" not in printed
 
 
+H200, H20 = ("NVIDIA H200", "9.0"), ("NVIDIA H20", "9.0")  # a name that says its generation, and one that does not
+
+
 @pytest.mark.parametrize(
-    ("python", "jax_version", "capability", "words"),
+    ("python", "jax_version", "gpu", "words"),
     [
-        ((3, 11), "0.10.2", "9.0", ["pip on Python 3.11 resolves jax 0.10.2", "make an environment of Python 3.12"]),
-        ((3, 12), "0.10.2", "9.0", ["this is 0.10.2. To have them, pip install 'dfa2-jax[cuda13]' 'jax>=0.11'"]),
-        ((3, 12), "0.11.2", "9.0", []),
-        ((3, 11), "0.10.2", "8.0", []),
+        ((3, 11), "0.10.2", H200, ["pip on Python 3.11 resolves jax 0.10.2", "make an environment of Python 3.12"]),
+        ((3, 12), "0.10.2", H20, ["this is 0.10.2. To have them, pip install 'dfa2-jax[cuda13]' 'jax>=0.11'"]),
+        ((3, 12), "0.11.2", H200, []),
+        ((3, 11), "0.10.2", ("NVIDIA A100-SXM4-80GB", "8.0"), []),
     ],
 )  # fmt: skip
-def test_doctor_says_what_an_old_jax_costs_on_hopper(python, jax_version, capability, words, monkeypatch, capsys):
-    gpu = SimpleNamespace(
-        device_kind="NVIDIA H200", platform="gpu", compute_capability=capability, memory_stats=lambda: None
-    )
-    monkeypatch.setattr(jax, "devices", lambda: [gpu])
+def test_doctor_says_what_an_old_jax_costs_on_hopper(python, jax_version, gpu, words, monkeypatch, capsys):
+    name, capability = gpu
+    device = SimpleNamespace(device_kind=name, platform="gpu", compute_capability=capability, memory_stats=lambda: None)
+    monkeypatch.setattr(jax, "devices", lambda: [device])
     monkeypatch.setattr(jax, "__version__", jax_version)
     monkeypatch.setattr(jax, "__version_info__", tuple(map(int, jax_version.split("."))))
     monkeypatch.setattr(sys, "version_info", python)

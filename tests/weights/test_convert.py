@@ -162,8 +162,17 @@ def test_command_line(tiny_sd3, tmp_path, capsys):
 
 def test_a_hub_id_while_offline(tmp_path):
     with pytest.raises(CheckpointError, match="no folder owner/name, and the hub gave no repository"):
-        convert_checkpoint("owner/name", tmp_path / "out")
+        convert_checkpoint("owner/name", tmp_path / "out", download=True)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_nothing_is_fetched_unasked(tmp_path, monkeypatch):
+    """A mistyped path has the look of a hub id."""
+    monkeypatch.setattr("huggingface_hub.file_download.http_get", None)
+    with pytest.raises(
+        CheckpointError, match=r"no folder modles/flux here.*dfa2-convert modles/flux FOLDER --download"
+    ):
+        convert_checkpoint("modles/flux", tmp_path / "out")
 
 
 def test_a_hub_id_is_fetched_into_the_cache(tiny_flux_schnell, tmp_path, monkeypatch):
@@ -173,7 +182,7 @@ def test_a_hub_id_is_fetched_into_the_cache(tiny_flux_schnell, tmp_path, monkeyp
     monkeypatch.setattr(
         huggingface_hub, "snapshot_download", lambda name, **options: asked.update(options) or str(tiny_flux_schnell)
     )
-    convert_checkpoint("owner/name", tmp_path / "out")
+    convert_checkpoint("owner/name", tmp_path / "out", progress=None, download=True)
     assert open_checkpoint(tmp_path / "out").pipeline_class == "FluxPipeline"
     from fnmatch import fnmatch
 
