@@ -15,6 +15,7 @@ from pathlib import Path
 
 from dfa2_jax import __version__
 from dfa2_jax.commands.flags import ALIASES, Parser, add_flags
+from dfa2_jax.io.signals import Interrupted, interruptible
 from dfa2_jax.options import CALL, CalibrationOptions, Options, ReportOptions
 from dfa2_jax.weights.dtypes import FLOAT_DTYPES
 
@@ -23,8 +24,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Exit codes.
 
     0; 1 where `dfa2 report` has limits and a plan misses one, `dfa2 again` makes other pixels, or `dfa2 sample` makes
-    images that cannot be right; 2 for bad input (one line on stderr); 130 when interrupted; 141 when whoever reads
-    stdout has left.
+    images that cannot be right; 2 for bad input (one line on stderr); 128 and its number where a signal ended it
+    (Ctrl-C: 130); 141 when whoever reads stdout has left.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):  # None where the shell closed it; a notebook's own
@@ -43,7 +44,8 @@ def _run(args: argparse.Namespace) -> int:
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
     module, function = args.run
     try:
-        return getattr(import_module(f"dfa2_jax.commands.{module}"), function)(args)
+        with interruptible():
+            return getattr(import_module(f"dfa2_jax.commands.{module}"), function)(args)
     except BrokenPipeError:
         raise
     except (ValueError, NotImplementedError, OSError) as error:
@@ -52,9 +54,9 @@ def _run(args: argparse.Namespace) -> int:
     except MemoryError as error:
         print(f"dfa2 {args.command}: not enough memory: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         print(f"dfa2 {args.command}: interrupted", file=sys.stderr)
-        return 130
+        return error.exit_code if isinstance(error, Interrupted) else 130
 
 
 def _parser() -> Parser:
@@ -79,17 +81,14 @@ def _parser() -> Parser:
     add_flags(sample, Options)
     _add_dtype(sample)
 
-    again = commands.add_parser(
-        "again",
-        help="an image made anew",
-        description="Make an image anew from what it says of itself, and compare the two.",
-        epilog="Exit codes: 0 where all pixels are the same; 1 where not; 2 for bad input; 130 when interrupted.",
+    _add_again(
+        commands.add_parser(
+            "again",
+            help="an image made anew",
+            description="Make an image anew from what it says of itself, and compare the two.",
+            epilog="Exit codes: 0 where all pixels are the same; 1 where not; 2 for bad input; 130 when interrupted.",
+        )
     )
-    again.set_defaults(run=("again", "run"))
-    again.add_argument("image", type=Path, help="a PNG, WebP or JPEG that dfa2 or Output.save wrote")
-    _add_folder(again, nargs="?", words="of the model (default: the one that the image names)")
-    again.add_argument("--plan", type=Path, metavar="FILE", help="default: the one that the image names")
-    again.add_argument("--out", type=Path, metavar="DIR", help="default: the image's folder")
 
     calibrate = commands.add_parser("calibrate", help="prompts to a plan", description="Find a plan for dfa2 sample.")
     calibrate.set_defaults(run=("calibrate", "run"))
@@ -121,6 +120,14 @@ def _parser() -> Parser:
     doctor = commands.add_parser("doctor", help="what this machine can do", description="Report on this machine.")
     doctor.set_defaults(run=("doctor", "run"))
     return parser
+
+
+def _add_again(again: argparse.ArgumentParser) -> None:
+    again.set_defaults(run=("again", "run"))
+    again.add_argument("image", type=Path, help="a PNG, WebP or JPEG that dfa2 or Output.save wrote")
+    _add_folder(again, nargs="?", words="of the model (default: the one that the image names)")
+    again.add_argument("--plan", type=Path, metavar="FILE", help="default: the one that the image names")
+    again.add_argument("--out", type=Path, metavar="DIR", help="default: the image's folder")
 
 
 def _add_report(report: argparse.ArgumentParser) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 from dfa2_jax.calibration.calibrate import calibrate
 from dfa2_jax.commands.flags import given
 from dfa2_jax.commands.start import print_path, read_prompts, start
+from dfa2_jax.io.atomic import replaceable
 from dfa2_jax.options import CALL, CalibrationOptions, Options
 from dfa2_jax.pipeline.pipeline import Pipeline
 
@@ -17,6 +18,7 @@ def run(args: argparse.Namespace) -> int:
     prompts = read_prompts(args.prompts)
     if not os.access(args.out.absolute().parent, os.W_OK):
         raise PermissionError(f"--out {args.out} is not in a folder that is there and writable: choose another one.")
+    replaceable(args.out)
     resume = args.out.with_name(f"{args.out.name}.progress")
     pipeline = Pipeline.from_pretrained(args.folder, dtype=args.dtype, verify=args.verify)
     options: dict[str, Any] = given(args, Options, CALL) | given(args, CalibrationOptions) | {"c": args.c or None}

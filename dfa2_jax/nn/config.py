@@ -8,7 +8,7 @@ Config = TypeVar("Config")
 
 
 def config_from_json(cls: type[Config], json: Mapping[str, Any]) -> Config:
-    """Fill the dataclass `cls` from a parsed config.json: other keys are ignored, lists become tuples, null a default.
+    """Fill the dataclass `cls` from a parsed config.json: other keys are ignored, lists become tuples.
 
     Raises ValueError where a field without a default is missing.
     """
@@ -18,7 +18,5 @@ def config_from_json(cls: type[Config], json: Mapping[str, Any]) -> Config:
         raise ValueError(
             f"config.json of a {cls.__name__.removesuffix('Config')} lacks {missing}; it has {sorted(json)}"
         )
-    has_default = {f.name for f in fields if f.default is not dataclasses.MISSING}
     values = {f.name: json[f.name] for f in fields if f.name in json}
-    values = {name: value for name, value in values.items() if value is not None or name not in has_default}
     return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})

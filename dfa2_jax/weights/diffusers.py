@@ -61,7 +61,8 @@ class DiffusersCheckpoint(Checkpoint):
         if component not in self._tensors:
             tensors = open_weights(self.folder / component, self.spec.components[component].library)
             for key, tensor in tensors.items():
-                if DTYPES[tensor.dtype].name not in FLOAT_DTYPES and "position_ids" not in key:
+                is_readable = DTYPES[tensor.dtype].name in (*FLOAT_DTYPES, "float64")  # scripts of merges leave some
+                if not is_readable and "position_ids" not in key:
                     raise CheckpointError(
                         f"{tensor.source} is {tensor.dtype}: quantised weights are not supported; "
                         f"use the version of the model in one of {sorted(FLOAT_DTYPES)}."

@@ -23,7 +23,7 @@ def open_folder(folder: str | PathLike[str], specs: Mapping[str, PipelineSpec], 
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise CheckpointError(f"{folder} is not a folder, nor a hub id (owner/name), which dfa2-convert downloads.")
+        raise CheckpointError(f"{folder} is not a folder, nor the hub id (owner/name) of one.")
     if (folder / "model_index.json").exists():
         return DiffusersCheckpoint(folder, specs)
     if not (folder / "config.json").exists():

@@ -30,9 +30,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lowering import triton_kernels
 
-from pallas_kernels import CACHED, FULL, Layout, arrow_attention, mask, nested_arrow_attention
-from pallas_kernels.backends.triton import arrow as triton
-from pallas_kernels.backends.triton import nested as triton_nested
+from pallas_kernels import CACHED, FULL, Layout, Problem, arrow_attention, mask, nested_arrow_attention
+from pallas_kernels.backends.triton.backend import Triton
 from pallas_kernels.backends.triton.tiles import TABLE, Tiles
 from pallas_kernels.inspect import hlo
 
@@ -329,10 +328,16 @@ def test_kernels_lower_for_cuda(layout, dim, size, tiles):
     dtype = jnp.bfloat16 if size == 2 else jnp.float32
     x = jax.ShapeDtypeStruct((2, layout.length, 3, dim), dtype)
     window = jax.ShapeDtypeStruct((3,), jnp.int32)
-    call = partial(triton.arrow_attention, layout=layout, layer=None, head_order=None, tiles=tiles, interpret=False)
-    kernels = triton_kernels(call, x, x, x, window, cache=x)
-    nested = partial(triton_nested.nested_arrow_attention, layout=layout, tiles=tiles, interpret=False)
-    kernels |= triton_kernels(nested, x, x, x, window)
+    backend = Triton(tiles)
+
+    def arrow(q, k, v, half_window, cache):
+        problem = Problem(operation="arrow", q=q, k=k, v=v, layout=layout, half_window=half_window, cache=cache)
+        return backend.arrow(problem, interpret=False)
+
+    def nested(q, k, v, half_windows):
+        return backend.nested(Problem(operation="nested", q=q, k=k, v=v, layout=layout), half_windows, interpret=False)
+
+    kernels = triton_kernels(arrow, x, x, x, window, x) | triton_kernels(nested, x, x, x, window)
     assert set(kernels) - {"arrow_attention_merge"} == {"arrow_attention", "nested_arrow_attention"}
     for name, text in kernels.items():
         assert "scf.for" in text, name

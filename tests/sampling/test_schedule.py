@@ -45,6 +45,24 @@ def test_sigmas_equal_diffusers(config, steps, given_sigmas):
 
 
 @pytest.mark.torch
+@pytest.mark.parametrize("base_shift", [0, 0.0, -0.5])
+def test_shifts_of_any_sign_are_those_of_diffusers(base_shift):
+    from diffusers import FlowMatchEulerDiscreteScheduler
+    from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+
+    config, even = FLUX_DEV | {"base_shift": base_shift}, np.linspace(1.0, 1 / 6, 6)
+    scheduler = FlowMatchEulerDiscreteScheduler(**config)
+    scheduler.set_timesteps(sigmas=even, mu=calculate_shift(1024, base_shift=base_shift))
+    np.testing.assert_allclose(flow_match_sigmas(config, even, 1024), scheduler.sigmas.numpy(), rtol=2e-7)
+
+
+def test_a_linear_shift_that_is_not_positive_is_refused():
+    config = FLUX_DEV | {"base_shift": -5.0, "time_shift_type": "linear"}
+    with pytest.raises(ValueError, match="a linear shift of .* at 1024 tokens is not positive"):
+        flow_match_sigmas(config, 4, 1024)
+
+
+@pytest.mark.torch
 def test_known_values():
     """models of the schedule that published pipelines use, to four digits."""
     sd3 = flow_match_sigmas(SD3_SCHEDULER, 28, 4096)

@@ -192,7 +192,8 @@ def test_a_hub_id_is_fetched_into_the_cache(tiny_flux_schnell, tmp_path, monkeyp
 
 
 SLOW = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored, and stays so
 import dfa2_jax.conversion as conversion
 write_chunk = conversion.write_chunk
 def slow(*args):

@@ -110,6 +110,16 @@ def test_absent_files_are_named(folder):
 # --- numbers
 
 
+def test_float64_tensors_are_read(folder):
+    """A script that merges models left one among float32."""
+    want = load_file(folder / WEIGHTS)[KEY]
+    edit_tensors(folder, lambda tensors: tensors.update({KEY: tensors[KEY].astype(np.float64)}))
+    checkpoint = open_checkpoint(folder)
+    (leaf,) = [leaf for leaf in checkpoint.leaves("transformer").values() if KEY in leaf.blocks[0].source]
+    np.testing.assert_array_equal(leaf.blocks[0].read().reshape(want.T.shape).astype(np.float32), want.T)
+    assert checkpoint.load("transformer").dtype == np.float32
+
+
 def test_quantised_weights_are_refused(folder):
     edit_json(folder / "transformer" / "config.json", quantization_config={"quant_method": "fp8"})
     with refuses(folder, "quantization_config"):
@@ -189,8 +199,10 @@ def test_damaged_configs_are_named_before_anything_is_written(
 
 
 def test_the_pipeline_passes_faults_on(folder, tmp_path):
-    with refuses(folder, "is not a folder, nor a hub id"):
+    with refuses(folder, "There is no folder owner/name here"):
         Pipeline.from_pretrained("owner/name")
+    with refuses(folder, "absent is not a folder"):
+        Pipeline.from_pretrained(tmp_path / "absent")
 
 
 # --- shapes and configs that only look right

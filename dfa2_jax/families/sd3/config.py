@@ -53,7 +53,8 @@ class SD3Config:
     @classmethod
     def from_json(cls, config: Mapping[str, Any]) -> "SD3Config":
         """From diffusers' config.json; unknown fields are ignored."""
-        return config_from_json(cls, config)
+        layers = config.get("dual_attention_layers") or ()  # of SD3 it may be null
+        return config_from_json(cls, {**config, "dual_attention_layers": layers})
 
     @property
     def width(self) -> int:
