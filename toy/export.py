@@ -38,7 +38,7 @@ def source_array(key: str, shape: tuple[int, ...], name: str, arrays: dict[str, 
     for piece in pieces:
         whole = arrays[f"{name}.{piece.path}"]
         wanted = whole if piece.place is None else whole[piece.place]
-        turned = piece.turn(places)
+        turned = piece.rule.turn(places)
         if turned.shape != wanted.shape:
             raise ValueError(f"{key} turns into {turned.shape}, but {name}.{piece.path} is {wanted.shape}.")
         filled[turned.ravel()] = wanted.ravel()
