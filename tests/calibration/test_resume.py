@@ -63,10 +63,14 @@ def test_progress_of_another_shape_is_refused_even_signed(change, path):
         read(path)
 
 
-@pytest.mark.parametrize("kept", [0, 10, -1], ids=["empty", "truncated", "a byte short"])
-def test_truncated_progress_says_to_remove_it(kept, path):
+@pytest.mark.parametrize(
+    ("kept", "reason"),
+    [(0, "is empty"), (10, "is not valid JSON"), (-1, "is not valid JSON")],
+    ids=["empty", "truncated", "a byte short"],
+)
+def test_truncated_progress_says_to_remove_it(kept, reason, path):
     path.write_bytes(path.read_bytes()[:kept])
-    with pytest.raises(ValueError, match="progress, remove it to start anew: .*progress is not valid JSON"):
+    with pytest.raises(ValueError, match=f"progress, remove it to start anew: .*progress {reason}"):
         read(path)
 
 

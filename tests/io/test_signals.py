@@ -9,6 +9,16 @@ import pytest
 from dfa2_jax.io.signals import ENDING, Interrupted, interruptible
 
 
+@pytest.fixture
+def nothing_ignored():
+    """Whoever started the tests in the background, or under nohup, had some signals ignored."""
+    before = [signal.signal(each, signal.SIG_DFL) for each in ENDING]
+    yield
+    for each, handler in zip(ENDING, before, strict=True):
+        signal.signal(each, handler)
+
+
+@pytest.mark.usefixtures("nothing_ignored")
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_the_first_signal_interrupts_and_later_ones_do_not_disturb(signum, code):
     before, cleaned = [signal.getsignal(each) for each in ENDING], False
