@@ -110,12 +110,10 @@ def _parser() -> Parser:
 
     _add_plan(commands.add_parser("plan", help="look at a plan, or sign an edited one"))
 
-    verify = commands.add_parser(
-        "verify", help="a folder against its checksums", description="Compare a folder's files with their checksums."
-    )
+    compare = "Compare a folder's files with their checksums."
+    verify = commands.add_parser("verify", help="a folder against its checksums", description=compare)
     verify.set_defaults(run=("verify", "run"))
-    verify.add_argument("folder", help="one that dfa2-convert wrote, or a hub id in your cache")
-    verify.add_argument("--quiet", action="store_true", help="no progress on stderr")
+    _add_folder(verify, words="one that dfa2-convert wrote, or a hub id in your cache")
 
     doctor = commands.add_parser("doctor", help="what this machine can do", description="Report on this machine.")
     doctor.set_defaults(run=("doctor", "run"))
