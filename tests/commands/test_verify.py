@@ -33,7 +33,7 @@ def test_a_flipped_bit_is_named_and_loaded_only_on_request(damaged, tmp_path, mo
     # Loaded all the same. A constant image is written, told of, and no success.
     monkeypatch.setattr(Loaded, "decode", lambda self, latents: np.full((len(latents), 64, 64, 3), 0.5, np.float32))
     assert cli.main([*sample, "--no-verify"]) == 1
-    assert (tmp_path / "images" / "red-0-0.png").is_file()
+    assert (tmp_path / "images" / "red-seed0-0.png").is_file()
 
 
 def test_what_is_whole_is_verified(tiny_flux_schnell, tmp_path, capsys):
