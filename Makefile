@@ -25,7 +25,7 @@ CACHE := JAX_COMPILATION_CACHE_DIR=$(CURDIR)/build/xla JAX_PERSISTENT_CACHE_MIN_
 
 PYTEST := -m pytest -q -n auto --maxprocesses 4 --dist loadfile
 
-.PHONY: demo test lint aot versions next docs lock clean
+.PHONY: demo test long lint aot versions next docs lock clean
 
 # Text to images by the model in the box, dense and by two plans, side by side: about seven minutes on two cores.
 SHAPE := --height 256 --width 256 --steps 20 --guidance-scale 4 --max-sequence-length 32
@@ -48,8 +48,14 @@ demo: $(VENV)/ready
 		--plan delta-0.4=build/demo/delta-0.4 --report build/demo/report/report.json --out build/demo/demo.png
 	@echo "Look at build/demo/demo.png and build/demo/report/report.html; the plans are drawn in build/demo/delta-*.png"
 
-test: $(VENV)/ready
-	$(CACHE) $(BIN)/python $(PYTEST) -m "not aot"
+# jax 0.10's emitters of fusions take as long as the rest of XLA, on a CPU alone.
+QUICK := XLA_FLAGS="--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+test: $(VENV)/ready build/tiny
+	$(CACHE) $(QUICK) DFA2_TINY=$(CURDIR)/build/tiny $(BIN)/python $(PYTEST) -m "not aot and not long"
+
+# What takes minutes by nature: training the model in the box. No part of .ci/run.
+long: $(VENV)/ready build/tiny
+	$(CACHE) DFA2_TINY=$(CURDIR)/build/tiny $(BIN)/python $(PYTEST) -m long
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .
@@ -67,13 +73,14 @@ aot: $(AOT)/ready build/cuda-0.10.2/ready build/cuda-0.12.0.1/ready
 
 # The suite, less what needs torch, on jax 0.11, and a part of it on the newest. (.ci/run has the older one run a wheel.)
 versions: $(AOT)/ready build/tiny next
-	JAX_PLATFORMS=cpu JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 DFA2_TINY=build/tiny $(CACHE) $(AOT)/bin/python $(PYTEST) -m "not aot and not torch"
+	JAX_PLATFORMS=cpu JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 DFA2_TINY=$(CURDIR)/build/tiny $(CACHE) $(AOT)/bin/python $(PYTEST) -m "not aot and not torch and not long"
 
 # What differs between versions of JAX: kernels, loops and what they compile to.
-DIFFERS := kernels/test_a*.py kernels/test_backends.py calibration/test_calibration.py families/test_family.py \
-	families/test_real_shapes_lower.py sampling/test_calls.py sampling/test_compile_once.py sampling/test_planned.py
+DIFFERS := $(addprefix tests/, kernels/test_a*.py kernels/test_backends.py calibration/test_calibration.py \
+	families/test_family.py families/test_real_shapes_lower.py sampling/test_calls.py sampling/test_compile_once.py \
+	sampling/test_planned.py)
 next: $(NEXT)/ready build/tiny
-	JAX_PLATFORMS=cpu DFA2_TINY=build/tiny $(CACHE) $(NEXT)/bin/python $(PYTEST) -m "not aot and not torch" $(DIFFERS:%=tests/%)
+	JAX_PLATFORMS=cpu DFA2_TINY=$(CURDIR)/build/tiny $(CACHE) $(NEXT)/bin/python $(PYTEST) -m "not aot and not torch" $(DIFFERS)
 
 # The site, in build/site; without a network, once its environment is there.
 docs: $(DOCS)/ready

@@ -1,8 +1,8 @@
 """Strict JAX, no network, and the tiny diffusers folders. Imports none of our packages: the typing hook comes first."""
 
+import functools
 import os
 import re
-from functools import cache
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -17,7 +17,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 NEED_TORCH = re.compile(r"^(import|from) (torch|torch_models|torch_reference|diffusers|tiny)\b", re.MULTILINE)
 
 
-@cache
+@functools.cache
 def left_out(config):
     """Only where the command says so: with torch missing and no `-m "not torch"`, the run fails."""
     if "not torch" not in config.option.markexpr:
@@ -32,6 +32,16 @@ def pytest_ignore_collect(collection_path, config):
 def pytest_terminal_summary(terminalreporter, config):
     if files := left_out(config):
         terminalreporter.write_line(f"left out by -m 'not torch': {', '.join(file.name for file in files)}")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation(request):
+    """Models of a few kilobytes run as fast without LLVM's optimizations, which are half of what compiling them takes.
+    Interpreted kernels are slower without; a program for a GPU is what its test is about."""
+    quick = request.path.parent.name not in ("kernels", "toy_model") and "aot" not in request.path.stem
+    jax.config.update("jax_disable_most_optimizations", quick)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture
@@ -81,6 +91,14 @@ def _tiny(name):
         return tiny.write(name, tmp_path_factory.mktemp("tiny") / name)
 
     return folder
+
+
+@pytest.fixture(scope="session")
+def pipelines(request):
+    """By the fixture of a folder: what each has compiled serves every test. Tests leave them as they are."""
+    from dfa2_jax import Pipeline
+
+    return functools.cache(lambda name: Pipeline.from_pretrained(request.getfixturevalue(name)))
 
 
 tiny_sd3 = _tiny("sd3")

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from dfa2_jax import Pipeline, Plan
+from dfa2_jax import Plan
 from dfa2_jax.calibration.baselines import (
     CACHE,
     IN_FULL,
@@ -25,8 +25,8 @@ GUIDED = {"guidance_scale": 4.0}
 
 
 @pytest.fixture(scope="module")
-def sd35(request):
-    return Pipeline.from_pretrained(request.getfixturevalue("tiny_sd35"))
+def sd35(pipelines):
+    return pipelines("tiny_sd35")
 
 
 def choice(pipeline, options, pick):
@@ -44,8 +44,8 @@ def plan_of(shared, setting):
 
 
 @pytest.mark.parametrize("name", ["tiny_sd35", "tiny_flux_dev"])
-def test_heads_that_share_as_plans_do_give_the_plan_s_latents(name, request):
-    pipeline = Pipeline.from_pretrained(request.getfixturevalue(name))
+def test_heads_that_share_as_plans_do_give_the_plan_s_latents(name, pipelines):
+    pipeline = pipelines(name)
     options = (CACHE, Option(Method.arrow(4)), Option(Method.arrow(16)))
     setting = pipeline.setting(**ARGUMENTS)
     shape = setting.num_inference_steps, len(setting.layers), setting.num_heads

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dfa2_jax import Method, Pipeline, calibrate
+from dfa2_jax import Method, calibrate
 from dfa2_jax.calibration import attends
 from dfa2_jax.calibration import calibrate as calibration
 from dfa2_jax.options import Options
@@ -22,18 +22,6 @@ CASES = {
     "tiny_flux_dev": {"height": 160, "width": 128},
 }
 COMMON = {"num_inference_steps": 5, "max_sequence_length": 24, "tiles": (16, 16), "windows": (4, 8), "progress": False}
-
-
-@pytest.fixture(scope="module")
-def pipelines(request):
-    made = {}
-
-    def get(name):
-        if name not in made:
-            made[name] = Pipeline.from_pretrained(request.getfixturevalue(name))
-        return made[name]
-
-    return get
 
 
 def find(pipeline, name, **options):

@@ -10,8 +10,8 @@ from dfa2_jax.io.images import encode, read_metadata
 
 
 @pytest.fixture(scope="module")
-def pipeline(tiny_sd35):
-    return Pipeline.from_pretrained(tiny_sd35)
+def pipeline(pipelines):
+    return pipelines("tiny_sd35")
 
 
 @pytest.fixture(scope="module")

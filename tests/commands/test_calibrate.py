@@ -7,7 +7,7 @@ import pytest
 from mutations import sample_plan
 from PIL import Image
 
-from dfa2_jax import Pipeline, Plan, cli
+from dfa2_jax import Plan, cli
 from dfa2_jax.calibration.resume import Checkpointed
 
 PROMPT = "a large red circle"
@@ -48,8 +48,8 @@ def test_from_prompts_to_a_plan_to_images(tiny_sd35, prompts, tmp_path, cache, c
     assert "sigmas is" in capsys.readouterr().err
 
 
-def test_an_edited_plan_must_be_signed(tiny_sd35, tmp_path, cache, capsys):
-    pipeline, path = Pipeline.from_pretrained(tiny_sd35), tmp_path / "plan.json"
+def test_an_edited_plan_must_be_signed(tmp_path, cache, capsys, pipelines):
+    pipeline, path = pipelines("tiny_sd35"), tmp_path / "plan.json"
     size = {"height": 64, "width": 64, "num_inference_steps": 2, "max_sequence_length": 16}
     plan = Plan.full(pipeline.setting(prompt=PROMPT, **size)).with_method(1, "joint.1", 0, "cached")
     plan.save(path)

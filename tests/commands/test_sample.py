@@ -109,8 +109,8 @@ def test_sample_keeps_compiled_programs(tiny_flux_schnell, tmp_path, cache):
 
 
 @pytest.fixture(scope="module")
-def pipeline(tiny_sd35):
-    return Pipeline.from_pretrained(tiny_sd35)
+def pipeline(pipelines):
+    return pipelines("tiny_sd35")
 
 
 @pytest.fixture

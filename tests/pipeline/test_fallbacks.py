@@ -28,9 +28,8 @@ FLUX_TRUE_CFG = [{}, {"negative_prompt_2": ""}, {"negative_prompt_2": "a cross"}
 
 
 @pytest.fixture(scope="module", params=["tiny_sd35", "tiny_flux_dev", "tiny_flux_schnell"])
-def both(request):
-    folder = request.getfixturevalue(request.param)
-    return request.param, Pipeline.from_pretrained(folder), load_theirs(folder)
+def both(request, pipelines):
+    return request.param, pipelines(request.param), load_theirs(request.getfixturevalue(request.param))
 
 
 def assert_equal(ours, theirs):

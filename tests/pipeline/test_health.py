@@ -8,14 +8,13 @@ import pytest
 
 from dfa2_jax.options import Options
 from dfa2_jax.pipeline.health import faults_of
-from dfa2_jax.pipeline.pipeline import Pipeline
 
 CALL = {"prompt": ["red", "blue"], "height": 64, "width": 64, "num_inference_steps": 4, "max_sequence_length": 16}
 
 
 @pytest.fixture(scope="module")
-def pipeline(tiny_flux_dev):
-    return Pipeline.from_pretrained(tiny_flux_dev)
+def pipeline(pipelines):
+    return pipelines("tiny_flux_dev")
 
 
 def broken_at(call, step):

@@ -4,12 +4,11 @@ import errno
 import json
 import threading
 
-import jax
 import numpy as np
 import pytest
 from PIL import Image
 
-from dfa2_jax import Output, Pipeline, Plan
+from dfa2_jax import Output, Plan
 from dfa2_jax.io.images import read_metadata
 from dfa2_jax.options import Options
 from dfa2_jax.pipeline.ahead import compile_ahead
@@ -111,11 +110,10 @@ def test_a_name_fits_the_file_system(output, tmp_path, monkeypatch):
     assert output.save(tmp_path, numbers=[1])[0].name == f"caf-seed{2**63}-0.png"
 
 
-def test_the_bar_hides_no_compilation(tiny_sd35, compilations):
-    pipeline = Pipeline.from_pretrained(tiny_sd35)
-    size = {"height": 64, "width": 96, "num_inference_steps": 2, "max_sequence_length": 16}
+def test_the_bar_hides_no_compilation(compilations, pipelines):
+    pipeline = pipelines("tiny_sd35")
+    size = {"height": 48, "width": 80, "num_inference_steps": 2, "max_sequence_length": 16}  # no other test's
     plan = Plan.full(pipeline.setting(prompt="a", **size))
-    jax.clear_caches()  # other tests compile the same programs
     call = pipeline.prepare(Options(prompt="a", plan=plan, **size))
     before = len(compilations)
     compile_ahead(call)
@@ -124,7 +122,7 @@ def test_the_bar_hides_no_compilation(tiny_sd35, compilations):
     assert ahead > before and len(compilations) == ahead
 
 
-def test_seeds_are_taken_as_they_come_and_recorded_whole(tiny_sd35, no_shape_checks):
+def test_seeds_are_taken_as_they_come_and_recorded_whole(no_shape_checks, pipelines):
     """torch.seed() gives numbers beyond int64; a list of both kinds is float64 to NumPy."""
     seeds = [2**63, np.uint64(2**64 - 1), np.int32(1)]
     assert seeds_of(seeds, 3) == seeds_of(np.array(seeds, np.uint64), 3) == [2**63, 2**64 - 1, 1]
@@ -132,7 +130,7 @@ def test_seeds_are_taken_as_they_come_and_recorded_whole(tiny_sd35, no_shape_che
     for wrong in ([1, True], [2**64], [1.0], "3"):
         with pytest.raises(ValueError, match="must be an integer"):
             seeds_of(wrong, len(wrong))
-    pipeline = Pipeline.from_pretrained(tiny_sd35)
+    pipeline = pipelines("tiny_sd35")
     asked = Options(prompt=["a", "b", "c"], seed=seeds, sigmas=[1, np.float32(0.5)], height=64, width=64)
     request = pipeline.request(asked)
     made = json.loads(json.dumps(metadata(pipeline, asked, request)))

@@ -1,6 +1,7 @@
 """Whole pipelines against diffusers: a prompt and an integer seed in, latents and images out."""
 
-import jax
+from functools import cache
+
 import numpy as np
 import pytest
 from pipeline_cases import COMMON, LENGTH, PROMPTS, error, load_theirs, run_theirs
@@ -44,24 +45,16 @@ CASES = {
 
 
 @pytest.fixture(scope="module")
-def pipelines(request):
-    """folder fixture name -> (ours, theirs) in float32, made once."""
-    made = {}
-
-    def get(name):
-        if name not in made:
-            folder = request.getfixturevalue(name)
-            made[name] = Pipeline.from_pretrained(folder), load_theirs(folder)
-        return made[name]
-
-    return get
+def pairs(request, pipelines):
+    """folder fixture name -> (ours, theirs) in float32."""
+    return cache(lambda name: (pipelines(name), load_theirs(request.getfixturevalue(name))))
 
 
 @pytest.mark.torch
 @pytest.mark.parametrize("case", CASES)
-def test_latents_and_images_equal_diffusers(case, pipelines):
+def test_latents_and_images_equal_diffusers(case, pairs):
     name, arguments = CASES[case]
-    ours, theirs = pipelines(name)
+    ours, theirs = pairs(name)
     arguments = {"prompt": PROMPTS[0]} | COMMON | arguments
     latents = ours(**arguments, seed=7, output_type="latent", progress=False).images
     want = run_theirs(theirs, **arguments, output_type="latent")
@@ -81,8 +74,8 @@ def test_latents_and_images_equal_diffusers(case, pipelines):
 
 
 @pytest.mark.torch
-def test_a_seed_per_image_and_given_latents(pipelines):
-    ours, theirs = pipelines("tiny_sd35")
+def test_a_seed_per_image_and_given_latents(pairs):
+    ours, theirs = pairs("tiny_sd35")
     arguments = {"prompt": PROMPTS, "height": 64, "width": 64} | COMMON
     by_seed = ours(**arguments, seed=[3, 4], output_type="latent", progress=False)
     want = run_theirs(theirs, seed=[3, 4], **arguments, output_type="latent")
@@ -102,8 +95,8 @@ def test_a_seed_per_image_and_given_latents(pipelines):
 
 @pytest.mark.torch
 @pytest.mark.parametrize("name", ["tiny_sd35", "tiny_flux_dev"])
-def test_precomputed_embeddings_replace_the_encoders(name, pipelines):
-    ours, theirs = pipelines(name)
+def test_precomputed_embeddings_replace_the_encoders(name, pairs):
+    ours, theirs = pairs(name)
     arguments = {"height": 64, "width": 64} | COMMON
     if name == "tiny_sd35":
         text, negative, pooled, negative_pooled = theirs.encode_prompt(
@@ -122,8 +115,8 @@ def test_precomputed_embeddings_replace_the_encoders(name, pipelines):
 
 
 @pytest.mark.parametrize("name", ["tiny_sd35", "tiny_flux_dev"])
-def test_watching_changes_no_number(name, request, capsys):
-    ours = Pipeline.from_pretrained(request.getfixturevalue(name))
+def test_watching_changes_no_number(name, capsys, pipelines):
+    ours = pipelines(name)
     arguments = {"prompt": PROMPTS[0], "height": 64, "width": 64, "output_type": "latent"} | COMMON
     whole = ours(**arguments, progress=False).images
     np.testing.assert_array_equal(ours(**arguments, progress=True).images, whole)
@@ -137,8 +130,8 @@ def test_watching_changes_no_number(name, request, capsys):
     np.testing.assert_array_equal(seen[-1][3]["latents"], whole)
 
 
-def test_a_callback_can_replace_the_latents_and_nothing_else(tiny_flux_dev):
-    ours = Pipeline.from_pretrained(tiny_flux_dev)
+def test_a_callback_can_replace_the_latents_and_nothing_else(pipelines):
+    ours = pipelines("tiny_flux_dev")
     arguments = {"prompt": PROMPTS[0], "height": 64, "width": 64, "output_type": "latent", "progress": False} | COMMON
 
     def freeze_last(pipeline, step, timestep, values):
@@ -155,8 +148,8 @@ def test_a_callback_can_replace_the_latents_and_nothing_else(tiny_flux_dev):
 
 
 @pytest.mark.parametrize("name", ["tiny_sd35", "tiny_flux_dev"])
-def test_a_callback_can_change_the_latents_in_place(name, request):
-    ours = Pipeline.from_pretrained(request.getfixturevalue(name))
+def test_a_callback_can_change_the_latents_in_place(name, pipelines):
+    ours = pipelines(name)
 
     def clear_last(pipeline, step, timestep, values):
         values["latents"] *= step < 7
@@ -185,13 +178,12 @@ def test_sd3_without_t5_uses_zeros(tiny_sd35, tmp_path):
     assert error(ours, run_theirs(theirs, **arguments, output_type="latent")) < 1e-4
 
 
-def test_output_says_how_the_images_were_made(tiny_sd35):
+def test_output_says_how_the_images_were_made(pipelines):
     import json
 
-    ours = Pipeline.from_pretrained(tiny_sd35)
-    jax.clear_caches()  # other tests compile the same programs
-    output = ours(PROMPTS, height=64, width=64, num_inference_steps=2, max_sequence_length=LENGTH, progress=False)
-    assert len(output.images) == 2 and output.images[0].size == (64, 64)
+    ours = pipelines("tiny_sd35")
+    output = ours(PROMPTS, height=64, width=112, num_inference_steps=2, max_sequence_length=LENGTH, progress=False)
+    assert len(output.images) == 2 and output.images[0].size == (112, 64)
     metadata = json.loads(json.dumps(output.metadata))
     again = ours(
         metadata["prompt"],
@@ -207,10 +199,10 @@ def test_output_says_how_the_images_were_made(tiny_sd35):
 
 
 @pytest.mark.usefixtures("no_shape_checks")
-def test_numpy_arguments_are_taken_and_recorded_as_plain_ones(tiny_sd35):
+def test_numpy_arguments_are_taken_and_recorded_as_plain_ones(pipelines):
     import json
 
-    ours = Pipeline.from_pretrained(tiny_sd35)
+    ours = pipelines("tiny_sd35")
     common = {"height": 64, "width": 64, "max_sequence_length": 16, "progress": False}
     plain = {"seed": 5, "guidance_scale": 2.0, "sigmas": [1.0, 0.5], "skip_guidance_layers": [1]}
     numpy = {

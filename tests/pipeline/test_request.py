@@ -13,13 +13,13 @@ SD3_EMBEDS = {"prompt_embeds": np.zeros((1, 109, 96)), "pooled_prompt_embeds": n
 
 
 @pytest.fixture(scope="module")
-def sd35(tiny_sd35):
-    return Pipeline.from_pretrained(tiny_sd35)
+def sd35(pipelines):
+    return pipelines("tiny_sd35")
 
 
 @pytest.fixture(scope="module")
-def dev(tiny_flux_dev):
-    return Pipeline.from_pretrained(tiny_flux_dev)
+def dev(pipelines):
+    return pipelines("tiny_flux_dev")
 
 
 SD3_REFUSALS = [

@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from dfa2_jax import Pipeline
 from dfa2_jax.options import Options
 from dfa2_jax.report.attention_share import attention_share, multiplications, predicted_speedup
 
@@ -20,8 +19,8 @@ def test_products_in_loops_count_as_often_as_they_run():
 
 
 @pytest.mark.parametrize("guided", [False, True])
-def test_share_of_sd35_is_that_of_its_layers(tiny_sd35, guided):
-    pipeline = Pipeline.from_pretrained(tiny_sd35)
+def test_share_of_sd35_is_that_of_its_layers(guided, pipelines):
+    pipeline = pipelines("tiny_sd35")
     size = {"height": 64, "width": 96, "num_inference_steps": 2, "max_sequence_length": 16}
     call = pipeline.prepare(Options(prompt="a", **size, guidance_scale=1 + 3.0 * guided))
     share = attention_share(call)

@@ -67,8 +67,8 @@ def test_a_full_plan_is_within_the_noise_and_the_others_are_not(made):
     assert made.distances(arrows)[1]["psnr"] == pytest.approx(floor.mean("psnr") - arrows.mean("psnr"))
 
 
-def test_images_are_those_that_the_pipeline_gives(made, plans, tiny_sd35):
-    pipeline = Pipeline.from_pretrained(tiny_sd35)
+def test_images_are_those_that_the_pipeline_gives(made, plans, pipelines):
+    pipeline = pipelines("tiny_sd35")
     arguments = {"prompt": [PROMPTS[1]] * 4, "seed": [0, 7, 1, 2], "output_type": "np", "progress": False}
     exact = pipeline(**arguments, **SIZE).images[1]
     image = pipeline(**arguments, plan=plans["broken"]).images[1]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from report_cases import PROMPTS, SIZE
 
-from dfa2_jax import Pipeline, Plan
+from dfa2_jax import Plan
 from dfa2_jax.nn.attention import in_order
 from dfa2_jax.options import Options
 from dfa2_jax.report import attention_maps
@@ -49,8 +49,8 @@ def test_masses_without_text():
     np.testing.assert_allclose(masses, [[0, 25 / 81]] * 2, rtol=1e-5)
 
 
-def test_masses_at_every_step_are_those_of_the_dense_trajectory(tiny_flux_schnell):
-    pipeline = Pipeline.from_pretrained(tiny_flux_schnell)
+def test_masses_at_every_step_are_those_of_the_dense_trajectory(pipelines):
+    pipeline = pipelines("tiny_flux_schnell")
     call = pipeline.prepare(Options(prompt=PROMPTS[0], **SIZE, output_type="latent"))
     plan = Plan.full(call.setting).with_method(2, 1, 0, "arrow(1/4)")
     visual = plan.setting.layers[0].num_visual

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dfa2_jax import Pipeline, Plan
+from dfa2_jax import Plan
 from pallas_kernels import arrow_attention
 
 CALL = {"prompt": "red", "num_inference_steps": 4, "max_sequence_length": 16, "output_type": "latent"}
@@ -28,8 +28,8 @@ class EverySecondStep:
 
 
 @pytest.mark.parametrize("name", SIZES)
-def test_it_gives_what_a_plan_of_the_same_meaning_gives(name, request):
-    pipeline, call = Pipeline.from_pretrained(request.getfixturevalue(name)), CALL | SIZES[name]
+def test_it_gives_what_a_plan_of_the_same_meaning_gives(name, pipelines):
+    pipeline, call = pipelines(name), CALL | SIZES[name]
     plan = Plan.full(pipeline.setting(**call)).with_method([1, 3], None, None, "cached")
     want = pipeline(**call, plan=plan, progress=False).images
     for progress in (False, True):  # one program call, and one a step: the memory goes from call to call
@@ -39,21 +39,21 @@ def test_it_gives_what_a_plan_of_the_same_meaning_gives(name, request):
     assert np.abs(want - pipeline(**call, progress=False).images).max() > 1e-2
 
 
-def test_a_plan_and_an_attention_contradict_each_other(tiny_flux_dev):
-    pipeline, call = Pipeline.from_pretrained(tiny_flux_dev), CALL | SIZES["tiny_flux_dev"]
+def test_a_plan_and_an_attention_contradict_each_other(pipelines):
+    pipeline, call = pipelines("tiny_flux_dev"), CALL | SIZES["tiny_flux_dev"]
     plan = Plan.full(pipeline.setting(**call))
     with pytest.raises(ValueError, match="plan and attend both say what attention does"):
         pipeline(**call, plan=plan, attend=EverySecondStep())
 
 
-def test_its_memory_is_refused_where_it_does_not_fit(tiny_flux_dev, monkeypatch):
+def test_its_memory_is_refused_where_it_does_not_fit(monkeypatch, pipelines):
     monkeypatch.setattr("dfa2_jax.sampling.memory.free_bytes", lambda: 1000)
     with pytest.raises(MemoryError, match="are free"):
-        Pipeline.from_pretrained(tiny_flux_dev)(**CALL | SIZES["tiny_flux_dev"], attend=EverySecondStep())
+        pipelines("tiny_flux_dev")(**CALL | SIZES["tiny_flux_dev"], attend=EverySecondStep())
 
 
-def test_misspelt_options_name_the_nearest_one(tiny_flux_dev):
-    pipeline = Pipeline.from_pretrained(tiny_flux_dev)
+def test_misspelt_options_name_the_nearest_one(pipelines):
+    pipeline = pipelines("tiny_flux_dev")
     for call in (pipeline, pipeline.setting):
         with pytest.raises(TypeError, match="'heigth': did you mean 'height'"):
             call(prompt="red", heigth=64)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from pipeline_cases import COMMON, PROMPTS, error, load_theirs, run_theirs
 
-from dfa2_jax import Method, Pipeline, Plan, PlanError
+from dfa2_jax import Method, Plan, PlanError
 from dfa2_jax.nn import attention
 from dfa2_jax.options import Options
 from dfa2_jax.sampling import loop as sampling
@@ -17,18 +17,6 @@ CASES = {
     "sd35 cfg, attn2, wide": ("tiny_sd35", {"height": 64, "width": 160, "guidance_scale": 5.0}),
     "flux, tall": ("tiny_flux_dev", {"height": 160, "width": 64}),
 }
-
-
-@pytest.fixture(scope="module")
-def ours(request):
-    made = {}
-
-    def get(name):
-        if name not in made:
-            made[name] = Pipeline.from_pretrained(request.getfixturevalue(name))
-        return made[name]
-
-    return get
 
 
 METHODS = tuple(map(Method, ("full", "cached", "arrow(1/4)", "arrow(1/8)", "arrow(1/16)")))
@@ -46,16 +34,16 @@ def random_plan(setting, seed):
 
 @pytest.mark.torch
 @pytest.mark.parametrize("case", CASES)
-def test_latents_equal_diffusers_with_the_plan_in_its_processors(case, ours, request):
-    """20 random plans each."""
+def test_latents_equal_diffusers_with_the_plan_in_its_processors(case, pipelines, request):
+    """Random plans.."""
     from torch_reference import follow_plan
 
     name, arguments = CASES[case]
-    pipeline, theirs = ours(name), load_theirs(request.getfixturevalue(name))
+    pipeline, theirs = pipelines(name), load_theirs(request.getfixturevalue(name))
     arguments = {"prompt": PROMPTS[0]} | COMMON | arguments
     setting = pipeline.setting(**arguments)
     errors = []
-    for seed in range(20):
+    for seed in range(6):
         plan = random_plan(setting, seed)
         latents = pipeline(**arguments, plan=plan, seed=seed, output_type="latent", progress=False).images
         run = follow_plan(theirs, plan.half_windows(), [layer.layout for layer in setting.layers])
@@ -67,9 +55,9 @@ def test_latents_equal_diffusers_with_the_plan_in_its_processors(case, ours, req
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_full_plan_is_the_dense_program_bit_for_bit(case, ours):
+def test_the_full_plan_is_the_dense_program_bit_for_bit(case, pipelines):
     name, arguments = CASES[case]
-    pipeline = ours(name)
+    pipeline = pipelines(name)
     call = pipeline.prepare(Options(prompt=PROMPTS[0], **COMMON | arguments))
     full, found = Plan.full(call.setting), {}
     for implementation in ("blockwise", "reference"):
@@ -81,17 +69,17 @@ def test_the_full_plan_is_the_dense_program_bit_for_bit(case, ours):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_steps_one_by_one_are_the_loop(case, ours):
+def test_steps_one_by_one_are_the_loop(case, pipelines):
     name, arguments = CASES[case]
-    pipeline = ours(name)
+    pipeline = pipelines(name)
     arguments = {"prompt": PROMPTS[0], "output_type": "latent"} | COMMON | arguments
     plan = random_plan(pipeline.setting(**arguments), 0)
     whole, watched = (pipeline(**arguments, plan=plan, progress=progress).images for progress in (False, True))
     np.testing.assert_array_equal(watched, whole)
 
 
-def test_a_plan_decides_what_the_call_leaves_open_and_refuses_the_rest(ours):
-    pipeline = ours("tiny_sd35")
+def test_a_plan_decides_what_the_call_leaves_open_and_refuses_the_rest(pipelines):
+    pipeline = pipelines("tiny_sd35")
     arguments = {"prompt": PROMPTS[0]} | COMMON | CASES["sd35 cfg, attn2, wide"][1]
     plan = Plan.full(pipeline.setting(**arguments))
     images = pipeline(PROMPTS[1], plan=plan, progress=False, output_type="latent").images
@@ -110,9 +98,9 @@ def test_a_plan_decides_what_the_call_leaves_open_and_refuses_the_rest(ours):
         plan.check(setting)
 
 
-def test_the_plan_of_a_model_with_shorter_text_is_refused_as_such(ours):
+def test_the_plan_of_a_model_with_shorter_text_is_refused_as_such(pipelines):
     """Less text than this model's CLIPs take alone leaves no length for its T5."""
-    pipeline = ours("tiny_sd35")
+    pipeline = pipelines("tiny_sd35")
     setting = pipeline.setting(prompt="a", height=64, width=64, num_inference_steps=2)
     layers = tuple(one.model_copy(update={"num_text": min(one.num_text, 20)}) for one in setting.layers)
     plan = Plan.full(setting.model_copy(update={"layers": layers, "weights": "another"}))
@@ -120,8 +108,8 @@ def test_the_plan_of_a_model_with_shorter_text_is_refused_as_such(ours):
         pipeline("a", plan=plan, progress=False)
 
 
-def test_caches_that_do_not_fit_are_refused_before_any_step(ours, monkeypatch):
-    pipeline = ours("tiny_sd35")
+def test_caches_that_do_not_fit_are_refused_before_any_step(pipelines, monkeypatch):
+    pipeline = pipelines("tiny_sd35")
     arguments = {"prompt": [PROMPTS[0]] * 3} | COMMON | CASES["sd35 cfg, attn2, wide"][1]
     plan = Plan.full(pipeline.setting(**arguments))
     layouts, size = [layer.layout for layer in plan.setting.layers], 2 * 3 * pipeline.config.width * 4
@@ -156,11 +144,11 @@ def test_a_layer_projects_no_more_heads_than_it_must(num_heads, num_rows):
 @pytest.mark.parametrize(
     ("case", "long", "worth"), [("flux, tall", False, 1 / 4), ("sd35 cfg, attn2, wide", True, 1 / 8)]
 )
-def test_steps_that_skip_projections_give_what_others_give(case, long, worth, ours, request, monkeypatch):
+def test_steps_that_skip_projections_give_what_others_give(case, long, worth, pipelines, request, monkeypatch):
     if long:
         monkeypatch.setattr(attention, "MANY_ROWS", 1)
     name, arguments = CASES[case]
-    pipeline = ours(name)
+    pipeline = pipelines(name)
     arguments = {"prompt": PROMPTS[0], "output_type": "latent", "progress": False} | COMMON | arguments
     setting = pipeline.setting(**arguments)
     choices = random_plan(setting, 1).choices
@@ -197,8 +185,8 @@ def test_steps_that_skip_projections_give_what_others_give(case, long, worth, ou
     assert (ran.count(True), ran.count(False)) == (skips.sum() * layers, (~skips).sum() * layers)
 
 
-def test_no_step_is_no_step(ours):
-    pipeline = ours("tiny_flux_dev")
+def test_no_step_is_no_step(pipelines):
+    pipeline = pipelines("tiny_flux_dev")
     call = pipeline.prepare(Options(prompt=PROMPTS[0], **COMMON | {"height": 64, "width": 64}))
     for plan in (None, Plan.full(call.setting)):
         for start in (0, 2):
@@ -208,10 +196,10 @@ def test_no_step_is_no_step(ours):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_no_stack_of_caches_is_copied_on_a_cpu_either(case, ours):
+def test_no_stack_of_caches_is_copied_on_a_cpu_either(case, pipelines):
     """On a GPU: test_planned_aot.py. A copy of all layers for each of them would grow with the square of the depth."""
     name, arguments = CASES[case]
-    pipeline = ours(name)
+    pipeline = pipelines(name)
     call = pipeline.prepare(Options(prompt=PROMPTS[0], **COMMON | arguments))
     plan = Plan.full(call.setting)
     _, state = call.program(plan)
@@ -223,8 +211,8 @@ def test_no_stack_of_caches_is_copied_on_a_cpu_either(case, ours):
     assert [(shape, opcode) for shape, opcode in made if shape in stacks and "copy" in opcode] == []
 
 
-def test_skip_layer_guidance_runs_dense_and_leaves_the_caches_alone(ours):
-    pipeline = ours("tiny_sd35")
+def test_skip_layer_guidance_runs_dense_and_leaves_the_caches_alone(pipelines):
+    pipeline = pipelines("tiny_sd35")
     arguments = {"prompt": PROMPTS[0], "output_type": "latent", "progress": False, "skip_guidance_layers": [1]}
     arguments |= COMMON | CASES["sd35 cfg, attn2, wide"][1]
     plan = Plan.full(pipeline.setting(**arguments))
@@ -233,9 +221,9 @@ def test_skip_layer_guidance_runs_dense_and_leaves_the_caches_alone(ours):
     assert output.metadata["density"] == 1
 
 
-def test_density_counts_the_forward_of_skip_layer_guidance(ours):
+def test_density_counts_the_forward_of_skip_layer_guidance(pipelines):
     """Four steps of two forwards, and at two of them one more, dense and without block 1."""
-    pipeline = ours("tiny_sd35")
+    pipeline = pipelines("tiny_sd35")
     arguments = {"prompt": PROMPTS[0], "num_inference_steps": 4, "output_type": "latent", "progress": False}
     arguments |= {"skip_guidance_layers": [1], "skip_layer_guidance_start": 0.0, "skip_layer_guidance_stop": 0.6}
     plan = Plan.full(pipeline.setting(**arguments)).with_method([1, 3], None, None, "cached")

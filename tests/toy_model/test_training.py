@@ -21,7 +21,7 @@ stages = import_module("toy.stages")
 train = import_module("toy.train")
 
 # Exporting needs diffusers; and one environment is enough for a script of the repository, which takes a minute.
-pytestmark = [pytest.mark.checkout, pytest.mark.torch]
+pytestmark = [pytest.mark.long, pytest.mark.checkout, pytest.mark.torch]
 
 STEPS = 40
 CAPTION = "a large red circle on the left of a blue background"
