@@ -14,7 +14,8 @@ from io import TextIOWrapper
 from pathlib import Path
 
 from dfa2_jax import __version__
-from dfa2_jax.commands.flags import ALIASES, Parser, add_flags
+from dfa2_jax.commands.flags import ALIASES, add_flags
+from dfa2_jax.io.arguments import Parser
 from dfa2_jax.io.signals import Interrupted, interruptible
 from dfa2_jax.options import CALL, CalibrationOptions, Options, ReportOptions
 from dfa2_jax.weights.dtypes import FLOAT_DTYPES

@@ -1,6 +1,5 @@
 """A diffusers folder to one of ours: Orbax checkpoints of the stacked parameters, config.json, tokenizers."""
 
-import argparse
 import asyncio
 import hashlib
 import json
@@ -26,6 +25,7 @@ from tqdm import tqdm
 
 from dfa2_jax.encoders.tokenizers import load_tokenizer
 from dfa2_jax.families.registry import open_checkpoint
+from dfa2_jax.io.arguments import Parser
 from dfa2_jax.io.atomic import NameTaken, appearing, check_free, remove_leftovers
 from dfa2_jax.io.digest import digest_of, file_sha256
 from dfa2_jax.io.errors import CheckpointError
@@ -326,7 +326,7 @@ def write_config(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit codes: 0, or 2 with one line on stderr, or 128 and its number where a signal ended it (Ctrl-C: 130)."""
-    parser = argparse.ArgumentParser(prog="dfa2-convert", description="Convert a diffusers folder to Orbax.")
+    parser = Parser(prog="dfa2-convert", description="Convert a diffusers folder to Orbax.")
     parser.add_argument("src", metavar="SRC", help="a diffusers folder, or a hub id such as owner/name")
     parser.add_argument("dst", metavar="DST", help="the folder to write; must not exist")
     parser.add_argument("--dtype", choices=FLOAT_DTYPES, help="of the weights (default: as stored)")
