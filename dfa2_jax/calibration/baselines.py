@@ -57,8 +57,9 @@ class Option:
 class Scheme:
     """Options, in the order in which they are tried.
 
-    per_head: heads choose for themselves, as plans do (`search.choose`). Otherwise layers do, as in DiTFastAttn: one
-        after another takes the first option under which the model's output moves less than its share of the threshold.
+    per_head: heads choose for themselves, as plans do (`search.choose`). Otherwise layers do, one after
+        another, as in DiTFastAttn. A layer takes the first option that moves the model's output by less than the
+        layer's share of the threshold.
     """
 
     options: tuple[Option, ...]
@@ -239,8 +240,8 @@ def calibrate_scheme(
     """Choose on one batch of prompts.
 
     Args:
-        threshold: `calibrate`'s delta for schemes per head; else DiTFastAttn's: layer l of L takes an option that moves
-            the model's output by less than l / L of it.
+        threshold: `calibrate`'s delta for schemes per head; else DiTFastAttn's. Layer l of L takes an option that moves
+            the model's output by less than l / L of this threshold.
         c: `calibrate`'s.
         arguments: of the pipeline.
     """

@@ -1,8 +1,8 @@
 """From prompts to a plan: the sampling loop with another attention, which tries every method on every head.
 
 At each step after the first and in each layer, one pass gives every head's output under every candidate. Errors are
-reduced per head, the choice is made in the same program, and the chosen outputs go on: later layers and steps see the
-compression that they will meet (DiTFastAttnV2, arXiv 2503.22796, section 3.3).
+reduced per head, the choice is made in the same program, and the chosen outputs go on. So later layers and steps see
+the compression that they will meet (DiTFastAttnV2, arXiv 2503.22796, section 3.3).
 """
 
 import logging

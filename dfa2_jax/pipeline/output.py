@@ -51,8 +51,8 @@ class Output:
         """Write images that say how to make them again (`dfa2 again`), each whole or not at all.
 
         Args:
-            path: a file for one image, by its suffix PNG, JPEG or WebP; or a folder, where files are named after prompt
-                and seed, never over another.
+            path: a file for one image, by its suffix PNG, JPEG or WebP, or a folder. Files in a folder are named after
+                prompt and seed, and replace no other file.
             format: "png", "jpeg" or "webp", in a folder; None: "png".
             numbers: of the images to write; None: all.
 

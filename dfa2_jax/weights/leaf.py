@@ -75,7 +75,7 @@ def slabs(block: Block, dtype: np.dtype) -> Iterator[tuple[tuple[slice, ...], np
     """The block as contiguous arrays of `dtype`, in order, each with its place in the parameter.
 
     Slabs are small because malloc keeps what is freed below its threshold (32 MB at most), in a heap per thread. A
-    jax.Array on CPU turns a strided view at 1.5 GB/s a core, five times as fast as NumPy and as XLA's own transpose;
+    jax.Array on CPU turns a strided view at 1.5 GB/s a core: five times as fast as NumPy and as XLA's own transpose.
     NumPy casts as fast as XLA does, and compiles nothing.
     """
     rows = block.read()
@@ -127,8 +127,8 @@ def on_accelerator(leaf: Leaf, dtype: np.dtype) -> jax.Array:
 def load_leaf(leaf: Leaf, dtype: np.dtype, *, on_device: bool) -> jax.Array | np.ndarray:
     """The parameter as one array.
 
-    That it is finite is seen slab by slab on the host, for 0.08 s a gigabyte and core (10 to 20 % of loading from the
-    page cache), and in the program that places a block on an accelerator.
+    The host looks for values that are not finite slab by slab. This takes 0.08 s a gigabyte and core: 10 to 20 % of
+    loading from the page cache. On an accelerator, the program that places a block looks for them.
 
     Raises:
         CheckpointError: a value is not finite in `dtype`.

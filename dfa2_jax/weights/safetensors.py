@@ -1,9 +1,10 @@
 """Safetensors files as zero-copy NumPy views of a memory map, every byte of the header checked first.
 
 Headers and indexes are scanned as bytes, with no general JSON parser: nesting, number size and memory are bounded by
-the grammar, and nothing is allocated from what a file merely claims: what is kept is a record of 500 bytes for each
-tensor. Rules follow the reference implementation (a header of at most 100 MB; tensors that cover the buffer in order,
-without gaps or overlaps), stricter where that allows unknown fields, and names outside of ASCII or with escapes.
+the grammar. Nothing is allocated from what a file merely claims: what is kept is a record of 500 bytes for each tensor.
+
+Rules follow the reference implementation: a header of at most 100 MB, and tensors that cover the buffer in order,
+without gaps or overlaps. Unknown fields, and names outside of ASCII or with escapes, are refused here.
 """
 
 import codecs
