@@ -27,7 +27,7 @@ FIRST = "the first of `devices.PREFERENCE` that can"
 """Said of a backend that declares no merit."""
 
 
-class Choice(NamedTuple):
+class BackendChoice(NamedTuple):
     """An implementation, and why it was chosen."""
 
     implementation: str
@@ -40,12 +40,12 @@ def gpu_kind() -> str | None:
     return device.name if device.is_nvidia else None
 
 
-def dense_implementation(dtype: DTypeLike, head_dim: int) -> Choice:
+def dense_implementation(dtype: DTypeLike, head_dim: int) -> BackendChoice:
     """The backend that dense attention runs on."""
     return choose(_asked("dense", dtype, head_dim), Device.current())
 
 
-def arrow_implementation(dtype: DTypeLike, head_dim: int) -> Choice:
+def arrow_implementation(dtype: DTypeLike, head_dim: int) -> BackendChoice:
     """The backend that arrow attention runs on."""
     return choose(_asked("arrow", dtype, head_dim), Device.current())
 
@@ -56,20 +56,20 @@ def _asked(operation: Operation, dtype: DTypeLike, head_dim: int) -> Problem[jax
     return Problem(operation=operation, q=token, k=token, v=token, layout=Layout(0, 1, text_first=True))
 
 
-def choose(problem: Problem, device: Device) -> Choice:
+def choose(problem: Problem, device: Device) -> BackendChoice:
     """The best backend for a problem."""
     *others, anywhere = PREFERENCE[problem.operation]
     if not device.is_nvidia:
-        return Choice(anywhere, f"the default device is {device.name!r}, not an NVIDIA GPU")
+        return BackendChoice(anywhere, f"the default device is {device.name!r}, not an NVIDIA GPU")
     missed, why = [], FIRST
     for name in others:
         lacking, merit = lacks(name, problem, device), _merit(name, problem, device)
         if lacking is None and merit is not None:
-            return Choice(name, "; ".join([merit, *missed]))
+            return BackendChoice(name, "; ".join([merit, *missed]))
         if lacking is not None and merit is not None:
             missed.append(lacking)
         why = lacking or f"{name!r} is slower here"
-    return Choice(anywhere, why)
+    return BackendChoice(anywhere, why)
 
 
 def _merit(name: str, problem: Problem, device: Device) -> str | None:

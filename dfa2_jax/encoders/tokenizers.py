@@ -204,8 +204,8 @@ def missing_files(folder: Path) -> str:
             f"sentencepiece are installed: transformers.T5TokenizerFast.from_pretrained({str(folder)!r})"
             f".save_pretrained({str(folder)!r})"
         )
-    found = sorted(path.name for path in folder.iterdir())
-    return f"{folder} has neither tokenizer.json nor vocab.json with merges.txt; it has {found}"
+    names = sorted(path.name for path in folder.iterdir())
+    return f"{folder} has neither tokenizer.json nor vocab.json with merges.txt; it has {names}"
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:

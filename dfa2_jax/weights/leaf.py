@@ -24,7 +24,10 @@ SLAB_BYTES = 2**22
 
 @dataclass(frozen=True)
 class Block:
-    """Rows `start` to `start + len(read())` of a parameter's leading axis. `source` names where they come from."""
+    """Rows of a parameter's leading axis, `start` to `start + len(read())`: no block of a transformer.
+
+    source: names where the rows come from.
+    """
 
     source: str
     start: int
@@ -103,7 +106,7 @@ def on_host(leaf: Leaf, dtype: np.dtype) -> np.ndarray:
 
 
 @partial(jax.jit, donate_argnums=0, static_argnames="axes")
-def place(
+def write_rows(
     target: jax.Array, rows: jax.Array, start: jax.Array, *, axes: tuple[int, ...]
 ) -> tuple[jax.Array, jax.Array]:
     """`target` with `rows.transpose(axes)` from `start` on, in place; and whether they are finite."""
@@ -118,8 +121,8 @@ def on_accelerator(leaf: Leaf, dtype: np.dtype) -> jax.Array:
         rows = block.read()
         order = np.argsort([-stride for stride in rows.strides], kind="stable").tolist()
         axes = tuple(np.argsort(order).tolist())
-        array, finite = place(array, jax.device_put(rows.transpose(order)), np.int32(block.start), axes=axes)
-        if not finite:  # this waits for the block, else blocks pile up in memory faster than they are placed
+        array, finite = write_rows(array, jax.device_put(rows.transpose(order)), np.int32(block.start), axes=axes)
+        if not finite:  # this waits for the block, else blocks pile up in memory faster than they are written
             raise not_finite_error(block, dtype)
     return array
 
