@@ -3,9 +3,10 @@
     python -m benchmarks.fuzz [--count 100000] [--seed 1] [--out benchmarks/results/fuzz.json]
 
 Weights must be read as by safetensors itself, or refused with a CheckpointError, in memory of at most twice
-the files and a constant; plans must be what the file says, or refused with a PlanError. Tokenizers and configs must be
-read, or refused with a CheckpointError. Each kind is damaged so many times. The test suite does some hundreds with
-another seed; the damage is that of tests/mutations.py and tests/folder_mutations.py.
+the files and a constant. Plans must be what the file says, or refused with a PlanError. Tokenizers, configs and a
+calibration's progress must be what the files say, or refused with a CheckpointError, in bounded memory. Each kind is
+damaged so many times. The test suite does some hundreds with another seed. The damage is that of tests/mutations.py and
+tests/folder_mutations.py.
 """
 
 import argparse
@@ -21,7 +22,7 @@ from benchmarks.machine import describe_machine
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from folder_mutations import ConfigFuzzer, TokenizerFuzzer  # noqa: E402
-from mutations import SLACK_BYTES, Fuzzer, PlanFuzzer  # noqa: E402
+from mutations import SLACK_BYTES, Fuzzer, PlanFuzzer, ResumeFuzzer  # noqa: E402
 
 
 def main() -> None:
@@ -44,6 +45,9 @@ def main() -> None:
         configs = ConfigFuzzer(Path(__file__).parents[1] / "assets" / "toy-sd35", Path(folder) / "configs", args.seed)
         for _ in trange(args.count, disable=None):
             configs.step()
+        progress = ResumeFuzzer(Path(folder), args.seed)
+        for _ in trange(args.count, disable=None):
+            progress.step()
     result = {
         "machine": describe_machine(),
         "mutations": args.count,
@@ -52,6 +56,7 @@ def main() -> None:
         "plans": plans.counts,
         "tokenizers": tokenizers.counts,
         "configs": configs.counts,
+        "progress": progress.counts,
         "other_exceptions": 0,  # the first would have ended the run
         "peak_bytes_above_twice_the_files": fuzzer.peak_above_twice,
         "allowed_bytes_above_twice_the_files": SLACK_BYTES,

@@ -14,7 +14,8 @@ from io import TextIOWrapper
 from pathlib import Path
 
 from dfa2_jax import __version__
-from dfa2_jax.commands.flags import ALIASES, Parser, add_flags
+from dfa2_jax.commands.flags import ALIASES, add_flags
+from dfa2_jax.io.arguments import Parser
 from dfa2_jax.io.signals import Interrupted, interruptible
 from dfa2_jax.options import CALL, CalibrationOptions, Options, ReportOptions
 from dfa2_jax.weights.dtypes import FLOAT_DTYPES
@@ -23,9 +24,12 @@ from dfa2_jax.weights.dtypes import FLOAT_DTYPES
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit codes.
 
-    0; 1 where `dfa2 report` has limits and a plan misses one, `dfa2 again` makes other pixels, or `dfa2 sample` makes
-    images that cannot be right; 2 for bad input (one line on stderr); 128 and its number where a signal ended it
-    (Ctrl-C: 130); 141 when whoever reads stdout has left.
+    - 0: all is well.
+    - 1: a plan misses a limit of `dfa2 report`, `dfa2 again` makes other pixels, or images of `dfa2 sample` cannot be
+      right.
+    - 2: bad input, with one line on stderr.
+    - 128 and its number: a signal ended the command (Ctrl-C: 130).
+    - 141: the reader of stdout has left.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):  # None where the shell closed it; a notebook's own

@@ -1,6 +1,5 @@
 """A diffusers folder to one of ours: Orbax checkpoints of the stacked parameters, config.json, tokenizers."""
 
-import argparse
 import asyncio
 import hashlib
 import json
@@ -26,12 +25,14 @@ from tqdm import tqdm
 
 from dfa2_jax.encoders.tokenizers import load_tokenizer
 from dfa2_jax.families.registry import open_checkpoint
+from dfa2_jax.io.arguments import Parser
 from dfa2_jax.io.atomic import NameTaken, appearing, check_free, remove_leftovers
 from dfa2_jax.io.digest import digest_of, file_sha256
 from dfa2_jax.io.errors import CheckpointError
 from dfa2_jax.io.hub import find_model, is_hub_id
 from dfa2_jax.io.signals import Interrupted, interruptible
 from dfa2_jax.options import suggests_names
+from dfa2_jax.pipeline.fit import check_fit, check_tokenizer
 from dfa2_jax.weights.checkpoint import compute_dtype
 from dfa2_jax.weights.diffusers import DiffusersCheckpoint
 from dfa2_jax.weights.dtypes import FLOAT_DTYPES
@@ -156,11 +157,10 @@ def convert_checkpoint(
         remove_leftovers(dst.parent)
         check_free(dst)
     checkpoint = open_source(src, download)
-    arrays = lazy_arrays(checkpoint, dtype)  # every fault is found before the first write
-    checkpoint.check_scheduler()
-    tokenizers = [f"tokenizer{name[12:]}" for name in arrays if "encoder" in name]
-    for name in tokenizers:
-        load_tokenizer(checkpoint.tokenizer_folder(name))
+    checkpoint.check_scheduler()  # every fault that a config shows is found before the first write
+    check_fit(checkpoint)
+    tokenizers = fitting_tokenizers(checkpoint)
+    arrays = lazy_arrays(checkpoint, dtype)
     total = sum(array.nbytes for component in arrays.values() for array in component.values())
     with disk_faults_named(dst), appearing(dst) as partial:
         check_room(partial, total)
@@ -227,6 +227,20 @@ def write_folder(
     for name in tokenizers:
         shutil.copytree(checkpoint.tokenizer_folder(name), folder / name)
     write_config(folder, checkpoint, arrays, tokenizers)
+
+
+def fitting_tokenizers(checkpoint: DiffusersCheckpoint) -> list[str]:
+    """Names of the tokenizers, one for each text encoder.
+
+    Raises:
+        CheckpointError: a tokenizer is missing, cannot be read, or does not fit its encoder.
+    """
+    encoders = [name for name in checkpoint.classes if "encoder" in name]
+    tokenizers = [encoder.replace("text_encoder", "tokenizer") for encoder in encoders]
+    for name, encoder in zip(tokenizers, encoders, strict=True):
+        folder = checkpoint.tokenizer_folder(name)
+        check_tokenizer(folder, load_tokenizer(folder), encoder, checkpoint.config(encoder))
+    return tokenizers
 
 
 def lazy_arrays(checkpoint: DiffusersCheckpoint, dtype: DTypeLike | None) -> dict[str, Arrays]:
@@ -326,7 +340,7 @@ def write_config(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit codes: 0, or 2 with one line on stderr, or 128 and its number where a signal ended it (Ctrl-C: 130)."""
-    parser = argparse.ArgumentParser(prog="dfa2-convert", description="Convert a diffusers folder to Orbax.")
+    parser = Parser(prog="dfa2-convert", description="Convert a diffusers folder to Orbax.")
     parser.add_argument("src", metavar="SRC", help="a diffusers folder, or a hub id such as owner/name")
     parser.add_argument("dst", metavar="DST", help="the folder to write; must not exist")
     parser.add_argument("--dtype", choices=FLOAT_DTYPES, help="of the weights (default: as stored)")

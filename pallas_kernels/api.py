@@ -33,8 +33,8 @@ def arrow_attention(
 ) -> Float[Array, "*L B T N H"]:
     """Attention of which each head is full, an arrow (local band, text dense) or cached (DiTFastAttnV2, section 3.1).
 
-    Works under `jit`, `vmap`, `scan`, `cond`, and in `jax.shard_map(..., check_vma=False)` over heads or batch: JAX
-    does not see through a kernel over which axes its output varies.
+    Works under `jit`, `vmap`, `scan`, `cond`, and in `jax.shard_map(..., check_vma=False)` over heads or batch. JAX
+    does not see through a kernel over which axes its output varies, hence `check_vma=False`.
 
     Args:
         q, k, v: heads on the third axis, as in `jax.nn.dot_product_attention`; softmax scale `H ** -0.5`. The queries
@@ -90,7 +90,7 @@ def nested_arrow_attention(
         q, k, v, layout, implementation, interpret: as in `arrow_attention`.
         half_windows: visual tokens kept on each side of the diagonal, increasing, not negative. It is data. On a GPU
             one pass gives all outputs. The "triton" kernels take dense attention and a pass for each window where
-            `cost` expects that to be faster: in float32, and for one window or two at FLUX's 2048 px.
+            `cost` expects that to be faster. That is in float32, and for one window or two at FLUX's 2048 px.
 
     Returns:
         One output per window, then the dense one.

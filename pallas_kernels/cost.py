@@ -1,10 +1,10 @@
 """Seconds that attention takes on a named GPU, predicted from tiles and machine code, and the paper's roofline.
 
-A score is one query against one key of one head. It takes three pipes of a multiprocessor: 4 head_dim operations of the
-tensor cores, one of the exponential unit, and the issue slots of its instructions. One warp waits for each in turn;
-the more warps a multiprocessor holds, the more of that overlaps. Fitted on an H200 to 88 timings of 6 tiles at 1024 and
-2048 px, from full to V/64 (benchmarks/results/tiles_h200.json): off by 4 % (root mean square), 13 % at worst. On an
-A100 nothing was timed.
+A score is one query against one key of one head. A score takes three pipes of a multiprocessor. These are 4 head_dim
+operations of the tensor cores, one of the exponential unit, and issue slots. One warp waits for each in turn; the more
+warps a multiprocessor holds, the more of that overlaps. The constants are fitted on an H200 to 88 timings of 6
+tiles at 1024 and 2048 px, from full to V/64 (benchmarks/results/tiles_h200.json). Predictions are off by 4 % (root mean
+square), 13 % at worst. On an A100 nothing was timed.
 """
 
 from typing import NamedTuple
@@ -43,9 +43,9 @@ ALONE, OVERLAP = 1.23, 1 / 3
 
 FETCHED = 1.0
 """Instead of `ALONE`, where other warps fetch the tiles ("mosaic"): the plain sum of the pipes. `OVERLAP` is Triton's.
-Chosen knowing timings of full attention at 2048 px on an H100, which reached 1.00 and 1.02 times the `ceiling_share` at
-a head_dim of 64 and 128. With 6.3 and 7.5 instructions per score in place of 6.5 and 7.8 they reach 1.00 and 1.07, at a
-clock of 1.98 GHz where `GPUS` has 1.83 (benchmarks/results/attention_h100.json)."""
+Chosen knowing timings of full attention at 2048 px on an H100 (benchmarks/results/attention_h100.json). These reached
+1.00 and 1.02 times the `ceiling_share` at a head_dim of 64 and 128. With 6.3 and 7.5 instructions per score in place of
+6.5 and 7.8 they reach 1.00 and 1.07. The clock was 1.98 GHz, where `GPUS` has 1.83."""
 
 EXPOSED_CLOCKS = 550
 """Wait of each tile whose loads run one tile ahead only, where no second block fills the wait."""

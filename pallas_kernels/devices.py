@@ -8,8 +8,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Int
 
 from pallas_kernels.backends.base import Device as Device
-from pallas_kernels.backends.base import Operation, Problem
-from pallas_kernels.backends.registry import lacks
+from pallas_kernels.backends.base import HasMerit, Operation, Problem
+from pallas_kernels.backends.registry import backend_named, lacks
 from pallas_kernels.cost import nested_seconds, separate_seconds
 from pallas_kernels.layout import Layout
 
@@ -18,24 +18,16 @@ PREFERENCE: dict[Operation, tuple[str, ...]] = {
     "nested": ("mosaic", "triton", "blockwise"),
     "dense": ("mosaic", "cudnn", "blockwise"),
 }
-"""The first that lacks nothing and is not `_slower` is chosen. The last can do everything, anywhere."""
+"""The first that lacks nothing and has a merit (`backends.base.HasMerit`) is chosen.
 
-MEASURED = {
-    64: "1.01 to 1.26 times as fast as 'triton' for full, narrow and mixed heads",
-    128: "1.40 to 1.57 times as fast as 'triton' for full, narrow and mixed heads",
-}
-"""Speed of the "mosaic" kernels on an H100, by head_dim."""
-
-DENSE_MERITS = {
-    "mosaic": "for one Hopper GPU: 1.17 to 1.21 times as fast as cuDNN, which computes gradients",
-    "cudnn": "cuDNN's fused attention, for 16-bit inputs on NVIDIA GPUs; it has gradients",
-}
+The last can do everything, anywhere.
+"""
 
 FIRST = "the first of `devices.PREFERENCE` that can"
-"""Said of a backend that a user put into `PREFERENCE`."""
+"""Said of a backend that declares no merit."""
 
 
-class Choice(NamedTuple):
+class BackendChoice(NamedTuple):
     """An implementation, and why it was chosen."""
 
     implementation: str
@@ -48,12 +40,12 @@ def gpu_kind() -> str | None:
     return device.name if device.is_nvidia else None
 
 
-def dense_implementation(dtype: DTypeLike, head_dim: int) -> Choice:
+def dense_implementation(dtype: DTypeLike, head_dim: int) -> BackendChoice:
     """The backend that dense attention runs on."""
     return choose(_asked("dense", dtype, head_dim), Device.current())
 
 
-def arrow_implementation(dtype: DTypeLike, head_dim: int) -> Choice:
+def arrow_implementation(dtype: DTypeLike, head_dim: int) -> BackendChoice:
     """The backend that arrow attention runs on."""
     return choose(_asked("arrow", dtype, head_dim), Device.current())
 
@@ -64,39 +56,29 @@ def _asked(operation: Operation, dtype: DTypeLike, head_dim: int) -> Problem[jax
     return Problem(operation=operation, q=token, k=token, v=token, layout=Layout(0, 1, text_first=True))
 
 
-def choose(problem: Problem, device: Device) -> Choice:
+def choose(problem: Problem, device: Device) -> BackendChoice:
     """The best backend for a problem."""
     *others, anywhere = PREFERENCE[problem.operation]
     if not device.is_nvidia:
-        return Choice(anywhere, f"the default device is {device.name!r}, not an NVIDIA GPU")
-    reasons = {}
+        return BackendChoice(anywhere, f"the default device is {device.name!r}, not an NVIDIA GPU")
+    missed, why = [], FIRST
     for name in others:
-        reasons[name] = lacks(name, problem, device)
-        if reasons[name] is None and not _slower(name, problem, device):
-            return Choice(name, _merit(name, problem, device, reasons))
-    return Choice(anywhere, reasons[others[-1]])
+        lacking, merit = lacks(name, problem, device), _merit(name, problem, device)
+        if lacking is None and merit is not None:
+            return BackendChoice(name, "; ".join([merit, *missed]))
+        if lacking is not None and merit is not None:
+            missed.append(lacking)
+        why = lacking or f"{name!r} is slower here"
+    return BackendChoice(anywhere, why)
 
 
-def _slower(name: str, problem: Problem, device: Device) -> bool:
-    """Whether the next backend is the better choice, though this one lacks nothing."""
-    if name != "mosaic":
-        return False
-    if problem.operation == "dense":
-        # on several GPUs a jit of sharded arrays would gather them for a kernel that XLA cannot split
-        return device.generation != "hopper" or problem.head_dim != 64 or device.count > 1
-    return device.generation != "hopper"
-
-
-def _merit(name: str, problem: Problem, device: Device, reasons: dict[str, str | None]) -> str:
-    """Why a backend is chosen, given what those before it lack."""
-    if problem.operation == "dense":
-        return DENSE_MERITS.get(name, FIRST)
-    if name == "mosaic":
-        return f"for Hopper: {MEASURED[problem.head_dim]} (benchmarks/results/attention_h100.json)"
-    if name == "triton":
-        missed = f"; {reasons.get('mosaic')}" if device.generation == "hopper" else ""
-        return "one launch for full, arrow and cached heads" + missed
-    return FIRST
+def _merit(name: str, problem: Problem, device: Device) -> str | None:
+    """As `HasMerit.merit`; `FIRST` of a backend that declares none, or that cannot be imported."""
+    try:
+        backend = backend_named(name)
+    except ImportError:
+        return FIRST
+    return backend.merit(problem, device) if isinstance(backend, HasMerit) else FIRST
 
 
 def passes_are_faster(problem: Problem, half_windows: Int[np.ndarray, " W"] | None, count: int) -> bool:

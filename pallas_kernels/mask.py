@@ -14,9 +14,9 @@ EVERYTHING = 1 << 29
 """A window wider than any sequence; twice that still is an int32."""
 
 UNSEEN = -(2.0**100)
-"""Score of a masked pair. Finite: a row whose first tile is masked as a whole has weights of 1 there, which the first
-true score scales by exp2(UNSEEN * scale - score) = 0. A power of two: its product with the scale is exact, so that a
-fused multiply-add cannot leave a rounding error of 1e22 for exp2 to blow up."""
+"""Score of a masked pair. Finite: a row whose first tile is masked as a whole has weights of 1 there. The first true
+score scales these by exp2(UNSEEN * scale - score) = 0. A power of two: the product with the scale is exact. So a fused
+multiply-add cannot leave a rounding error of 1e22 for exp2 to blow up."""
 
 IntArray = Int[Array, "..."] | Int[np.ndarray, "..."] | int
 

@@ -1,15 +1,17 @@
 """Damages files and says how their readers took it; shared by test_fuzz.py and benchmarks/fuzz.py."""
 
-import hashlib
 import json
 import random
 import re
 import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from dfa2_jax.calibration.resume import FIELDS, Checkpointed
+from dfa2_jax.io.digest import digest_of
 from dfa2_jax.io.errors import CheckpointError
 from dfa2_jax.plan.method import Method, PlanError
 from dfa2_jax.plan.plan import Plan
@@ -20,6 +22,9 @@ INDEX = "diffusion_pytorch_model.safetensors.index.json"
 SINGLE = "diffusion_pytorch_model.safetensors"
 SLACK_BYTES = 32_000
 """For what does not grow with the file: records of tensors, messages of 200 characters, tracebacks (13 kB seen)."""
+
+RESUME_BYTES = 200_000
+"""For a file of progress of 1 kB: JSON's objects, arrays, a message (58 kB seen)."""
 
 NUMBERS = [b"0", b"1", b"-1", b"00", b"1e9", b"1.5", b"255", b"65536", b"4294967296", b"9999999999999999", b"9" * 400]
 TOKENS = [
@@ -223,11 +228,14 @@ class PlanFuzzer:
                     self._edit(holder, key)
                     break
                 holder = holder[key]
-        signed = {name: value for name, value in content.items() if name not in ("format", "version", "digest")}
         if "digest" in content and self.rng.random() < 0.95:
-            text = json.dumps(signed, sort_keys=True, separators=(",", ":"))
-            content["digest"] = "sha256:" + hashlib.sha256(text.encode()).hexdigest()
+            content["digest"] = self._digest(content)
         return json.dumps(content).encode()
+
+    def _digest(self, content: dict[str, Any]) -> str:
+        return digest_of(
+            {name: value for name, value in content.items() if name not in ("format", "version", "digest")}
+        )
 
     def _edit(self, holder: Any, key: Any) -> None:
         values = [
@@ -244,6 +252,7 @@ class PlanFuzzer:
             "",
             "f",
             "cached",
+            "1",
             [],
             {},
             [1],
@@ -261,6 +270,55 @@ class PlanFuzzer:
             )
         else:
             holder[key] = self.rng.choice(values)
+
+
+class ResumeFuzzer(PlanFuzzer):
+    """Damages a calibration's file of progress, in its bytes or, with the digest made good, in its fields."""
+
+    def __init__(self, folder: Path, seed: int):
+        self.rng, self.path = random.Random(seed), folder / "plan.json.progress"
+        plan = sample_plan(seed, steps=4)
+        self.empty = replace(plan, choices=np.zeros_like(plan.choices))
+        errors = np.random.default_rng(seed).random((3, 4, 3), np.float32)
+        for _ in range(2):
+            Checkpointed.read(self.path, "sha256:0", self.empty).add(plan.choices[1].astype(int) - 1, errors)
+        self.good = self.path.read_bytes()
+        self.counts, self.peak_bytes = {"read": 0, "refused": 0}, 0
+
+    def step(self) -> None:
+        """One more.
+
+        Raises:
+            AssertionError: other findings were read than the file holds, or much memory was taken.
+            Exception: reading ended in another way than with findings or a `ValueError` of ours.
+        """
+        by_bytes = self.rng.random() < 0.4
+        data = mutate(self.rng, self.good, is_json=True) if by_bytes else self._edited()
+        self.path.write_bytes(data)
+        tracemalloc.start()
+        try:
+            again = Checkpointed.read(self.path, "sha256:0", self.empty)
+        except ValueError as error:
+            assert "remove it to start anew" in str(error), repr(error)
+            self.counts["refused"] += 1
+            return
+        finally:
+            self.peak_bytes = max(self.peak_bytes, tracemalloc.get_traced_memory()[1])
+            tracemalloc.stop()
+            assert self.peak_bytes <= RESUME_BYTES, f"{self.peak_bytes} bytes for a file of {len(data)}"
+        self.counts["read"] += 1
+        said = json.loads(data.decode("utf-8-sig"))
+        got = {"picks": again.picks, "spent": [[*layers] for layers in again.spent]}
+        assert json.dumps(got) == json.dumps({"picks": said["picks"], "spent": floats(said["spent"])}), data
+        again.filled(self.empty).half_windows()
+
+    def _digest(self, content: dict[str, Any]) -> str:
+        return digest_of({name: content.get(name) for name in FIELDS})
+
+
+def floats(numbers: list[list[float]]) -> list[list[float]]:
+    """As JSON has no integers: 1 is 1.0."""
+    return [[float(number) if type(number) is int else number for number in layer] for layer in numbers]
 
 
 def sample_plan(seed: int, steps: int = 3) -> Plan:

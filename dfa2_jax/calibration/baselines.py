@@ -57,8 +57,9 @@ class Option:
 class Scheme:
     """Options, in the order in which they are tried.
 
-    per_head: heads choose for themselves, as plans do (`search.choose`). Otherwise layers do, as in DiTFastAttn: one
-        after another takes the first option under which the model's output moves less than its share of the threshold.
+    per_head: heads choose for themselves, as plans do (`search.choose`). Otherwise layers do, one after
+        another, as in DiTFastAttn. A layer takes the first option that moves the model's output by less than the
+        layer's share of the threshold.
     """
 
     options: tuple[Option, ...]
@@ -98,7 +99,7 @@ class SchemeMemory:
 
 
 @carrier
-class Choice:
+class SchemePlan:
     """What a layer takes at a step; with a leading axis, a stack of layers."""
 
     place: Int[Array, "*layers"]
@@ -107,7 +108,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class FollowScheme:
-    """Attention under a scheme; what `Choice.picks` leaves free is chosen head by head."""
+    """Attention under a scheme; what `SchemePlan.picks` leaves free is chosen head by head."""
 
     options: tuple[Option, ...]
     budget: Budget
@@ -119,7 +120,7 @@ class FollowScheme:
         return SchemeMemory(outputs, residuals, jnp.zeros((len(outputs), outputs.shape[3]), jnp.int32))
 
     def __call__(
-        self, project: Project, layout: Layout, memory: SchemeMemory, plan: Choice
+        self, project: Project, layout: Layout, memory: SchemeMemory, plan: SchemePlan
     ) -> tuple[Heads, SchemeMemory]:
         q, k, v = project()
         dense = arrow_attention(q, k, v, layout=layout, implementation=self.implementation)
@@ -166,7 +167,7 @@ def scheme_step(
 ) -> tuple[State, Array]:
     """One step, and the model's own output [B or 2B, V, C]; the picks made are in the state's memory."""
     model = Recorded(nnx.merge(graph, params))
-    plans: dict[str, Any] = {stack: Choice(jnp.arange(len(chosen)), chosen) for stack, chosen in picks.items()}
+    plans: dict[str, Any] = {stack: SchemePlan(jnp.arange(len(chosen)), chosen) for stack, chosen in picks.items()}
     after = denoise_step(model, FollowScheme(options, budget), inputs, i, state, plans, rounding=rounding)
     return after, model.outputs[0]
 
@@ -239,8 +240,8 @@ def calibrate_scheme(
     """Choose on one batch of prompts.
 
     Args:
-        threshold: `calibrate`'s delta for schemes per head; else DiTFastAttn's: layer l of L takes an option that moves
-            the model's output by less than l / L of it.
+        threshold: `calibrate`'s delta for schemes per head; else DiTFastAttn's. Layer l of L takes an option that moves
+            the model's output by less than l / L of this threshold.
         c: `calibrate`'s.
         arguments: of the pipeline.
     """

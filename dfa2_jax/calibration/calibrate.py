@@ -1,8 +1,8 @@
 """From prompts to a plan: the sampling loop with another attention, which tries every method on every head.
 
 At each step after the first and in each layer, one pass gives every head's output under every candidate. Errors are
-reduced per head, the choice is made in the same program, and the chosen outputs go on: later layers and steps see the
-compression that they will meet (DiTFastAttnV2, arXiv 2503.22796, section 3.3).
+reduced per head, the choice is made in the same program, and the chosen outputs go on. So later layers and steps see
+the compression that they will meet (DiTFastAttnV2, arXiv 2503.22796, section 3.3).
 """
 
 import logging
@@ -115,15 +115,15 @@ def calibrate(
         MemoryError: the outputs kept from step to step do not fit.
     """
     given = locals()
-    options = CalibrationOptions(**{one.name: given[one.name] for one in fields(CalibrationOptions)})
-    study = Study.begin(pipeline, prompts, options, {name: given[name] for name in CALL})
-    checkpointed = Checkpointed.read(resume, study.digest, study.empty)
-    study.search(checkpointed)
-    return study.finished(checkpointed)
+    options = CalibrationOptions(**{argument.name: given[argument.name] for argument in fields(CalibrationOptions)})
+    calibration = CalibrationRun.begin(pipeline, prompts, options, {name: given[name] for name in CALL})
+    checkpointed = Checkpointed.read(resume, calibration.digest, calibration.empty)
+    calibration.search(checkpointed)
+    return calibration.finished(checkpointed)
 
 
 @dataclass(frozen=True)
-class Study:
+class CalibrationRun:
     """One calibration: the call that it samples, what it tries, and the plan that it fills.
 
     empty: the plan with every head in full.
@@ -140,7 +140,7 @@ class Study:
     @classmethod
     def begin(
         cls, pipeline: Pipeline, prompts: list[str], options: CalibrationOptions, arguments: dict[str, Any]
-    ) -> "Study":
+    ) -> "CalibrationRun":
         """Check every argument, and encode the prompts."""
         candidates = _candidates(options.windows, options.cache)
         tiles = options.tiles or planning_tiles(pipeline.config.attention_head_dim)

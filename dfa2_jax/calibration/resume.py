@@ -4,6 +4,7 @@ import json
 from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -55,7 +56,7 @@ class Checkpointed:
                     f"it is the progress of another calibration, {content['calibration']!r:.100}, not of "
                     f"{digest!r}; or give another file"
                 )
-            picks, spent = np.asarray(content["picks"], int), np.asarray(content["spent"], float)
+            picks, spent = _array(content, "picks", int), _array(content, "spent", int, float)
             steps, *size = empty.choices.shape
             if not 1 <= len(picks) < steps or [*picks.shape[1:]] != size or spent.shape != picks.shape[:2]:
                 raise ValueError(
@@ -85,3 +86,15 @@ class Checkpointed:
         if self.picks:
             choices[1 : 1 + self.steps] = np.array(self.picks) + 1  # the table's first method is full
         return replace(empty, choices=choices)
+
+
+def _array(content: dict[str, Any], field: str, *kinds: type) -> np.ndarray:
+    """A field's nested lists, of numbers of these kinds alone: NumPy would make 1 of 1.5, of "1" and of true."""
+    values = [content[field]]
+    while any(isinstance(value, list) for value in values):
+        values = [value for nested in values for value in (nested if isinstance(nested, list) else [nested])]
+    if wrong := [value for value in values if type(value) not in kinds]:
+        raise ValueError(
+            f"{field} holds {wrong[0]!r:.100}, which is not {' or '.join(kind.__name__ for kind in kinds)}"
+        )
+    return np.asarray(content[field], kinds[-1])

@@ -41,7 +41,7 @@ def choose(
     Returns:
         Numbers of methods; -1 for full attention.
     """
-    levels = sorted({one for one in saved if one > 0})
+    levels = sorted({saving for saving in saved if saving > 0})
     if not levels:
         return jnp.full(len(errors), -1, jnp.int32)
     usable = jnp.where((errors < bound) & (errors < MAX_DELTA), errors, jnp.inf)
@@ -56,7 +56,7 @@ def choose(
 
     def add_head(sums: Int[Array, " S"], cost: Int[Array, " G"]) -> tuple[Int[Array, " S"], Array]:
         known = jnp.append(sums, NEVER)
-        options = jnp.stack([*(known[one] + cost[group] for group, one in enumerate(before)), sums])
+        options = jnp.stack([*(known[state] + cost[group] for group, state in enumerate(before)), sums])
         return jnp.minimum(options.min(0), NEVER), options.argmin(0).astype(jnp.uint8)
 
     sums, taken = jax.lax.scan(add_head, start, cost)

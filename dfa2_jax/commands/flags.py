@@ -1,31 +1,13 @@
-"""Flags made of the fields of `dfa2_jax.options`, and a parser that names the nearest one. Imports no JAX."""
+"""Flags made of the fields of `dfa2_jax.options`. Imports no JAX."""
 
 import argparse
 from collections.abc import Iterator, Sequence
 from dataclasses import Field, fields
-from difflib import get_close_matches
-from typing import Any, NoReturn, get_args, get_origin
+from typing import Any, get_args, get_origin
 
 ALIASES = {"dtype": ["--torch-dtype"]}
 """Flags that diffusers' users know by another name than ours."""
 METAVARS = {int: "N", float: "X", str: "TEXT"}
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse's, but a flag that a command lacks is told by this command, with its own usage and the nearest flag."""
-
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
-        parsed, unknown = super().parse_known_args(args, namespace)
-        return self._refuse(unknown) if unknown else (parsed, unknown)
-
-    def _refuse(self, unknown: Sequence[str]) -> NoReturn:
-        known = [name for action in self._actions for name in action.option_strings]
-        advice = []
-        for word in unknown:
-            flag = word.partition("=")[0]
-            nearest = get_close_matches(flag.replace("_", "-"), known, 1) if flag.startswith("-") else []
-            advice.append(f"{flag} (did you mean {nearest[0]}?)" if nearest else word)
-        self.error(f"unrecognized arguments: {' '.join(advice)}")
 
 
 def flagged(group: Any, names: Sequence[str] | None = None) -> Iterator[Field[Any]]:

@@ -154,13 +154,13 @@ class Target:
         Raises:
             FileExistsError: the one file that was asked for is another image.
         """
-        one = is_file_name(self.out)
-        files = [self.out] if one else numbered(self.out, stem_of(made["prompt"], made["seed"]), self.kind)
+        is_file = is_file_name(self.out)
+        files = [self.out] if is_file else numbered(self.out, stem_of(made["prompt"], made["seed"]), self.kind)
         for path in files:
             if path not in self.taken and path.exists() and _says(path, made):
                 self.taken.add(path)
                 return path
-        if one and self.out.exists():
+        if is_file and self.out.exists():
             raise FileExistsError(f"--out {self.out} is there, and made otherwise: remove it, or choose another name.")
         return None
 

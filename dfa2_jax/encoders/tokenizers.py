@@ -134,13 +134,16 @@ def field(fields: Mapping[str, Any], name: str) -> Any:
 
 
 def special_token(fields: Mapping[str, Any], name: str) -> str:
-    return str(field(fields, name))
+    value = field(fields, name)
+    if not isinstance(value, str | AddedToken):
+        raise ValueError(f"tokenizer_config.json: {name}={value!r:.100} is not a token")
+    return str(value)
 
 
 def length_limit(fields: Mapping[str, Any]) -> int:
     """Where nobody gave it, transformers writes 1e30."""
     value = field(fields, "model_max_length")
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 1 <= value < math.inf:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 1 <= value < math.inf or value % 1:
         raise ValueError(f"tokenizer_config.json: model_max_length={value!r:.100} is not a number of tokens")
     return int(value)
 
@@ -201,8 +204,8 @@ def missing_files(folder: Path) -> str:
             f"sentencepiece are installed: transformers.T5TokenizerFast.from_pretrained({str(folder)!r})"
             f".save_pretrained({str(folder)!r})"
         )
-    found = sorted(path.name for path in folder.iterdir())
-    return f"{folder} has neither tokenizer.json nor vocab.json with merges.txt; it has {found}"
+    names = sorted(path.name for path in folder.iterdir())
+    return f"{folder} has neither tokenizer.json nor vocab.json with merges.txt; it has {names}"
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:

@@ -31,6 +31,20 @@ class Embeddings:
     pooled: Float[np.ndarray, "B P"] | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class Texts:
+    """Prompts, as the text encoders of a family are asked for them.
+
+    prompts: a list for each encoder.
+    length: tokens, of the encoders whose length a call may choose.
+    clip_skip: last layers of CLIP to leave out. A family without CLIP does not read this field.
+    """
+
+    prompts: list[list[str]]
+    length: int
+    clip_skip: int = 0
+
+
 @dataclass(frozen=True)
 class Defaults:
     """What a call takes where it says nothing."""
@@ -149,7 +163,7 @@ class Family(Protocol):
         """The scale of a doubled batch, or None for one forward per image."""
         ...
 
-    def encode(self, encode: Encode, prompts: list[list[str]], length: int, clip_skip: int) -> Embeddings: ...
+    def encode(self, encode: Encode, texts: Texts) -> Embeddings: ...
 
     def conditions(self, text: Embeddings, grid: Grid, guidance_scale: float, dtype: DTypeLike) -> Conditions:
         """Args: `dtype`: that scalars are rounded to, as torch does."""

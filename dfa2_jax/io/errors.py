@@ -49,11 +49,11 @@ def blame(culprit: str) -> Iterator[None]:
 def raise_faults(headline: str, faults: Mapping[str, Sequence[str]], shown: int = 8) -> None:
     """One error for all faults, `shown` of each kind; nothing where there are none."""
     lines = []
-    for kind, found in faults.items():
-        if found:
-            more = [f"... and {len(found) - shown} more"] if len(found) > shown else []
-            prefix = f"{len(found)} {kind}: " if kind else ""
-            lines.append(prefix + "; ".join([*(f"{fault:.300}" for fault in found[:shown]), *more]))
+    for kind, messages in faults.items():
+        if messages:
+            more = [f"... and {len(messages) - shown} more"] if len(messages) > shown else []
+            prefix = f"{len(messages)} {kind}: " if kind else ""
+            lines.append(prefix + "; ".join([*(f"{fault:.300}" for fault in messages[:shown]), *more]))
     if lines:
         raise CheckpointError(f"{headline}.\n" + "\n".join(lines))
 
@@ -83,11 +83,11 @@ def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
     """A JSON object from a file, refusing what a damaged or hostile file can hold; a byte order mark is passed over."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) != len(pairs):
+        fields = dict(pairs)
+        if len(fields) != len(pairs):
             names = [name for name, _ in pairs]
             raise ValueError(f"duplicate key {max(names, key=names.count)!r:.200}")
-        return found
+        return fields
 
     check_file(path)
     try:
@@ -133,8 +133,8 @@ def of_type(value: Any, kind: Any) -> bool:
     """Whether a value from JSON is of the type of a field: numbers are finite, and no number is a bool."""
     if args := get_args(kind):
         if get_origin(kind) is tuple:
-            return isinstance(value, tuple) and all(of_type(one, args[0]) for one in value)
-        return any(of_type(value, one) for one in args)
+            return isinstance(value, tuple) and all(of_type(item, args[0]) for item in value)
+        return any(of_type(value, kind) for kind in args)
     if kind in (int, float):
         return type(value) in (int, kind) and math.isfinite(value)
     return isinstance(value, kind)

@@ -51,9 +51,23 @@ def find_cached(repository: str) -> Path:
         raise CheckpointError(
             f"There is no folder {repository} here, and the cache {constants.HF_HUB_CACHE} holds no such model. {fetch}"
         ) from error
-    if not (folder / "model_index.json").is_file():
+    is_converted = (folder / "config.json").is_file() and (folder / "weights").is_dir()
+    if not is_converted and not (folder / "model_index.json").is_file():
         raise CheckpointError(f"{repository} is in the cache, {folder}, without its model_index.json. {fetch}")
     return folder
+
+
+def links_end_in(folder: Path) -> Path:
+    """The folder that links of a model's files may lead into: the model's own, all links of it followed.
+
+    In the hub's cache it is the repository's: the files of a snapshot are links to blobs beside `snapshots`.
+    """
+    real = folder.resolve()
+    for snapshot in (real, *real.parents):
+        repository = snapshot.parent.parent
+        if snapshot.parent.name == "snapshots" and CACHED.fullmatch(repository.name):
+            return repository
+    return real
 
 
 def model_name(folder: Path) -> str:

@@ -161,7 +161,7 @@ class Call:
         pipeline, output_type = self.pipeline, self.request.output_type
         if output_type == "latent":
             return pipeline.family.output_latents(tokens, self.grid)
-        images = pipeline.decode(pipeline.family.tokens.unpack(tokens, self.grid)[:, :, 0])
+        (images,) = pipeline.decode(pipeline.family.tokens.unpack(tokens, self.grid)).swapaxes(0, 1)  # of one frame
         if output_type == "np":
             return images
         return [Image.fromarray(pixels) for pixels in (np.nan_to_num(images) * 255).round().astype(np.uint8)]

@@ -5,8 +5,10 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float
 
-from dfa2_jax.families.base import Embeddings, Family
+from dfa2_jax.encoders.specs import CLIP, CLIP_PROJECTED
+from dfa2_jax.families.base import Embeddings, Family, Texts
 from dfa2_jax.families.registry import FAMILIES
 from dfa2_jax.options import suggests_names
 from dfa2_jax.pipeline.components import Component, Networks
@@ -76,23 +78,30 @@ class Loaded:
             ValueError: the folder lacks an encoder that this model cannot do without.
         """
         length = max_sequence_length or self.family.defaults.max_sequence_length
-        has_clip = "text_encoder" in self.networks
-        depth = self.networks.config("text_encoder").num_hidden_layers if has_clip else clip_skip + 1
-        if not 0 <= clip_skip < depth:
+        if clip_skip:
+            self._check_clip_skip(clip_skip)
+        return self.family.encode(self.networks.encode, Texts(prompts=texts, length=length, clip_skip=clip_skip))
+
+    def _check_clip_skip(self, clip_skip: int) -> None:
+        """Raises ValueError where a CLIP of the folder has no so many layers to leave out, or the model has no CLIP."""
+        clips = [name for name, spec in self.family.components.items() if spec in (CLIP, CLIP_PROJECTED)]
+        if not clips:
+            raise ValueError(f"{clip_skip=}, but a {self.pipeline_class} has no CLIP encoder.")
+        depths = [self.networks.config(name).num_hidden_layers for name in clips if name in self.networks]
+        if depths and not 0 <= clip_skip < (depth := min(depths)):
             raise ValueError(f"{clip_skip=} must be from 0 to {depth - 1}: the CLIP encoder has {depth} layers.")
 
-        return self.family.encode(self.networks.encode, texts, length, clip_skip)
+    def decode(self, latents: Float[np.ndarray, "B C F h w"]) -> Float[np.ndarray, "B F H W 3"]:
+        """Frames, in [0, 1], of latents as the sampler leaves them. A picture is one frame.
 
-    def decode(self, latents: np.ndarray) -> np.ndarray:
-        """Images, float32 [B, H, W, 3] in [0, 1], of latents [B, C, h, w] as the sampler leaves them.
-
-        One image at a time: another batch size compiles nothing, and activations stay those of one image.
+        One frame at a time: another batch size compiles nothing, and activations stay those of one frame.
         """
         self.check_vae()
-        vae = self.networks["vae"]
-        nhwc = np.asarray(latents, np.float32).transpose(0, 2, 3, 1)
-        decoded = [np.asarray(vae(image[None], method="decode"), np.float32) for image in nhwc]
-        return np.clip(np.concatenate(decoded) / 2 + 0.5, 0, 1)
+        vae, (batch, _, frames, *_) = self.networks["vae"], latents.shape
+        nfhwc = np.asarray(latents, np.float32).transpose(0, 2, 3, 4, 1)
+        each = nfhwc.reshape(-1, 1, *nfhwc.shape[2:])
+        decoded = np.stack([np.asarray(vae(frame, method="decode"), np.float32)[0] for frame in each])
+        return np.clip(decoded / 2 + 0.5, 0, 1).reshape(batch, frames, *decoded.shape[1:])
 
     def given_tokens(self, latents: Any, request: Request, grid: Grid) -> np.ndarray:
         """Patchified latents [B, V, P] of latents as diffusers takes them."""

@@ -51,8 +51,8 @@ class Output:
         """Write images that say how to make them again (`dfa2 again`), each whole or not at all.
 
         Args:
-            path: a file for one image, by its suffix PNG, JPEG or WebP; or a folder, where files are named after prompt
-                and seed, never over another.
+            path: a file for one image, by its suffix PNG, JPEG or WebP, or a folder. Files in a folder are named after
+                prompt and seed, and replace no other file.
             format: "png", "jpeg" or "webp", in a folder; None: "png".
             numbers: of the images to write; None: all.
 
@@ -131,7 +131,7 @@ def density(call: Call) -> float | None:
 
 def metadata(pipeline: Loaded, options: Options, request: Request) -> dict[str, Any]:
     """Of a call: options as resolved; arrays only by their shape, code only by its name."""
-    values = {one.name: getattr(options, one.name) for one in fields(options)}
+    values = {argument.name: getattr(options, argument.name) for argument in fields(options)}
     given = {
         name: f"array{list(np.shape(value))}" if name.endswith(("embeds", "latents")) else plain(value)
         for name, value in values.items()
@@ -199,7 +199,7 @@ def options_again(made: Mapping[str, Any], plan: Plan | None) -> Options:
     Raises:
         ValueError: the metadata lacks an argument: an array, or the caller's own code.
     """
-    known = {one.name for one in fields(Options)} - {"plan"}
+    known = {argument.name for argument in fields(Options)} - {"plan"}
     arguments = {name: value for name, value in {**made, **made.get("batch", {})}.items() if name in known}
     for name, value in arguments.items():
         if name in CODE or name.endswith(("embeds", "latents")):

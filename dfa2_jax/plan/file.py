@@ -67,11 +67,11 @@ class PlanFile(Record):
                     f"steps[{i}]: layers are not those of setting.layers in their order: {list(step)!s:.200}."
                 )
             for j, (name, heads) in enumerate(step.items()):
-                place = f"steps[{i}].{name}"
+                field = f"steps[{i}].{name}"
                 if len(heads) != setting.num_heads:
-                    raise PlanError(f"{place} has {len(heads)} heads, but setting.num_heads is {setting.num_heads}.")
+                    raise PlanError(f"{field} has {len(heads)} heads, but setting.num_heads is {setting.num_heads}.")
                 if unknown := {*heads} - {*numbers}:
-                    raise PlanError(f"{place} has {sorted(unknown)}, which methods {list(numbers)} do not explain.")
+                    raise PlanError(f"{field} has {sorted(unknown)}, which methods {list(numbers)} do not explain.")
                 choices[i, j] = [numbers[letter] for letter in heads]
         return choices
 

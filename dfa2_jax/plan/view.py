@@ -51,8 +51,9 @@ def density_table(plan: Plan) -> np.ndarray:
 
 
 def draw(plan: Plan, path: Path) -> None:
-    """A PNG: the method of every head, steps from left to right, layers from top to bottom, heads side by side within;
-    and the kept share of each step and layer.
+    """A PNG of the method of every head, and of the kept share of each step and layer.
+
+    Steps go from left to right, layers from top to bottom, and the heads of a layer lie side by side.
 
     Raises:
         MissingExtra: matplotlib is not installed.

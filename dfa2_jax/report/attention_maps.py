@@ -58,14 +58,14 @@ def masses(q: Heads, k: Heads, half_windows: tuple[int, ...], layout: Layout) ->
         padded = jnp.pad(queries, ((0, 0), (0, chunks * rows - visual), (0, 0)))
 
         def add(total: Array, chunk: tuple[Array, Array]) -> tuple[Array, None]:
-            part, place = chunk
+            part, positions = chunk
             scores = jnp.einsum("BTH,BSH->BTS", part, keys_of_head, precision="highest") * part.shape[-1] ** -0.5
             weights = jax.nn.softmax(scores, axis=-1)
-            distance = jnp.abs(place[:, None] - keys[None, :])
+            distance = jnp.abs(positions[:, None] - keys[None, :])
             on_visual = weights[:, :, layout.visual]
-            found = [weights[:, :, layout.text].sum(-1)]
-            found += [jnp.where((distance <= window)[None], on_visual, 0).sum(-1) for window in half_windows]
-            return total + jnp.where((place < visual)[None, None], jnp.stack(found), 0).sum((1, 2)), None
+            kept = [weights[:, :, layout.text].sum(-1)]
+            kept += [jnp.where((distance <= window)[None], on_visual, 0).sum(-1) for window in half_windows]
+            return total + jnp.where((positions < visual)[None, None], jnp.stack(kept), 0).sum((1, 2)), None
 
         parts = jnp.moveaxis(padded.reshape(batch, chunks, rows, -1), 1, 0)
         total, _ = jax.lax.scan(add, jnp.zeros(1 + len(half_windows)), (parts, places))

@@ -56,7 +56,7 @@ def multiplications(jaxpr: Any) -> int:
             total += equation.outvars[0].aval.size * math.prod(shape[axis] for axis in contracted)
         times = equation.params["length"] if equation.primitive.name == "scan" else 1
         inner = jax.tree.leaves([*equation.params.values()], is_leaf=lambda x: hasattr(x, "eqns"))
-        total += times * sum(multiplications(one) for one in inner if hasattr(one, "eqns"))
+        total += times * sum(multiplications(jaxpr) for jaxpr in inner if hasattr(jaxpr, "eqns"))
     return total
 
 

@@ -57,8 +57,8 @@ def lpips(weights: Path) -> Callable[[Image, Image], float]:
         )
     package, torch, safetensors = (need(name, "lpips", "quality") for name in ("lpips", "torch", "safetensors.torch"))
     try:
-        found = safetensors.load_file(weights)
-        net = "alex" if found["net.slice1.0.weight"].shape[-1] == 11 else "vgg"
+        tensors = safetensors.load_file(weights)
+        net = "alex" if tensors["net.slice1.0.weight"].shape[-1] == 11 else "vgg"
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # lpips 0.1.4 builds torchvision's networks as one did before 0.13
             model = package.LPIPS(net=net, pretrained=False, pnet_rand=True, verbose=False).eval()

@@ -128,16 +128,17 @@ def _table(content: Mapping[str, Any]) -> str:
     return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
 
 
-def _statistics(metric: str, found: Mapping[str, Any] | None) -> str:
-    if found is None:
+def _statistics(metric: str, statistics: Mapping[str, Any] | None) -> str:
+    if statistics is None:
         return ""
-    mean, worst, *ends = (_number(metric, x) for x in (found["mean"], found["worst"], *(found["interval"] or ())))
+    numbers = statistics["mean"], statistics["worst"], *(statistics["interval"] or ())
+    mean, worst, *ends = (_number(metric, number) for number in numbers)
     return f"{mean}<br><small>{' to '.join(ends) or 'no interval'}<br>worst {worst}</small>"
 
 
 def _notes(content: Mapping[str, Any]) -> str:
-    one = len(content["prompts"]) < 2
-    interval = "One prompt: an interval of the mean is not defined." if one else (
+    is_single = len(content["prompts"]) < 2
+    interval = "One prompt: an interval of the mean is not defined." if is_single else (
         "Below each mean: its 95 % interval (percentile bootstrap over prompts), and the worst image."
     )  # fmt: skip
     return (
@@ -157,11 +158,14 @@ def _distances(plan: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> st
         )
 
     lines = []
-    for one in plan["distances"]:
+    for distance in plan["distances"]:
         verdict = (
-            "within this noise: no mean is worse than its worst image" if one["within"] else "outside of this noise"
+            "within this noise: no mean is worse than its worst image"
+            if distance["within"]
+            else "outside of this noise"
         )
-        lines.append(f"<li>{escape(one['floor'])}: <strong>{verdict}</strong>. {gaps(one['floor'])}.</li>")
+        floor = distance["floor"]
+        lines.append(f"<li>{escape(floor)}: <strong>{verdict}</strong>. {gaps(floor)}.</li>")
     lines += [f"<li>another seed, for scale. {gaps(row['name'])}.</li>" for row in rows if row["kind"] == "ceiling"]
     return f"<h3>{_text(plan['name'])}</h3><ul>{''.join(lines)}</ul>"
 

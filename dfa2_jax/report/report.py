@@ -83,7 +83,7 @@ class Sampler:
         return {"mosaic": "cudnn", "cudnn": "blockwise"}.get(best, "reference")
 
 
-class Study:
+class ReportTable:
     """The lines of a report, and the sampling that fills them: in the plans' dtype first, in the other one after it.
 
     exact: the dense images by batch, kept for the other dtype: 13 MB each at 1024 px.
@@ -217,16 +217,16 @@ def quality_report(
     _check_plans(plans, first.setting)
     facts = _facts(sampler, folder, first) | {"negative_prompt": negative_prompt}
 
-    study = Study(plans, judges, batches, sampler.pipeline.dtype.name, quick)
-    with tqdm(total=len(batches) * len(study.lines), desc="report", disable=not progress) as bar:
-        study.own(sampler, bar)
+    table = ReportTable(plans, judges, batches, sampler.pipeline.dtype.name, quick)
+    with tqdm(total=len(batches) * len(table.lines), desc="report", disable=not progress) as bar:
+        table.own(sampler, bar)
         masses = None if quick else watch(first, windows_of([*plans.values()]), progress=progress)
         del sampler, first  # two sets of weights need not fit
         if not quick:
-            with fitting(study.rounded, study.reordered[study.other_dtype]):
-                pipeline = Pipeline.from_pretrained(folder, dtype=study.other_dtype)
-                study.other(Sampler(pipeline, arguments, batch), bar)
-    return Report(tuple(study.lines), tuple(prompts), tuple(seeds), limits, masses, facts)
+            with fitting(table.rounded, table.reordered[table.other_dtype]):
+                pipeline = Pipeline.from_pretrained(folder, dtype=table.other_dtype)
+                table.other(Sampler(pipeline, arguments, batch), bar)
+    return Report(tuple(table.lines), tuple(prompts), tuple(seeds), limits, masses, facts)
 
 
 def _check(

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from dfa2_jax.io.errors import CheckpointError
+from dfa2_jax.io.hub import links_end_in
 
 THREADS = min(8, os.cpu_count() or 1)
 """A core takes the sha256 of 1.5 GB/s (docs/performance-rest.md): eight are faster than a disk."""
@@ -21,7 +22,7 @@ class Chunk:
 
     array: its name, with the component's.
     sha256: hexadecimal, of the file.
-    root: the converted folder, which the file must not lie outside of.
+    root: the converted folder. The file must lie in it, or in the repository of the hub's cache that it is of.
     """
 
     array: str
@@ -46,7 +47,7 @@ class Chunk:
         """
         try:
             real = self.path.resolve(strict=True)
-            if not real.is_relative_to(self.root.resolve()):
+            if not real.is_relative_to(links_end_in(self.root)):
                 raise CheckpointError(f"{self} is a link out of the folder, to {real}: convert again.")
             if (size := real.stat().st_size) != self.nbytes:
                 raise CheckpointError(f"{self} cannot be read: it has {size} bytes, not {self.nbytes}. Convert again.")

@@ -24,7 +24,10 @@ SLAB_BYTES = 2**22
 
 @dataclass(frozen=True)
 class Block:
-    """Rows `start` to `start + len(read())` of a parameter's leading axis. `source` names where they come from."""
+    """Rows of a parameter's leading axis, `start` to `start + len(read())`: no block of a transformer.
+
+    source: names where the rows come from.
+    """
 
     source: str
     start: int
@@ -75,7 +78,7 @@ def slabs(block: Block, dtype: np.dtype) -> Iterator[tuple[tuple[slice, ...], np
     """The block as contiguous arrays of `dtype`, in order, each with its place in the parameter.
 
     Slabs are small because malloc keeps what is freed below its threshold (32 MB at most), in a heap per thread. A
-    jax.Array on CPU turns a strided view at 1.5 GB/s a core, five times as fast as NumPy and as XLA's own transpose;
+    jax.Array on CPU turns a strided view at 1.5 GB/s a core: five times as fast as NumPy and as XLA's own transpose.
     NumPy casts as fast as XLA does, and compiles nothing.
     """
     rows = block.read()
@@ -103,7 +106,7 @@ def on_host(leaf: Leaf, dtype: np.dtype) -> np.ndarray:
 
 
 @partial(jax.jit, donate_argnums=0, static_argnames="axes")
-def place(
+def write_rows(
     target: jax.Array, rows: jax.Array, start: jax.Array, *, axes: tuple[int, ...]
 ) -> tuple[jax.Array, jax.Array]:
     """`target` with `rows.transpose(axes)` from `start` on, in place; and whether they are finite."""
@@ -118,8 +121,8 @@ def on_accelerator(leaf: Leaf, dtype: np.dtype) -> jax.Array:
         rows = block.read()
         order = np.argsort([-stride for stride in rows.strides], kind="stable").tolist()
         axes = tuple(np.argsort(order).tolist())
-        array, finite = place(array, jax.device_put(rows.transpose(order)), np.int32(block.start), axes=axes)
-        if not finite:  # this waits for the block, else blocks pile up in memory faster than they are placed
+        array, finite = write_rows(array, jax.device_put(rows.transpose(order)), np.int32(block.start), axes=axes)
+        if not finite:  # this waits for the block, else blocks pile up in memory faster than they are written
             raise not_finite_error(block, dtype)
     return array
 
@@ -127,8 +130,8 @@ def on_accelerator(leaf: Leaf, dtype: np.dtype) -> jax.Array:
 def load_leaf(leaf: Leaf, dtype: np.dtype, *, on_device: bool) -> jax.Array | np.ndarray:
     """The parameter as one array.
 
-    That it is finite is seen slab by slab on the host, for 0.08 s a gigabyte and core (10 to 20 % of loading from the
-    page cache), and in the program that places a block on an accelerator.
+    The host looks for values that are not finite slab by slab. This takes 0.08 s a gigabyte and core: 10 to 20 % of
+    loading from the page cache. On an accelerator, the program that places a block looks for them.
 
     Raises:
         CheckpointError: a value is not finite in `dtype`.

@@ -1,9 +1,10 @@
 """Safetensors files as zero-copy NumPy views of a memory map, every byte of the header checked first.
 
 Headers and indexes are scanned as bytes, with no general JSON parser: nesting, number size and memory are bounded by
-the grammar, and nothing is allocated from what a file merely claims: what is kept is a record of 500 bytes for each
-tensor. Rules follow the reference implementation (a header of at most 100 MB; tensors that cover the buffer in order,
-without gaps or overlaps), stricter where that allows unknown fields, and names outside of ASCII or with escapes.
+the grammar. Nothing is allocated from what a file merely claims: what is kept is a record of 500 bytes for each tensor.
+
+Rules follow the reference implementation: a header of at most 100 MB, and tensors that cover the buffer in order,
+without gaps or overlaps. Unknown fields, and names outside of ASCII or with escapes, are refused here.
 """
 
 import codecs
@@ -107,15 +108,15 @@ class Scanner:
         self.data, self.at, self.end = data, begin, end
 
     def fail(self, wanted: str) -> ValueError:
-        found = bytes(self.data[self.at : min(self.at + 20, self.end)])
-        return ValueError(f"expected {wanted} at byte {self.at}, found {found!r}")
+        there = bytes(self.data[self.at : min(self.at + 20, self.end)])
+        return ValueError(f"expected {wanted} at byte {self.at}, found {there!r}")
 
     def match(self, pattern: re.Pattern[bytes], wanted: str) -> re.Match[bytes]:
-        found = pattern.match(self.data, self.at, self.end)
-        if found is None:
+        match = pattern.match(self.data, self.at, self.end)
+        if match is None:
             raise self.fail(wanted)
-        self.at = found.end()
-        return found
+        self.at = match.end()
+        return match
 
     def skip(self) -> None:
         self.match(SPACE, "space, or nothing")
@@ -292,13 +293,13 @@ def find_weights(folder: Path, library: Library) -> Path:
     except OSError as error:
         raise CheckpointError(f"{folder} cannot be listed: {error.strerror or error}.") from error
     stem, preferred = WEIGHT_FILES[library]
-    found = [(variant, name) for name in names if (variant := variant_of(name, stem)) is not None]
-    if not found:
+    weights = [(variant, name) for name in names if (variant := variant_of(name, stem)) is not None]
+    if not weights:
         pickled = [name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt"))]
         hint = f" It has {pickled}: pickle is never read; save with safe_serialization=True." if pickled else ""
         raise CheckpointError(f"{folder} has no safetensors weights ({stem}.safetensors or its index).{hint}")
-    found.sort(key=lambda item: (item[0] != "", item[0] != "fp16", item[0], not item[1].endswith(preferred)))
-    (variant, chosen), others = found[0], found[1:]
+    weights.sort(key=lambda item: (item[0] != "", item[0] != "fp16", item[0], not item[1].endswith(preferred)))
+    (variant, chosen), others = weights[0], weights[1:]
     if rest := [name for other, name in others if other == variant]:
         logger.warning("%s has %s and %s: %s reads %s, and so it is read", folder, chosen, rest[0], library, chosen)
     return folder / chosen

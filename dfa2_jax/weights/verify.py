@@ -55,8 +55,8 @@ def _verify_converted(folder: Path, progress: Callable[[int, int], None] | None)
     sizes = {}
     for component, arrays in contents.arrays.items():
         for name, array in arrays.items():
-            place = array_folder(folder, component, name)
-            checks[place], sizes[place] = (lambda place=place, array=array: check_zarr(place, array)), 0
+            path = array_folder(folder, component, name)
+            checks[path], sizes[path] = (lambda path=path, array=array: check_zarr(path, array)), 0
             for chunk in array.chunks(folder, component, name):
                 checks[chunk.path], sizes[chunk.path] = chunk.check, chunk.nbytes
     faults = {"": _run(checks, sizes, progress)} | contents.changed_files(folder)

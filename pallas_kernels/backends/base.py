@@ -130,6 +130,15 @@ class Backend(Protocol):
 
 
 @runtime_checkable
+class HasMerit(Backend, Protocol):
+    """A backend that is the default in some places only. One without this method is it wherever it lacks nothing."""
+
+    def merit(self, problem: Problem[Any], device: Device) -> str | None:
+        """Why it is the best choice here if it lacks nothing. None: the next of `devices.PREFERENCE` is faster."""
+        ...
+
+
+@runtime_checkable
 class ComputesArrows(Backend, Protocol):
     def arrow(self, problem: Problem[Array], *, interpret: bool) -> Float[Array, "*L B T N H"]:
         """Arrow attention. The result is like the cache, with the entry of `layer` replaced where there is one."""

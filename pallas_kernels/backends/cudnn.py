@@ -21,5 +21,8 @@ class Cudnn:
             return f"cuDNN's fused attention needs a head_dim of at most 128, by 8s, not {problem.head_dim}"
         return None
 
+    def merit(self, problem: Problem[Any], device: Device) -> str | None:
+        return "cuDNN's fused attention, for 16-bit inputs on NVIDIA GPUs; it has gradients"
+
     def dense(self, problem: Problem[Array], *, interpret: bool) -> Float[Array, "B T N H"]:
         return jax.nn.dot_product_attention(problem.q, problem.k, problem.v, implementation="cudnn")

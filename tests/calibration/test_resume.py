@@ -52,7 +52,10 @@ def test_changed_progress_is_refused(case, path):
 
 @pytest.mark.parametrize(
     "change",
-    [{"picks": [[[5]]]}, {"spent": []}, {"picks": None}, {"picks": [[[3] * 4] * 3]}, {"spent": [["x"] * 3]}],
+    [
+        *({"picks": [[[5]]]}, {"spent": []}, {"picks": None}, {"picks": [[[3] * 4] * 3]}, {"spent": [["x"] * 3]}),
+        *({"picks": [[[pick] * 4] * 3]} for pick in (1.5, "1", True)),  # NumPy would make 1 of each
+    ],
     ids=str,
 )
 def test_progress_of_another_shape_is_refused_even_signed(change, path):

@@ -11,7 +11,7 @@ from importlib.metadata import version
 import pytest
 
 import dfa2_jax
-from dfa2_jax import Pipeline, calibrate, cli, convert_checkpoint, options, quality_report
+from dfa2_jax import Pipeline, calibrate, cli, conversion, convert_checkpoint, options, quality_report
 from dfa2_jax.commands import flags
 
 
@@ -139,27 +139,40 @@ def test_a_flag_with_a_name_of_ours_takes_diffusers_too():
         parse(["calibrate", "folder", "--prompts", "p", "--out", "d", "--cache"])  # the other side of --no-cache
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ([*SAMPLE, "--heigth", "3"], "dfa2 sample: error: unrecognized arguments: --heigth (did you mean --height?) 3"),
-        ([*SAMPLE, "--num_inference_steps=3"], "(did you mean --num-inference-steps?)"),
-        (
-            ["plan", "show", "p", "--pgn=a"],
-            "dfa2 plan show: error: unrecognized arguments: --pgn (did you mean --png?)",
-        ),
-        (["--verison", "doctor"], "dfa2: error: unrecognized arguments: --verison (did you mean --version?)"),
-        (["doctor", "--zzz"], "dfa2 doctor: error: unrecognized arguments: --zzz\n"),
-    ],
-)
-def test_an_unknown_flag_is_told_the_nearest_and_the_usage_of_its_command(arguments, message, capsys):
+REFUSED = [
+    ([*SAMPLE, "--heigth", "3"], "dfa2 sample", "unrecognized arguments: --heigth (did you mean --height?)"),
+    ([*SAMPLE, "--heig", "3"], "dfa2 sample", "unrecognized arguments: --heig (did you mean --height?)"),
+    (["sample", "a", "--ou", "d"], "dfa2 sample", "unrecognized arguments: --ou (did you mean --out?)"),
+    ([*SAMPLE, "--num=3"], "dfa2 sample", "(did you mean --num-inference-steps or --num-images-per-prompt?)"),
+    ([*SAMPLE, "--num_inference_steps=3"], "dfa2 sample", "(did you mean --num-inference-steps?)"),
+    (["plan", "show", "p", "--pgn=a"], "dfa2 plan show", "unrecognized arguments: --pgn (did you mean --png?)"),
+    (["--verison", "doctor"], "dfa2", "unrecognized arguments: --verison (did you mean --version?)"),
+    (["doctor", "--zzz"], "dfa2 doctor", "unrecognized arguments: --zzz\n"),
+    (["doctor", "zzz"], "dfa2 doctor", "unrecognized arguments: zzz\n"),
+    (["sampel"], "dfa2 sample", "dfa2: error: no command 'sampel': did you mean sample?"),
+    (["plan", "sing"], "dfa2 plan sign", "dfa2 plan: error: no command 'sing': did you mean sign?"),
+    (["plan", "zzz"], "dfa2 plan", "dfa2 plan: error: no command 'zzz': there are show, sign"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "usage", "message"), REFUSED, ids=[" ".join(case[0][-2:]) for case in REFUSED])
+def test_an_unknown_word_is_told_the_nearest_and_the_usage_of_its_command(arguments, usage, message, capsys):
     with pytest.raises(SystemExit) as end:
         cli.main(arguments)
     told = capsys.readouterr().err
     assert end.value.code == 2 and message in told
-    assert told.startswith(
-        f"usage: {message.partition(':')[0]}" if message.startswith("dfa2") else "usage: dfa2 sample"
-    )
+    assert told.startswith(f"usage: {usage} [-h]")
+
+
+def test_a_prompt_may_look_like_a_flag():
+    args = cli._parser().parse_args([*SAMPLE, "--prompt", "--a minus", "--prompt=--b"])
+    assert args.prompt == ["a", "--a minus", "--b"]
+
+
+def test_convert_takes_no_abbreviation(capsys):
+    with pytest.raises(SystemExit):
+        conversion.main(["a", "b", "--dt", "float16"])
+    assert "unrecognized arguments: --dt (did you mean --dtype?)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -131,3 +131,8 @@ def test_a_class_that_is_no_family_is_refused():
     with pytest.raises(TypeError, match=r"Half lacks \['cfg_scale', 'check', .* of families.base.Family"):
         registry.register(type("Half", (), {"pipeline_class": "HalfPipeline"}))
     assert "HalfPipeline" not in registry.FAMILIES
+
+
+def test_a_family_without_clip_refuses_clip_skip(folder):
+    with pytest.raises(ValueError, match="clip_skip=1, but a ToyPipeline has no CLIP encoder"):
+        Pipeline.from_pretrained(folder).encode_prompt([["a"]], clip_skip=1)

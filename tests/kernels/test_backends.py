@@ -12,7 +12,7 @@ from attention_cases import draw
 from pallas_kernels import CACHED, Layout, arrow_attention, arrow_implementation, nested_arrow_attention, register
 from pallas_kernels.backends import base, registry
 from pallas_kernels.backends.reference import attention
-from pallas_kernels.devices import PREFERENCE
+from pallas_kernels.devices import PREFERENCE, choose
 
 LAYOUT = Layout(3, 17, text_first=True)
 COMPUTES = {"arrow": base.ComputesArrows, "nested": base.ComputesNested, "dense": base.ComputesDense}
@@ -123,3 +123,26 @@ def test_a_backend_that_cannot_be_imported_is_passed_over(monkeypatch):
     q = draw((1, LAYOUT.length, 1, 64))
     with pytest.raises(ImportError, match="backends.gone"):
         arrow_attention(q, q, q, jnp.ones(1, jnp.int32), layout=LAYOUT, implementation="mosaic")
+
+
+class Everywhere(Toy):
+    """Lacks nothing, and is the fastest on GPUs of one generation."""
+
+    def lacks(self, problem, device):
+        return None
+
+    def merit(self, problem, device):
+        return "for Ampere" if device.generation == "ampere" else None
+
+
+@pytest.mark.parametrize(("gpu", "chosen"), [("NVIDIA A100-SXM4-80GB", "mine"), ("NVIDIA H200", "blockwise")])
+def test_a_backend_says_itself_where_it_is_the_default(gpu, chosen, toy, monkeypatch):
+    register("mine", Everywhere())
+    monkeypatch.setitem(PREFERENCE, "arrow", ("mine", "blockwise"))
+    token = jax.ShapeDtypeStruct((1, 1, 1, 64), jnp.bfloat16)
+    problem = base.Problem(operation="arrow", q=token, k=token, v=token, layout=Layout(0, 1, True))
+    why = {"mine": "for Ampere", "blockwise": "'mine' is slower here"}
+    assert choose(problem, base.Device(name=gpu)) == (chosen, why[chosen])
+    register("mine", Toy())  # one that declares nothing is the default wherever it lacks nothing
+    missing = choose(problem, base.Device(name=gpu))
+    assert missing == ("blockwise", "a toy has no bfloat16")

@@ -7,7 +7,7 @@ import shutil
 import pytest
 from damage import edit_json, refuses
 
-from dfa2_jax import Pipeline
+from dfa2_jax import Pipeline, convert_checkpoint
 from dfa2_jax.families.registry import open_checkpoint
 from dfa2_jax.pipeline.components import Networks
 from dfa2_jax.weights.checkpoint import Checkpoint
@@ -48,6 +48,22 @@ def test_widths_that_differ_are_named(family, component, changes, message, tiny_
     edit_json(folder / component / "config.json", **changes)
     with refuses(folder, f"are not of one model: get the folder again.\n.*{message}"):
         Pipeline.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("component", "changes", "message"),
+    [
+        ("vae/config.json", {"latent_channels": 4}, "are not of one model: .*\n.*vae: latent_channels=4"),
+        ("text_encoder/config.json", {"vocab_size": 20}, "text_encoder has vocab_size=20: they are not of one model"),
+    ],
+)
+def test_what_does_not_fit_is_not_converted(component, changes, message, tiny_flux_dev, tmp_path):
+    """Before a byte is written: the converted folder would be found unusable only when it is loaded."""
+    folder = shutil.copytree(tiny_flux_dev, tmp_path / "model")
+    edit_json(folder / component, **changes)
+    with refuses(folder, message):
+        convert_checkpoint(folder, tmp_path / "out" / "converted")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("encoder", ["text_encoder", "text_encoder_2"])

@@ -77,10 +77,10 @@ class ToyFamily:
     def cfg_scale(self, options, guidance_scale):
         return guidance_scale if guidance_scale > 1 else None
 
-    def encode(self, encode, prompts, length, clip_skip):
-        codes = np.zeros((len(prompts[0]), length), np.int64)
-        for code, prompt in zip(codes, prompts[0], strict=True):
-            letters = prompt.encode()[:length]
+    def encode(self, encode, texts):
+        codes = np.zeros((len(texts.prompts[0]), texts.length), np.int64)
+        for code, prompt in zip(codes, texts.prompts[0], strict=True):
+            letters = prompt.encode()[: texts.length]
             code[: len(letters)] = np.frombuffer(letters, np.uint8)
         angles = codes[..., None] * np.arange(1, self.config.joint_attention_dim + 1)
         return Embeddings(np.sin(angles).astype(np.float32))

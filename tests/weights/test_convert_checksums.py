@@ -6,11 +6,13 @@ import shutil
 
 import pytest
 from convert_cases import assert_equal_weights, edit_config
+from huggingface_hub import constants
 
 from dfa2_jax.conversion import convert_checkpoint
 from dfa2_jax.families.registry import FAMILIES, open_checkpoint
 from dfa2_jax.io.digest import file_sha256
 from dfa2_jax.io.errors import CheckpointError
+from dfa2_jax.io.hub import find_model
 from dfa2_jax.weights.open import open_folder
 from dfa2_jax.weights.verify import verify_folder
 
@@ -80,6 +82,42 @@ def test_damaged_weights_are_not_loaded(case, folder):
     with pytest.raises(CheckpointError, match=r"changed since it was converted. Remove .*dfa2-convert") as caught:
         verify_folder(folder)
     assert all(message in str(caught.value) for message in messages)
+
+
+def as_snapshot(folder, repository):
+    """Laid as huggingface_hub lays a repository: files are links to blobs."""
+    snapshot = repository / "snapshots" / "c0ffee"
+    (repository / "blobs").mkdir(parents=True)
+    for number, path in enumerate(sorted(path for path in folder.rglob("*") if path.is_file())):
+        link = snapshot / path.relative_to(folder)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        path.rename(repository / "blobs" / str(number))
+        link.symlink_to(os.path.relpath(repository / "blobs" / str(number), link.parent))
+    return snapshot
+
+
+def test_a_converted_folder_in_the_cache_of_the_hub_is_read(folder, tmp_path, converted, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    snapshot = as_snapshot(folder, tmp_path / "hub" / "models--owner--model")
+    (tmp_path / "hub" / "models--owner--model" / "refs").mkdir()
+    (tmp_path / "hub" / "models--owner--model" / "refs" / "main").write_text("c0ffee")
+    assert find_model("owner/model") == snapshot
+    assert_equal_weights(open_checkpoint(snapshot), open_checkpoint(converted), "text_encoder")
+    assert verify_folder(snapshot) == []
+    link = chunk(snapshot, ARRAY)
+    other = tmp_path / "hub" / "models--owner--other"
+    other.mkdir()
+    shutil.copy(link, other / "blob")
+    link.unlink()
+    link.symlink_to(other / "blob")  # the same bytes, of another repository
+    with pytest.raises(CheckpointError, match=r"1.0.0, is a link out of the folder, to .*models--owner--other"):
+        open_checkpoint(snapshot).load("text_encoder")
+
+
+def test_links_to_blobs_are_for_the_cache_of_the_hub_alone(folder, tmp_path):
+    snapshot = as_snapshot(folder, tmp_path / "owner--model")
+    with pytest.raises(CheckpointError, match="is a link out of the folder"):
+        open_checkpoint(snapshot).load("text_encoder")
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Float
 
 from dfa2_jax.encoders.specs import CLIP, T5
-from dfa2_jax.families.base import Defaults, Embeddings, Encode, Schedule, expect_shape
+from dfa2_jax.families.base import Defaults, Embeddings, Encode, Schedule, Texts, expect_shape
 from dfa2_jax.families.flux.config import FluxConfig
 from dfa2_jax.families.flux.positions import rope_table
 from dfa2_jax.families.flux.rules import RULES
@@ -74,9 +74,9 @@ class Flux:
         is_negative = options.negative_prompt is not None or options.negative_prompt_embeds is not None
         return options.true_cfg_scale if options.true_cfg_scale > 1 and is_negative else None
 
-    def encode(self, encode: Encode, prompts: list[list[str]], length: int, clip_skip: int) -> Embeddings:
-        clip = encode("text_encoder", "tokenizer", prompts[0], None, clip_skip)
-        t5 = encode("text_encoder_2", "tokenizer_2", prompts[1], length)
+    def encode(self, encode: Encode, texts: Texts) -> Embeddings:
+        clip = encode("text_encoder", "tokenizer", texts.prompts[0], None, texts.clip_skip)
+        t5 = encode("text_encoder_2", "tokenizer_2", texts.prompts[1], texts.length)
         if clip is None or t5 is None:
             absent = "text_encoder" if clip is None else "text_encoder_2"
             raise ValueError(f"The folder has no {absent}: pass prompt_embeds and pooled_prompt_embeds.")

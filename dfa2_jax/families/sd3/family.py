@@ -9,7 +9,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from dfa2_jax.encoders.specs import CLIP_PROJECTED, T5
-from dfa2_jax.families.base import Defaults, Embeddings, Encode, Schedule, expect_shape
+from dfa2_jax.families.base import Defaults, Embeddings, Encode, Schedule, Texts, expect_shape
 from dfa2_jax.families.sd3.config import SD3Config
 from dfa2_jax.families.sd3.positions import crop_positions
 from dfa2_jax.families.sd3.rules import RULES
@@ -75,12 +75,12 @@ class SD3:
     def cfg_scale(self, options: Options, guidance_scale: float) -> float | None:
         return guidance_scale if guidance_scale > 1 else None
 
-    def encode(self, encode: Encode, prompts: list[list[str]], length: int, clip_skip: int) -> Embeddings:
+    def encode(self, encode: Encode, texts: Texts) -> Embeddings:
         """CLIP-L and bigG side by side, zero-padded to T5's width, before T5's tokens (pipeline_stable_diffusion_3)."""
         clips: list[Any] = []
         for index, suffix in enumerate(("", "_2")):
             tokens = clips[0].hidden.shape[1] if clips else None  # the first tokenizer's length holds for both
-            out = encode(f"text_encoder{suffix}", f"tokenizer{suffix}", prompts[index], tokens, clip_skip)
+            out = encode(f"text_encoder{suffix}", f"tokenizer{suffix}", texts.prompts[index], tokens, texts.clip_skip)
             if out is None:
                 raise ValueError(
                     f"The folder has no text_encoder{suffix}: pass prompt_embeds and pooled_prompt_embeds (and, with "
@@ -89,9 +89,9 @@ class SD3:
             clips.append(out)
         hidden = np.concatenate([np.asarray(clip.hidden) for clip in clips], axis=-1)
         pooled = np.concatenate([np.asarray(clip.pooled) for clip in clips], axis=-1)
-        t5 = encode("text_encoder_3", "tokenizer_3", prompts[2], length)
+        t5 = encode("text_encoder_3", "tokenizer_3", texts.prompts[2], texts.length)
         if t5 is None:  # SD3 without T5: zeros in its place
-            t5 = np.zeros((len(hidden), length, self.config.joint_attention_dim), hidden.dtype)
+            t5 = np.zeros((len(hidden), texts.length, self.config.joint_attention_dim), hidden.dtype)
         t5 = np.asarray(t5)
         padded = np.pad(hidden, ((0, 0), (0, 0), (0, t5.shape[-1] - hidden.shape[-1])))
         return Embeddings(np.concatenate([padded.astype(t5.dtype), t5], axis=1), pooled)

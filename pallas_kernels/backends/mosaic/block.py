@@ -33,8 +33,8 @@ KEYS, STAGES = 128, 2
 
 COMPUTE = {64: 3, 128: 2}
 """Warpgroups that compute, by head_dim: as many as their registers allow. At 64, two took 1.18 to 1.24 times as long
-for full and mixed heads at 2048 px (H100), and 0.96 to 1.08 times for narrow ones. At 128, barriers by which the two
-take turns at the tensor cores (FlashAttention-3's ping-pong) took 1.01 to 1.03 times as long as none."""
+for full and mixed heads at 2048 px (H100). For narrow heads, two took 0.96 to 1.08 times as long. At 128, barriers by
+which the two take turns at the tensor cores (FlashAttention-3's ping-pong) took 1.01 to 1.03 times as long as none."""
 
 INTERPRETED = 2
 """Instead, in interpret mode: there each warpgroup waits in a thread of XLA's pool, which has one for each core, or in

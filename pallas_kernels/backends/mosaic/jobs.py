@@ -72,8 +72,8 @@ SLOTS = 2
 class Queue(NamedTuple):
     """Numbers of the jobs of a block, from the warpgroup that fetches to those that compute.
 
-    A block draws a number when it has fetched all of its last job, from a counter that all blocks share: jobs differ in
-    length, and blocks with the long ones take fewer. Dealt out in turn, narrow heads took 1.05 to 1.36 times as long
+    A block draws a number when it has fetched all of its last job, from a counter that all blocks share. Jobs differ in
+    length, and blocks with long jobs take fewer. Dealt out in turn, narrow heads took 1.05 to 1.36 times as long
     (benchmarks/results/leave_out_h100.json).
     """
 

@@ -18,6 +18,9 @@ class Triton:
     def lacks(self, problem: Problem[Any], device: Device) -> str | None:
         return tiles_lack(problem, device) or device.no_gpu
 
+    def merit(self, problem: Problem[Any], device: Device) -> str | None:
+        return "one launch for full, arrow and cached heads"
+
     def arrow(self, problem: Problem[Array], *, interpret: bool) -> Float[Array, "*L B T N H"]:
         from pallas_kernels.backends.triton.arrow import arrow_attention
 

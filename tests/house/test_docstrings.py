@@ -1,0 +1,89 @@
+"""Sentences of docstrings are short, as those of pages (CONTRIBUTING.md). The source is parsed, not imported."""
+
+import ast
+import re
+from inspect import cleandoc
+from pathlib import Path
+
+import pytest
+
+import dfa2_jax
+import pallas_kernels
+
+FOLDERS = [Path(package.__file__).parent for package in (dfa2_jax, pallas_kernels)]
+FILES = sorted(path for folder in (*FOLDERS, FOLDERS[0].parent / "convert") for path in folder.rglob("*.py"))
+
+LONGEST = 25
+"""Words a sentence."""
+
+HEADING = re.compile(r"(Args|Returns|Raises|Yields|Attributes):")
+ENTRY = re.compile(r"(?:    )?[\w*.`]+(?:, [\w*.`]+)*: (?=\S)")
+"""Of a table of arguments, errors or attributes: the names, which are no words of the sentence."""
+ITEM = re.compile(r"\s*(?:- |\d+\. )")
+
+
+def docstrings(source):
+    """Line and text of every string that stands alone: docstrings, and those below constants and fields."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            yield node.lineno, cleandoc(node.value.value)
+
+
+def paragraphs(text):
+    """Texts whose sentences belong together: entries of tables and items of lists begin one, and code is left out."""
+    for part in re.split(r"\n\s*\n", text):
+        lines, in_table, found = part.split("\n"), False, [""]
+        if lines[0].startswith("    "):
+            continue  # code
+        for line in lines:
+            if HEADING.fullmatch(line):
+                in_table = True
+                continue
+            in_table = in_table and line.startswith("    ")
+            if match := ITEM.match(line) or ENTRY.match(line):
+                line, found = line[match.end() :], [*found, ""]
+            found[-1] += f" {line.strip()}"
+        yield from found
+
+
+def sentences(text):
+    """Their words and they themselves; colons and semicolons do not end a sentence."""
+    for paragraph in paragraphs(text):
+        for sentence in re.split(r"(?<=[.!?])[\"'`)]*\s+", paragraph):
+            if count := sum(re.search(r"\w", word) is not None for word in sentence.split()):
+                yield count, sentence.strip()
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(FOLDERS[0].parent).as_posix())
+def test_sentences_of_docstrings_are_short(path):
+    for line, text in docstrings(path.read_text()):
+        long = [sentence for words, sentence in sentences(text) if words > LONGEST]
+        assert not long, f"{path.name}:{line}: more than {LONGEST} words: {long}"
+
+
+EXAMPLE = '''
+"""One two. Three
+four five: six.
+
+    code is = not(counted).
+
+- an item
+- another item of five words
+"""
+def f():
+    """Seven.
+
+    Args:
+        x, y: eight words
+            nine. Ten.
+        z: `f(x)` eleven twelve.
+
+    Raises:
+        ValueError: thirteen.
+    """
+'''
+
+
+def test_words_are_counted():
+    counts = [[words for words, _ in sentences(text)] for _, text in docstrings(EXAMPLE)]
+    assert counts == [[2, 4, 2, 5], [1, 3, 1, 3, 1]]
