@@ -37,8 +37,9 @@ def pytest_terminal_summary(terminalreporter, config):
 @pytest.fixture(scope="module", autouse=True)
 def quick_compilation(request):
     """Models of a few kilobytes run as fast without LLVM's optimizations, which are half of what compiling them takes.
-    Interpreted kernels are slower without; a program for a GPU is what its test is about."""
-    quick = request.path.parent.name not in ("kernels", "toy_model") and "aot" not in request.path.stem
+    Interpreted kernels and the search are slower without; a program for a GPU is what its test is about."""
+    slower = request.path.parent.name in ("kernels", "toy_model") or request.path.stem == "test_search"
+    quick = not slower and "aot" not in request.path.stem
     jax.config.update("jax_disable_most_optimizations", quick)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
