@@ -228,7 +228,7 @@ def test_the_readme_is_short():
 
 
 def test_the_box_holds_a_transformer_of_5_million_parameters():
-    data = (ROOT / "assets/toy-sd35/transformer/diffusion_pytorch_model.safetensors").read_bytes()
+    data = (ROOT / "dfa2_jax/demo/toy-sd35/transformer/diffusion_pytorch_model.safetensors").read_bytes()
     (length,) = struct.unpack("<Q", data[:8])
     assert (len(data) - 8 - length) / 2 == pytest.approx(5e6, rel=0.02)  # float16
 
