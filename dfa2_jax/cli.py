@@ -121,7 +121,6 @@ def _parser() -> Parser:
     _add_folder(verify, words="one that dfa2-convert wrote, or a hub id in your cache")
 
     _add_demo(commands.add_parser("demo", help="the model in the box, dense and by a plan", description=DEMO))
-
     doctor = commands.add_parser("doctor", help="what this machine can do", description="Report on this machine.")
     doctor.set_defaults(run=("doctor", "run"))
     return parser

@@ -142,9 +142,10 @@ def test_blocks_run(page, session, no_shape_checks):
 LEFT_OUT = {
     "README.md": 2,
     "docs/adding-a-family.md": 1,
-    "docs/index.md": 1,
+    "docs/index.md": 2,
     "docs/paper.md": 1,
-    "CONTRIBUTING.md": 3,
+    "docs/toy-model.md": 1,
+    "CONTRIBUTING.md": 4,
 }
 """Blocks that are not run, by page: one more is a decision."""
 
