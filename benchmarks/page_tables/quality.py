@@ -27,13 +27,18 @@ def demo(data: Any) -> Iterator[list[str]]:
         yield [name, *cells, *[""] * (4 - len(cells))]
 
 
-@table("first-minute", "first_minute.json", "command | first image, s | end, s")
+@table("first-minute", "first_minute.json", "command | first image, s | end, s | load average at the start")
 def first_minute(data: Any) -> Iterator[list[str]]:
     names = {"make demo": "`make demo` in a clone", "dfa2 demo": "`dfa2 demo` from a wheel"}
     names["dfa2 demo, again"] = "the same, a second time"
     for name, one in data["rows"].items():
         seconds = one["seconds"]
-        yield [names.get(name, f"`{name}`"), f"{seconds['first_image']:.0f}", f"{seconds['end']:.0f}"]
+        yield [
+            names.get(name, f"`{name}`"),
+            f"{seconds['first_image']:.0f}",
+            f"{seconds['end']:.0f}",
+            f"{one['load_average']:.1f}",
+        ]
 
 
 @table(
