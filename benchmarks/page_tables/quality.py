@@ -27,7 +27,12 @@ def demo(data: Any) -> Iterator[list[str]]:
         yield [name, *cells, *[""] * (4 - len(cells))]
 
 
-@table("first-minute", "first_minute.json", "command | first image, s | end, s | load average at the start")
+@table(
+    "first-minute",
+    "first_minute.json",
+    "command | first image, s | end, s | load average at the start",
+    "python -m benchmarks.first_minute",
+)
 def first_minute(data: Any) -> Iterator[list[str]]:
     names = {"make demo": "`make demo` in a clone", "dfa2 demo": "`dfa2 demo` from a wheel"}
     names["dfa2 demo, again"] = "the same, a second time"
