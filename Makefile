@@ -110,7 +110,8 @@ $(VENV)/ready: $(LOCKS)/py311-jax0.10.2.txt pyproject.toml
 	$(BIN)/pip install -q --no-deps --no-build-isolation -e .
 	touch $@
 
-# Without torch and the tests' packages, and with bytecode of no more than is imported: a first image should come soon. JAX's CUDA packages are not locked: NVIDIA's are gigabytes, and JAX names them.
+# Without torch and the tests' packages, and with bytecode of no more than is imported: the first image comes sooner. JAX's
+# CUDA packages are not locked: NVIDIA's are gigabytes, and JAX names them.
 $(DEMO)/ready: $(LOCKS)/demo-jax0.10.2.txt pyproject.toml
 	$(call need_python,PYTHON311,3.11)
 	$(PYTHON311) -m venv $(DEMO)
