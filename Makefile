@@ -1,6 +1,7 @@
 # Each target does its own set-up: `make test` on a fresh machine needs Python 3.11 and a package index, nothing else.
 
 VENV := .venv
+DEMO := .venv-demo$(addprefix -cuda,$(firstword $(filter 12 13,$(CUDA))))
 AOT := .venv-aot
 NEXT := .venv-next
 DOCS := .venv-docs
@@ -17,7 +18,7 @@ need_python = $(if $($(1)),,$(error Python $(2) with venv is missing. Install it
 
 # XLA assembles with CUDA's ptxas and libdevice, of a toolkit or of two wheels.
 PTXAS = $(firstword $(wildcard $(or $(CUDA_HOME),/usr/local/cuda)/bin/ptxas $(AOT)/lib/python3.12/site-packages/nvidia/cu13/bin/ptxas))
-CUDA = $(PTXAS:/bin/ptxas=)
+TOOLKIT = $(PTXAS:/bin/ptxas=)
 need_ptxas = $(if $(PTXAS),,$(error ptxas is missing. Install CUDA 13 in /usr/local/cuda, or `$(AOT)/bin/pip install --no-deps nvidia-cuda-nvcc==13.0.* nvidia-nvvm==13.0.*`))
 
 # Compiled programs are kept: a third of a test run is XLA.
@@ -25,28 +26,40 @@ CACHE := JAX_COMPILATION_CACHE_DIR=$(CURDIR)/build/xla JAX_PERSISTENT_CACHE_MIN_
 
 PYTEST := -m pytest -q -n auto --maxprocesses 4 --dist loadfile
 
-.PHONY: demo test long lint aot versions next docs lock clean
+.PHONY: demo demo-full test long lint aot versions next docs lock clean
 
-# Text to images by the model in the box, dense and by two plans, side by side: about seven minutes on two cores.
+# The model in the box, dense and by its plan, side by side. `make demo CUDA=13`, or 12, runs on an NVIDIA GPU.
+ifneq ($(filter demo,$(or $(MAKECMDGOALS),demo)),)
+ifneq ($(filter-out 12 13,$(CUDA))$(word 2,$(CUDA)),)
+$(error CUDA=$(CUDA) must be 12 or 13, the major version of CUDA: `make demo CUDA=13`. Leave it out for a CPU)
+endif
+endif
+
+demo: $(DEMO)/ready
+	$(DEMO)/bin/dfa2 demo --out build/demo
+
+# The long form, with a report: converts, samples, calibrates two plans, samples by them. Some 10 minutes on two cores.
 SHAPE := --height 256 --width 256 --steps 20 --guidance-scale 4 --max-sequence-length 32
-SAMPLE := $(BIN)/dfa2 sample build/demo/sd35 --prompts assets/held_out_prompts.txt --batch 4
+BOX := dfa2_jax/demo
+FULL := build/demo-full
+SAMPLE := $(BIN)/dfa2 sample $(FULL)/sd35 --prompts $(BOX)/prompts.txt --batch 4
 
-demo: $(VENV)/ready
-	rm -rf build/demo
-	mkdir -p build/demo
-	$(BIN)/dfa2-convert assets/toy-sd35 build/demo/sd35
-	$(SAMPLE) $(SHAPE) --out build/demo/dense
+demo-full: $(VENV)/ready
+	rm -rf $(FULL)
+	mkdir -p $(FULL)
+	$(BIN)/dfa2-convert $(BOX)/toy-sd35 $(FULL)/sd35
+	$(SAMPLE) $(SHAPE) --out $(FULL)/dense
 	for delta in 0.1 0.4; do \
-		$(BIN)/dfa2 calibrate build/demo/sd35 --prompts assets/calibration_prompts.txt $(SHAPE) \
-			--delta $$delta --tiles 64 64 --out build/demo/delta-$$delta.json && \
-		$(BIN)/dfa2 plan show build/demo/delta-$$delta.json && \
-		$(SAMPLE) --plan build/demo/delta-$$delta.json --guidance-scale 4 --out build/demo/delta-$$delta || exit 1; \
+		$(BIN)/dfa2 calibrate $(FULL)/sd35 --prompts assets/calibration_prompts.txt $(SHAPE) \
+			--delta $$delta --tiles 64 64 --out $(FULL)/delta-$$delta.json && \
+		$(BIN)/dfa2 plan show $(FULL)/delta-$$delta.json && \
+		$(SAMPLE) --plan $(FULL)/delta-$$delta.json --guidance-scale 4 --out $(FULL)/delta-$$delta || exit 1; \
 	done
-	$(BIN)/dfa2 report build/demo/sd35 --plan build/demo/delta-0.1.json --plan build/demo/delta-0.4.json \
-		--prompts assets/held_out_prompts.txt --guidance-scale 4 --batch 4 --out build/demo/report
-	$(BIN)/python -m toy.figure --dense build/demo/dense --plan delta-0.1=build/demo/delta-0.1 \
-		--plan delta-0.4=build/demo/delta-0.4 --report build/demo/report/report.json --out build/demo/demo.png
-	@echo "Look at build/demo/demo.png and build/demo/report/report.html; the plans are drawn in build/demo/delta-*.png"
+	$(BIN)/dfa2 report $(FULL)/sd35 --plan $(FULL)/delta-0.1.json --plan $(FULL)/delta-0.4.json \
+		--prompts $(BOX)/prompts.txt --guidance-scale 4 --batch 4 --out $(FULL)/report
+	$(BIN)/python -m toy.figure --dense $(FULL)/dense --plan delta-0.1=$(FULL)/delta-0.1 \
+		--plan delta-0.4=$(FULL)/delta-0.4 --report $(FULL)/report/report.json --out $(FULL)/demo.png
+	@echo "Look at $(FULL)/demo.png and $(FULL)/report/report.html; the plans are drawn in $(FULL)/delta-*.png"
 
 # jax 0.10's emitters of fusions take as long as the rest of XLA, on a CPU alone.
 QUICK := XLA_FLAGS="--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
@@ -64,7 +77,7 @@ lint: $(VENV)/ready
 
 # Compile for GPUs that are not here: everything on jax 0.11, and what the kernels spill and copy on the oldest and the
 # newest version, whose plugins lie beside their environments.
-COMPILE = JAX_PLATFORMS=cpu JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 CUDA_HOME=$(CUDA) XLA_FLAGS=--xla_gpu_cuda_data_dir=$(CUDA)
+COMPILE = JAX_PLATFORMS=cpu JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 CUDA_HOME=$(TOOLKIT) XLA_FLAGS=--xla_gpu_cuda_data_dir=$(TOOLKIT)
 aot: $(AOT)/ready build/cuda-0.10.2/ready build/cuda-0.12.0.1/ready
 	$(call need_ptxas)
 	JAX_PLATFORMS=cpu JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 $(AOT)/bin/python $(PYTEST) -m "aot and not torch"
@@ -104,6 +117,16 @@ $(VENV)/ready: $(LOCKS)/py311-jax0.10.2.txt pyproject.toml
 	$(BIN)/pip install -q --no-deps --no-build-isolation -e .
 	touch $@
 
+# Without torch and the tests' packages, and with bytecode of no more than is imported: the first image comes sooner. JAX's
+# CUDA packages are not locked: NVIDIA's are gigabytes, and JAX names them.
+$(DEMO)/ready: $(LOCKS)/demo-jax0.10.2.txt pyproject.toml
+	$(call need_python,PYTHON311,3.11)
+	$(PYTHON311) -m venv $(DEMO)
+	$(DEMO)/bin/pip install -q --no-deps --no-compile -r $<
+	$(if $(CUDA),$(DEMO)/bin/pip install -q -c $< "jax[cuda$(CUDA)]")
+	$(DEMO)/bin/pip install -q --no-deps --no-build-isolation -e .
+	touch $@
+
 $(AOT)/ready: $(LOCKS)/py312-jax0.11.2.txt $(LOCKS)/aot-jax0.11.2.txt pyproject.toml
 	$(call need_python,PYTHON312,3.12)
 	$(PYTHON312) -m venv $(AOT)
@@ -133,9 +156,10 @@ lock:
 	$(call need_python,PYTHON311,3.11)
 	$(call need_python,PYTHON312,3.12)
 	./requirements/lock.sh "$(PYTHON311)" py311-jax0.10.2.txt "jax==0.10.2" ".[test,dev]" "torch==2.13.0"
+	./requirements/lock.sh "$(PYTHON311)" demo-jax0.10.2.txt "jax==0.10.2" . "setuptools>=77"
 	./requirements/lock.sh "$(PYTHON312)" py312-jax0.11.2.txt "jax==0.11.2" ".[report]" beartype hypothesis "pytest>=9" pytest-xdist safetensors transformers setuptools
 	./requirements/lock.sh "$(PYTHON312)" py312-jax0.12.0.1.txt "jax==0.12.0.1" ".[report]" beartype hypothesis "pytest>=9" pytest-xdist safetensors transformers setuptools
 	./requirements/lock.sh "$(PYTHON311)" docs.txt mkdocs mkdocs-material "mkdocstrings[python]" ruff
 
 clean:
-	rm -rf $(VENV) $(AOT) $(NEXT) $(DOCS) build dist *.egg-info
+	rm -rf $(VENV) .venv-demo* $(AOT) $(NEXT) $(DOCS) build dist *.egg-info

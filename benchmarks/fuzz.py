@@ -19,6 +19,7 @@ from pathlib import Path
 from tqdm import trange
 
 from benchmarks.machine import describe_machine
+from dfa2_jax.demo.box import FOLDER
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from folder_mutations import ConfigFuzzer, TokenizerFuzzer  # noqa: E402
@@ -42,7 +43,7 @@ def main() -> None:
         tokenizers = TokenizerFuzzer(Path(folder) / "tokenizers", args.seed)
         for _ in trange(args.count, disable=None):
             tokenizers.step()
-        configs = ConfigFuzzer(Path(__file__).parents[1] / "assets" / "toy-sd35", Path(folder) / "configs", args.seed)
+        configs = ConfigFuzzer(FOLDER, Path(folder) / "configs", args.seed)
         for _ in trange(args.count, disable=None):
             configs.step()
         progress = ResumeFuzzer(Path(folder), args.seed)

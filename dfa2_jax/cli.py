@@ -20,6 +20,11 @@ from dfa2_jax.io.signals import Interrupted, interruptible
 from dfa2_jax.options import CALL, CalibrationOptions, Options, ReportOptions
 from dfa2_jax.weights.dtypes import FLOAT_DTYPES
 
+DEMO = (
+    "Sample with the small model that is installed with this package, dense and by its plan, and draw both side by "
+    "side. Nothing is downloaded. Every run makes its images anew, and replaces those of an earlier run."
+)
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit codes.
@@ -119,6 +124,7 @@ def _parser() -> Parser:
     verify.set_defaults(run=("verify", "run"))
     _add_folder(verify, words="one that dfa2-convert wrote, or a hub id in your cache")
 
+    _add_demo(commands.add_parser("demo", help="the model in the box, dense and by a plan", description=DEMO))
     doctor = commands.add_parser("doctor", help="what this machine can do", description="Report on this machine.")
     doctor.set_defaults(run=("doctor", "run"))
     return parser
@@ -155,6 +161,17 @@ def _add_plan(plan: argparse.ArgumentParser) -> None:
     sign = plans.add_parser("sign", help="accept edits", description="Check an edited plan and renew its digest.")
     sign.set_defaults(run=("plans", "sign"))
     sign.add_argument("plan", type=Path)
+
+
+def _add_demo(demo: argparse.ArgumentParser) -> None:
+    demo.set_defaults(run=("demo", "run"))
+    demo.epilog = "stdout holds the images' paths, one per line, as they are made; the last one is the picture's."
+    demo.add_argument(
+        "--prompt", action="append", metavar="TEXT", help="may be repeated (default: four that it never saw)"
+    )
+    demo.add_argument(
+        "--out", type=Path, default=Path("dfa2-demo"), metavar="DIR", help="a folder (default: %(default)s)"
+    )
 
 
 def _add_folder(

@@ -1,6 +1,6 @@
 """Does a folder draw what captions say that it never saw? Scores as JSON, and a sheet of images to look at.
 
-python -m toy.evaluate assets/toy-sd35 --size 128 --captions 200 --sheet build/sheet.png
+python -m toy.evaluate dfa2_jax/demo/toy-sd35 --size 128 --captions 200 --sheet build/sheet.png
 
 FOLDER holds a diffusers pipeline, or what `toy.train --result` wrote.
 """

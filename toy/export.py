@@ -1,6 +1,6 @@
 """What a training left, as a complete diffusers folder in float16.
 
-    python -m toy.export build/result assets/toy-sd35
+    python -m toy.export build/result dfa2_jax/demo/toy-sd35
 
 Needs torch, diffusers and transformers (the `test` extra). Keys and layouts come from the tables that read such folders
 (`ComponentSpec.rules`), backwards.

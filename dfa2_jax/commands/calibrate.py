@@ -7,6 +7,7 @@ from typing import Any
 from dfa2_jax.calibration.calibrate import calibrate
 from dfa2_jax.commands.flags import given
 from dfa2_jax.commands.start import print_path, read_prompts, start
+from dfa2_jax.demo.box import warn_unseen
 from dfa2_jax.io.atomic import replaceable
 from dfa2_jax.options import CALL, CalibrationOptions, Options
 from dfa2_jax.pipeline.pipeline import Pipeline
@@ -21,6 +22,7 @@ def run(args: argparse.Namespace) -> int:
     replaceable(args.out)
     resume = args.out.with_name(f"{args.out.name}.progress")
     pipeline = Pipeline.from_pretrained(args.folder, dtype=args.dtype, verify=args.verify)
+    warn_unseen(pipeline.fingerprint, [*prompts, args.negative_prompt])
     options: dict[str, Any] = given(args, Options, CALL) | given(args, CalibrationOptions) | {"c": args.c or None}
     plan = calibrate(pipeline, prompts, **options, progress=not args.quiet, resume=resume)
     plan.save(args.out)

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import os
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -12,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from dfa2_jax.commands.flags import given
-from dfa2_jax.commands.start import print_path, read_prompts, start
+from dfa2_jax.commands.start import print_path, read_prompts, ready_folder, start
+from dfa2_jax.demo.box import warn_unseen
 from dfa2_jax.io.images import exif, numbered, read_metadata, stem_of
 from dfa2_jax.options import Options
 from dfa2_jax.pipeline.output import image_format, image_metadata, is_file_name, metadata, parameters
@@ -50,6 +50,8 @@ def run(args: argparse.Namespace) -> int:
         pipeline = Pipeline.from_pretrained(args.folder, dtype=args.dtype, verify=args.verify)
     options: dict[str, Any] = given(args, Options) | {"plan": plan, "progress": not args.quiet}
     options["num_images_per_prompt"] = 1  # a shot is one image
+    negative = (args.negative_prompt, args.negative_prompt_2, args.negative_prompt_3)
+    warn_unseen(pipeline.fingerprint, [*(text for shot in shots for text in shot.texts.values()), *negative])
     plan_file = {} if args.plan is None else {"plan_file": str(args.plan.absolute())}
     batches = list(batches_of(pipeline, options, shots, args.batch, plan_file))  # all are checked before one is made
     target.check(image for batch in batches for image in batch.images)
@@ -136,12 +138,7 @@ class Target:
 
     def __post_init__(self) -> None:
         """Raises OSError where nothing can be written."""
-        folder = self.out.parent if is_file_name(self.out) else self.out
-        if folder.exists() and not folder.is_dir():
-            raise NotADirectoryError(f"--out {self.out}: {folder} is a file: choose a folder.")
-        folder.mkdir(parents=True, exist_ok=True)
-        if not os.access(folder, os.W_OK):
-            raise PermissionError(f"--out {self.out} is not writable: choose another folder.")
+        ready_folder(self.out, self.out.parent if is_file_name(self.out) else self.out)
 
     def check(self, images: Iterator[dict[str, Any]]) -> None:
         """Raises ValueError where JPEG has no room for what an image says of itself."""

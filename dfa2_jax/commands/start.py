@@ -55,6 +55,19 @@ def read_prompts(path: Path) -> list[str]:
     return prompts
 
 
+def ready_folder(out: Path, folder: Path) -> None:
+    """Makes the folder that `--out` asks for.
+
+    Raises:
+        OSError: nothing can be written there.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"--out {out}: {folder} is a file: choose a folder.")
+    folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK):
+        raise PermissionError(f"--out {out} is not writable: choose another folder.")
+
+
 def print_path(path: Path) -> None:
     """On stdout, byte for byte as the file system has it, whatever stdout's encoding is."""
     if sys.stdout is None:  # the shell closed it

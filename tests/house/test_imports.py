@@ -25,6 +25,7 @@ WINGS = (
     "dfa2_jax.families",
     "dfa2_jax.sampling",
     "dfa2_jax.options",
+    "dfa2_jax.demo",
     "dfa2_jax.encoders",
     "dfa2_jax.vae",
     "dfa2_jax.nn",

@@ -9,6 +9,7 @@ from checkout import ROOT
 from safetensors import safe_open
 
 from dfa2_jax import Pipeline, calibrate
+from dfa2_jax.demo.box import FOLDER, PROMPTS
 
 pytest.importorskip("toy", reason="toy/ is beside the tests in a checkout alone")
 scenes = import_module("toy.scenes")
@@ -18,7 +19,6 @@ model = import_module("toy.model")
 pytestmark = pytest.mark.checkout
 
 ASSETS = ROOT / "assets"
-FOLDER = ASSETS / "toy-sd35"
 OPTIONS = {"height": 128, "width": 128, "num_inference_steps": 14, "guidance_scale": 4.0, "max_sequence_length": 32}
 
 
@@ -39,7 +39,7 @@ def test_it_is_whole_and_small():
 def test_prompts_of_the_demo_are_held_out():
     held_out = [scene.caption for scene in scenes.held_out()]
     every = {scene.caption for scene in scenes.scenes()}
-    shown = (ASSETS / "held_out_prompts.txt").read_text().splitlines()
+    shown = PROMPTS.read_text().splitlines()
     learned = (ASSETS / "calibration_prompts.txt").read_text().splitlines()
     assert set(shown) <= set(held_out) and set(learned) <= every - set(held_out)
     both = (ASSETS.parent / "benchmarks" / "prompts.txt").read_text().splitlines()
