@@ -26,7 +26,7 @@ from dfa2_jax.sampling.inputs import Inputs, pad_steps
 from dfa2_jax.sampling.loop import State, StepPlans, denoise, denoise_planned
 from dfa2_jax.sampling.memory import empty_memory, stack_shapes
 from dfa2_jax.sampling.sinusoid import sinusoid
-from dfa2_jax.sampling.solvers.flow_euler import FlowEuler
+from dfa2_jax.sampling.solvers.flow_euler import FlowMultistep
 from pallas_kernels.mask import density
 
 
@@ -73,7 +73,7 @@ class Loop:
             conditions=self.conditions(draw, side, flux=class_name.startswith("Flux")),
             timesteps=pad_steps(sinusoid(1000 * sigmas[:-1])),
             guidance=ClassifierFree.constant(4, steps) if guided else NoGuidance(),
-            solver=FlowEuler.of_sigmas(sigmas),
+            solver=FlowMultistep.euler(sigmas),
         )
         self.inputs = jax.device_put(inputs)
         self.calls = self.config.calls(num_text, self.num_visual)

@@ -15,7 +15,7 @@ from dfa2_jax.io.digest import digest_of
 from dfa2_jax.io.errors import CheckpointError
 from dfa2_jax.plan.method import Method, PlanError
 from dfa2_jax.plan.plan import Plan
-from dfa2_jax.plan.setting import AttentionLayer, CalibrationRecord, Density, Setting
+from dfa2_jax.plan.setting import AttentionLayer, CalibrationRecord, Density, Setting, StepCalibration
 from dfa2_jax.weights.safetensors import open_weights
 
 INDEX = "diffusion_pytorch_model.safetensors.index.json"
@@ -192,9 +192,10 @@ class PlanFuzzer:
 
     def __init__(self, folder: Path, seed: int):
         self.rng, self.path = random.Random(seed), folder / "plan.json"
-        self.plan = sample_plan(seed)
-        self.plan.save(self.path)
-        self.good = self.path.read_bytes()
+        self.plans = []
+        for plan in (sample_plan(seed), step_plan()):
+            plan.save(self.path)
+            self.plans.append((plan, self.path.read_bytes()))
         self.counts = {"read": 0, "refused": 0}
 
     def step(self) -> None:
@@ -204,8 +205,8 @@ class PlanFuzzer:
             AssertionError: a plan was read that is not what its file says.
             Exception: reading ended in another way than a plan or a `PlanError`.
         """
-        by_bytes = self.rng.random() < 0.4
-        data = mutate(self.rng, self.good, is_json=True) if by_bytes else self._edited()
+        by_bytes, (whole, good) = self.rng.random() < 0.4, self.rng.choice(self.plans)
+        data = mutate(self.rng, good, is_json=True) if by_bytes else self._edited(good)
         self.path.write_bytes(data)
         try:
             plan = Plan.load(self.path)
@@ -213,13 +214,15 @@ class PlanFuzzer:
             self.counts["refused"] += 1
             return
         self.counts["read"] += 1
-        assert not by_bytes or plan == self.plan, "a damaged file was read as another plan"
+        assert not by_bytes or plan == whole, "a damaged file was read as another plan"
         plan.save(self.path)
         assert Plan.load(self.path) == plan
-        plan.half_windows(), plan.density()
+        plan.half_windows(), plan.density(), plan.cost(0.5)
+        if plan.step_calibration is not None:
+            assert len(plan.resolve(speedup=1.0).nodes) == plan.setting.num_inference_steps
 
-    def _edited(self) -> bytes:
-        content = json.loads(self.good)
+    def _edited(self, good: bytes) -> bytes:
+        content = json.loads(good)
         for _ in range(self.rng.choice([1, 1, 2, 5])):
             holder = content
             while isinstance(holder, dict | list) and holder:
@@ -293,7 +296,7 @@ class ResumeFuzzer(PlanFuzzer):
             Exception: reading ended in another way than with findings or a `ValueError` of ours.
         """
         by_bytes = self.rng.random() < 0.4
-        data = mutate(self.rng, self.good, is_json=True) if by_bytes else self._edited()
+        data = mutate(self.rng, self.good, is_json=True) if by_bytes else self._edited(self.good)
         self.path.write_bytes(data)
         tracemalloc.start()
         try:
@@ -342,3 +345,19 @@ def sample_plan(seed: int, steps: int = 3) -> Plan:
     choices = rng.integers(4, size=(steps, 3, 4), dtype=np.uint8)
     choices[0] = 0
     return Plan(setting, tuple(map(Method, ("full", "cached", "arrow(1/8)", "arrow(1/32)"))), choices, calibration)
+
+
+def step_plan(steps: int = 9) -> Plan:
+    """Of `sample_plan`'s call, heads in full, as a calibration of steps leaves it: four nodes."""
+    setting = sample_plan(0, steps).setting
+    time, generator = np.linspace(0, 1, steps), np.random.default_rng(0)
+    basis = np.stack([np.cos(number * 2 * time) for number in range(4)], axis=1)
+    velocities = basis @ generator.normal(size=(4, 50))
+    gram = (velocities @ velocities.T / 50).tolist()
+    record = StepCalibration(
+        prompts_sha256="sha256:0", num_prompts=2, seed=0, guidance_scale=7.0, dtype="float32",
+        versions={"jax": "0.10.2"},
+        gram=tuple(map(tuple, gram)), growth=tuple(np.linspace(4, 1, steps + 1).tolist()), psnr_offset=14.5,
+        predicted_error=0.0, measured_error=None,
+    )  # fmt: skip
+    return replace(Plan.full(setting), step_calibration=record).resolve(speedup=steps / 4)

@@ -14,7 +14,7 @@ from dfa2_jax.sampling.guidance import ClassifierFree, NoGuidance
 from dfa2_jax.sampling.inputs import STEP_BLOCK, Inputs
 from dfa2_jax.sampling.loop import State, StepPlans
 from dfa2_jax.sampling.memory import stack_shapes
-from dfa2_jax.sampling.solvers.flow_euler import FlowEuler
+from dfa2_jax.sampling.solvers.flow_euler import FlowMultistep
 
 
 class Published(NamedTuple):
@@ -77,9 +77,11 @@ def denoise_arguments(name: str, pixels: int) -> tuple[Any, ...]:
         conditions = abstract(SD3Conditions, states, pooled, shape((1, visual, config.width), bf16))
     per_step = shape((STEP_BLOCK,), f32)
     guided = abstract(ClassifierFree, per_step) if published.guided else NoGuidance()
-    inputs = abstract(Inputs, conditions, shape((STEP_BLOCK, 256), f32), guided, abstract(FlowEuler, per_step))
+    inputs = abstract(
+        Inputs, conditions, shape((STEP_BLOCK, 256), f32), guided, abstract(FlowMultistep, shape((STEP_BLOCK, 2), f32))
+    )
     latents, step = shape((1, visual, config.token_channels), f32), shape((), jnp.int32)
-    return graph, params, abstract(State, latents, None, None), inputs, step, step
+    return graph, params, abstract(State, latents, latents, None), inputs, step, step
 
 
 def planned_arguments(name: str, pixels: int) -> tuple[Any, ...]:

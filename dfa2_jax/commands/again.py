@@ -4,7 +4,6 @@ import argparse
 import sys
 from contextlib import nullcontext
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import jax
 import numpy as np
 from PIL import Image
 
+from dfa2_jax import __version__
 from dfa2_jax.commands.sample import Target
 from dfa2_jax.commands.start import print_path, start
 from dfa2_jax.io.errors import blame
@@ -90,7 +90,7 @@ def changes(made: dict[str, Any]) -> list[tuple[str, Any, Any]]:
     """What is not as it was when the image was made: name, value then, value now."""
     device = jax.devices()[0]
     now = {
-        "versions": {"dfa2_jax": version("dfa2-jax"), "jax": jax.__version__},
+        "versions": {"dfa2_jax": __version__, "jax": jax.__version__},
         "device": f"{device.platform} {device.device_kind}",
     }
     return [(name, made.get(name), value) for name, value in now.items() if made.get(name) != value]

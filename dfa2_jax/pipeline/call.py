@@ -16,6 +16,7 @@ from dfa2_jax.nn.attention import Attend, AttentionCall, Planned, by_stack
 from dfa2_jax.options import Options
 from dfa2_jax.pipeline.loaded import Loaded
 from dfa2_jax.pipeline.request import Request, host_array, seeds_of
+from dfa2_jax.plan.method import PlanError
 from dfa2_jax.plan.plan import Plan
 from dfa2_jax.plan.setting import AttentionLayer, Setting
 from dfa2_jax.sampling.inputs import Inputs, pad_steps
@@ -23,6 +24,7 @@ from dfa2_jax.sampling.loop import State, StepPlans, denoise, denoise_planned
 from dfa2_jax.sampling.memory import empty_memory, stack_shapes
 from dfa2_jax.sampling.noise import torch_randn
 from dfa2_jax.sampling.sinusoid import sinusoid
+from dfa2_jax.sampling.solvers.flow_euler import FlowMultistep
 from dfa2_jax.sampling.tokens import Grid
 
 Run = Callable[[State, int, int], State]
@@ -100,6 +102,23 @@ class Call:
         shapes = stack_shapes(self.layers, self.batch, heads, dtype)
         return State(latents, solver, empty_memory(attend, shapes, images=self.request.batch))
 
+    def num_steps(self, plan: Plan | None) -> int:
+        """Of the loop: times that the network runs."""
+        return self.request.steps if plan is None else len(plan.nodes)
+
+    def inputs_for(self, plan: Plan | None) -> Inputs:
+        """What the steps of a plan need.
+
+        Raises:
+            PlanError: the plan leaves out steps, and the call's solver is another than the plan's coefficients are of.
+        """
+        if plan is None or plan.runs_every_step:
+            return self.inputs
+        if not isinstance(self.inputs.solver, FlowMultistep):
+            solver = type(self.inputs.solver).__name__
+            raise PlanError(f"the plan's coefficients are of flow matching's steps, and the call's solver is {solver}.")
+        return self.inputs.at(np.array(plan.nodes), FlowMultistep.of(plan.coefficients))
+
     def step_plans(self, plan: Plan) -> StepPlans:
         """A plan as the loop reads it."""
         half_window, head_order = (
@@ -122,9 +141,9 @@ class Call:
             MemoryError: the outputs that the plan keeps from step to step do not fit.
         """
         transformer, attend = self.pipeline.transformer, self.options.attend
-        loop = {"inputs": jax.device_put(self.inputs), "rounding": self.pipeline.rounding}
+        loop = {"inputs": jax.device_put(self.inputs_for(plan)), "rounding": self.pipeline.rounding}
         loop |= {"implementation": implementation}
-        if plan is None:
+        if plan is None or (plan.heads_are_full and not plan.runs_every_step):  # steps alone: nothing to remember
             run = jax.enable_x64(False)(partial(denoise, transformer.graph, transformer.params, **loop, attend=attend))
             return lambda state, start, stop: run(state, start=start, stop=stop), self.start(attend)
         loop |= {"plans": jax.device_put(self.step_plans(plan)), "skip_projections": skip_projections}
@@ -136,8 +155,8 @@ class Call:
 
         All steps are one program call, or one call a step when someone watches: the same program and the same numbers.
         """
-        run, state = self.program(self.options.plan)
-        steps, watcher = self.request.steps, self.options.callback_on_step_end
+        plan, watcher = self.options.plan, self.options.callback_on_step_end
+        (run, state), steps = self.program(plan), self.num_steps(plan)
         if watcher is None and not self.options.progress:
             return np.asarray(run(state, 0, steps).latents)
         for i in tqdm(range(steps), desc="denoise", disable=not self.options.progress):
@@ -148,7 +167,8 @@ class Call:
 
     def _watched(self, watcher: Callable[..., Any], i: int, tokens: np.ndarray) -> np.ndarray:
         """The latents after a callback, which may return others or change them in place."""
-        family, timestep = self.pipeline.family, float(self.schedule.sigmas[i] * 1000)
+        step = i if self.options.plan is None else self.options.plan.nodes[i]
+        family, timestep = self.pipeline.family, float(self.schedule.sigmas[step] * 1000)
         shown = {"latents": np.array(family.output_latents(tokens, self.grid))}
         returned = watcher(self.pipeline, i, timestep, shown)
         returned = shown if returned is None else returned

@@ -19,7 +19,7 @@ def faults_of(call: Call, tokens: np.ndarray, images: Any) -> tuple[str, ...]:
     step = first_broken_step(call) if any(broken) else None
     for number, (latents, image) in enumerate(zip(tokens, images, strict=True)):
         if broken[number]:
-            since = "" if step is None else f" from step {step + 1} of {call.request.steps} on"
+            since = "" if step is None else f" from step {step + 1} of {call.num_steps(call.options.plan)} on"
             faults.append(f"image {number}: its latents are not finite{since}")
         elif latents.min() == latents.max():
             faults.append(f"image {number}: its latents are the constant {latents.min():g}")
@@ -36,7 +36,7 @@ def first_broken_step(call: Call) -> int | None:
     if call.options.callback_on_step_end is not None:
         return None
     run, state = call.program(call.options.plan)
-    for step in range(call.request.steps):
+    for step in range(call.num_steps(call.options.plan)):
         state = run(state, step, step + 1)
         if not np.isfinite(np.asarray(state.latents)).all():
             return step

@@ -2,7 +2,6 @@
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields
-from importlib.metadata import version
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import jax
 import numpy as np
 from PIL import Image
 
+from dfa2_jax import __version__
 from dfa2_jax.io.atomic import replacing
 from dfa2_jax.io.hub import model_name
 from dfa2_jax.io.images import SUFFIXES, encode, stem_of, write_new
@@ -115,17 +115,18 @@ def image_format(path: Path, format: str | None, count: int) -> str:
 
 
 def density(call: Call) -> float | None:
-    """The kept share of a call's query-key pairs, further forwards of its guidance included.
+    """The kept share of query-key pairs at the steps that a call runs, further forwards of its guidance included.
 
     None: of an attention of the user's own.
     """
-    plan, guidance = call.options.plan, call.inputs.guidance
+    plan = call.options.plan
     if call.options.attend is not None:
         return None
     if plan is None:
         return 1.0
     pairs = sum(layer.layout.length**2 for layer in call.layers)
-    every, more = guidance.sides * call.request.steps * pairs, guidance.extra_pairs(call.layers)
+    guidance = call.inputs_for(plan).guidance
+    every, more = guidance.sides * call.num_steps(plan) * pairs, guidance.extra_pairs(call.layers)
     return (plan.density() * every + more) / (every + more) if more else plan.density()
 
 
@@ -156,7 +157,7 @@ def metadata(pipeline: Loaded, options: Options, request: Request) -> dict[str, 
         "dtype": pipeline.dtype.name,
         "torch_rounding": pipeline.torch_rounding,
         "device": f"{device.platform} {device.device_kind}",
-        "versions": {"dfa2_jax": version("dfa2-jax"), "jax": jax.__version__},
+        "versions": {"dfa2_jax": __version__, "jax": jax.__version__},
     }
     code = {name: repr(values[name]) for name in CODE if values[name] is not None}
     return given | resolved | code

@@ -146,7 +146,7 @@ class Pipeline(Loaded):
         with phase("decoding"):
             images = call.images(tokens)
         clock.lap("decode")
-        timings = clock.seconds | {"per_step": clock.seconds["denoise"] / call.request.steps}
+        timings = clock.seconds | {"per_step": clock.seconds["denoise"] / call.num_steps(options.plan)}
         faults = faults_of(call, tokens, images)
         for fault in faults:
             logger.warning("%s", fault)
@@ -196,6 +196,7 @@ class Pipeline(Loaded):
             "num_inference_steps": None if options.sigmas is not None else setting.num_inference_steps,
             "max_sequence_length": max(1, length),  # below 1 it is another model's plan: `Plan.check` says so
         }
-        if plan.calibration is not None:
-            said["guidance_scale"] = plan.calibration.guidance_scale
+        record = plan.calibration or plan.step_calibration
+        if record is not None:
+            said["guidance_scale"] = record.guidance_scale
         return replace(options, **{name: value for name, value in said.items() if getattr(options, name) is None})

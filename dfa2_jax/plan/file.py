@@ -1,37 +1,54 @@
 """A plan's file: JSON that a person can read and edit, its schema, and all that is checked when it is read."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
 from jaxtyping import UInt8
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from dfa2_jax.io.digest import digest_of
 from dfa2_jax.io.errors import CheckpointError, read_json
 from dfa2_jax.plan.method import Method, PlanError, letters
-from dfa2_jax.plan.setting import CalibrationRecord, Record, Setting
+from dfa2_jax.plan.setting import CalibrationRecord, Count, Number, Record, Setting, StepCalibration
 
 MAX_BYTES = 20_000_000  # FLUX.1-dev at 50 steps: 0.2 MB
-FORMAT, VERSION = "dfa2-plan", 1
+FORMAT, VERSION = "dfa2-plan", 2
 
-Choices = UInt8[np.ndarray, "steps layers heads"]
+Pair = Annotated[tuple[Number, Number], Field(strict=False)]
+Choices = UInt8[np.ndarray, "nodes layers heads"]
 
 
 class PlanFile(Record):
-    """A plan's JSON. Methods have one letter each; a step gives every layer a string of them, one for each head."""
+    """A plan's JSON. Methods have one letter each; a step gives every layer a string of them, one for each head.
+
+    Version 2 has `nodes`, the steps at which the network runs, and an entry of `steps` for each. A plan of heads
+    alone is written as version 1.
+    """
 
     format: Literal["dfa2-plan"]
-    version: Literal[1]
+    version: Literal[1, 2]
     digest: str
     edited: bool
     setting: Setting
     calibration: CalibrationRecord | None
     methods: Annotated[dict[Annotated[str, Field(min_length=1, max_length=1)], str], Field(min_length=1, max_length=64)]
     steps: Annotated[list[dict[str, str]], Field(max_length=1000)]
+    nodes: Annotated[tuple[Count, ...], Field(strict=False, min_length=1, max_length=1000)] | None = None
+    coefficients: Annotated[tuple[Pair, ...], Field(strict=False, max_length=1000)] | None = None
+    """By node: of its velocity and of the last node's."""
+    step_calibration: StepCalibration | None = None
+
+    @model_validator(mode="after")
+    def _check_version(self) -> "PlanFile":
+        if (self.nodes is None) != (self.coefficients is None):
+            raise ValueError("nodes and coefficients: there is one without the other")
+        if self.version != (needed := version_of(self.model_fields_set)):
+            raise ValueError(f"version is {self.version}, but its fields are those of {needed}")
+        return self
 
     def parse_methods(self) -> tuple[Method, ...]:
         """The methods, in the order of their numbers.
@@ -55,10 +72,13 @@ class PlanFile(Record):
         setting, names = self.setting, [layer.name for layer in self.setting.layers]
         if len({*names}) < len(names):
             raise PlanError(f"setting.layers: {max(names, key=names.count)!r} is there twice.")
-        if len(self.steps) != setting.num_inference_steps:
-            raise PlanError(
-                f"steps: there are {len(self.steps)}, but setting.sigmas has {setting.num_inference_steps}."
-            )
+        count, what = (
+            (setting.num_inference_steps, "setting.sigmas has")
+            if self.nodes is None
+            else (len(self.nodes), "nodes are")
+        )
+        if len(self.steps) != count:
+            raise PlanError(f"steps: there are {len(self.steps)}, but {what} {count}.")
         numbers = {letter: number for number, letter in enumerate(self.methods)}
         choices = np.zeros((len(self.steps), len(names), setting.num_heads), np.uint8)
         for i, step in enumerate(self.steps):
@@ -88,6 +108,11 @@ class PlanFile(Record):
             raise PlanError(f"calibration.errors must be {len(self.steps)} rows of {layers}, got {sizes!s:.200}.")
 
 
+def version_of(fields: Collection[str]) -> int:
+    """The least that has these fields."""
+    return VERSION if {"nodes", "step_calibration"} & {*fields} else 1
+
+
 def schema() -> dict[str, Any]:
     """JSON Schema of a plan's file: plan.schema.json is this."""
     return PlanFile.model_json_schema()
@@ -105,7 +130,7 @@ def read(path: Path) -> PlanFile:
         raise PlanError(str(error)) from error
     version = content.get("version")
     if content.get("format") == FORMAT and isinstance(version, int) and version > VERSION:
-        raise PlanError(f"{path}: version is {version}, made by a newer dfa2_jax; this one reads version {VERSION}.")
+        raise PlanError(f"{path}: version is {version}, made by a newer dfa2_jax; this one reads up to {VERSION}.")
     try:
         return PlanFile.model_validate(content)
     except ValidationError as error:
@@ -127,7 +152,7 @@ def blame_file(path: Path) -> Iterator[None]:
 def content_of(
     setting: Setting, methods: Sequence[Method], choices: Choices, calibration: CalibrationRecord | None, edited: bool
 ) -> dict[str, Any]:
-    """What a file says beside format, version and digest."""
+    """What a file says of heads, beside format, version and digest."""
     names, table = [layer.name for layer in setting.layers], np.array(letters(methods))
     steps = [dict(zip(names, map("".join, table[step]), strict=True)) for step in choices]
     return {
@@ -151,5 +176,5 @@ def written(content: dict[str, Any]) -> bytes:
             return "[\n" + ",\n".join(deeper + write(part, deeper) for part in value) + f"\n{indent}]"
         return json.dumps(value, allow_nan=False)
 
-    head = {"format": FORMAT, "version": VERSION, "digest": digest_of(content)}
+    head = {"format": FORMAT, "version": version_of(content), "digest": digest_of(content)}
     return (write(head | content, "") + "\n").encode()

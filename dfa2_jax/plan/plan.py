@@ -1,23 +1,30 @@
 """A plan: the method of every step, attention layer and head, as data (arXiv 2503.22796)."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import pairwise
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int, UInt8
+from jaxtyping import Float, Int, UInt8
 
 from dfa2_jax.io.atomic import replacing
 from dfa2_jax.io.digest import digest_of
 from dfa2_jax.io.errors import printable
 from dfa2_jax.plan.file import blame_file, content_of, read, written
 from dfa2_jax.plan.method import FULL_METHOD, Method, PlanError, letters
-from dfa2_jax.plan.setting import CalibrationRecord, Setting
+from dfa2_jax.plan.setting import CalibrationRecord, Setting, StepCalibration
+from dfa2_jax.plan.steps import StepSearch, check_budget, count_for, euler_coefficients
 from pallas_kernels.layout import FULL
 from pallas_kernels.mask import count_tiles, kept_pairs
+
+EULER = np.zeros((0, 2))
+
+MARGIN = 3.0
+"""dB that a plan for a PSNR is predicted to have above it: predictions are 3 dB off on average above 37 dB."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -25,22 +32,33 @@ class Plan:
     """The method of every head at every step of one kind of sampling call.
 
     Attributes:
-        choices: [steps, layers, heads], numbers of `methods`; full at step 0.
+        choices: [nodes, layers, heads], numbers of `methods`; full at the first node.
+        calibration: how the heads were found.
         edited: changed since it was calibrated.
+        nodes: the steps at which the network runs, the first of them 0; from (): all.
+        coefficients: [nodes, 2]: x moves from a node to the next by these times the node's velocity and the last
+            one's; from an empty array: Euler's.
+        step_calibration: how the nodes were found.
 
     Raises:
-        PlanError: choices do not fit the setting, or the first step is not full.
+        PlanError: choices, nodes or coefficients do not fit the setting, or the first step is not full.
     """
 
     setting: Setting
     methods: tuple[Method, ...]
-    choices: UInt8[np.ndarray, "steps layers heads"]
+    choices: UInt8[np.ndarray, "nodes layers heads"]
     calibration: CalibrationRecord | None = None
     edited: bool = False
+    nodes: tuple[int, ...] = ()
+    coefficients: Float[np.ndarray, "empty_or_nodes 2"] = field(default_factory=lambda: EULER)
+    step_calibration: StepCalibration | None = None
 
     def __post_init__(self) -> None:
         setting = self.setting
-        shape = (setting.num_inference_steps, len(setting.layers), setting.num_heads)
+        self._check_nodes()
+        if self.step_calibration is not None:
+            self._search(self.step_calibration)
+        shape = (len(self.nodes), len(setting.layers), setting.num_heads)
         if self.choices.shape != shape:
             raise PlanError(
                 f"choices are {list(self.choices.shape)}, but the setting has steps, layers, heads {shape}."
@@ -60,6 +78,37 @@ class Plan:
         object.__setattr__(self, "choices", self.choices.copy())
         self.choices.flags.writeable = False
 
+    def _check_nodes(self) -> None:
+        """Fills in what is empty, and raises PlanError where nodes or coefficients cannot be."""
+        steps = self.setting.num_inference_steps
+        nodes = self.nodes or tuple(range(steps))
+        if nodes[:1] != (0,) or nodes[-1] >= steps or any(a >= b for a, b in pairwise(nodes)):
+            raise PlanError(f"nodes are {list(nodes)!s:.200}: they must rise from 0 to at most {steps - 1}.")
+        coefficients = self.coefficients
+        if not len(coefficients):
+            coefficients = euler_coefficients(np.asarray(self.setting.sigmas)[[*nodes, -1]]).astype(np.float64)
+        if coefficients.shape != (len(nodes), 2) or not np.isfinite(coefficients).all():
+            raise PlanError(
+                f"coefficients are {list(coefficients.shape)}: for {len(nodes)} nodes, two finite numbers each."
+            )
+        if coefficients[0, 1] != 0:
+            raise PlanError(f"coefficients[0][1] is {coefficients[0, 1]}, but there is no velocity before it.")
+        coefficients = coefficients.astype(np.float64)
+        coefficients.flags.writeable = False
+        object.__setattr__(self, "nodes", nodes)
+        object.__setattr__(self, "coefficients", coefficients)
+
+    @property
+    def runs_every_step(self) -> bool:
+        """Whether its steps are the dense run's: it differs in heads alone."""
+        euler = euler_coefficients(np.asarray(self.setting.sigmas))
+        return len(self.nodes) == self.setting.num_inference_steps and np.array_equal(self.coefficients, euler)
+
+    @property
+    def heads_are_full(self) -> bool:
+        """Whether it differs from the dense run in steps alone."""
+        return bool((self.half_windows() == FULL).all())
+
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Plan) and self.digest == other.digest
 
@@ -69,7 +118,7 @@ class Plan:
     def __repr__(self) -> str:
         setting, edited = self.setting, ", edited by hand" if self.edited else ""
         guided = ", guided" if setting.doubled_batch else ""
-        size = f"{setting.height} x {setting.width}, {setting.num_inference_steps} steps{guided}"
+        size = f"{setting.height} x {setting.width}, {self.num_steps}{guided}"
         methods = ", ".join(f"{method} {share:.1%}" for method, share in self.shares().items())
         return (
             f"Plan for {printable(setting.pipeline_class)}: {size}\n"
@@ -77,11 +126,22 @@ class Plan:
             f"  density {self.density():.3f} of query-key pairs, {self.digest[:19]}{edited}"
         )
 
+    @property
+    def num_steps(self) -> str:
+        """In words."""
+        nodes, steps = len(self.nodes), self.setting.num_inference_steps
+        return f"{steps} steps" if nodes == steps else f"{nodes} of {steps} steps"
+
     @classmethod
-    def full(cls, setting: Setting) -> "Plan":
-        """Every head in full: what others are made from by `with_method`."""
-        shape = setting.num_inference_steps, len(setting.layers), setting.num_heads
-        return cls(setting, (FULL_METHOD,), np.zeros(shape, np.uint8))
+    def full(cls, setting: Setting, nodes: tuple[int, ...] = ()) -> "Plan":
+        """Every head in full: what others are made from by `with_method`.
+
+        Args:
+            nodes: the steps at which the network runs, with Euler's steps between them; (): all.
+        """
+        count = len(nodes) or setting.num_inference_steps
+        choices = np.zeros((count, len(setting.layers), setting.num_heads), np.uint8)
+        return cls(setting, (FULL_METHOD,), choices, nodes=nodes)
 
     def half_windows(self) -> Int[np.ndarray, "steps layers heads"]:
         """As `arrow_attention` takes them, int32: in tokens, from each layer's own number of visual ones."""
@@ -106,6 +166,45 @@ class Plan:
                 of_each, _, every = count_tiles(distinct, layer.layout, *tiles)
             kept, total = kept + int((of_each * counts).sum()), total + int(every) * int(counts.sum())
         return kept / total
+
+    def cost(self, attention_share: float = 0.0) -> float:
+        """Of the dense run's time, the share that the plan takes, by its nodes and attention's density at them.
+
+        Args:
+            attention_share: of a dense step's time, which attention takes in proportion to its pairs (Amdahl's law). 0:
+                heads save nothing.
+        """
+        return len(self.nodes) / self.setting.num_inference_steps * (1 - attention_share * (1 - self.density()))
+
+    def resolve(self, *, speedup: float | None = None, psnr: float | None = None) -> "Plan":
+        """A plan for another budget, of the same measurements; needs no model.
+
+        Its coefficients are of the dense run's velocities. `calibrate` fits them to the plan's own, which is better.
+
+        Raises:
+            PlanError: the plan's steps were not calibrated.
+            ValueError: not one budget, or one that no plan keeps.
+        """
+        record = self.step_calibration
+        if record is None:
+            raise PlanError("the plan has no step_calibration: `calibrate(pipeline, prompts, speedup=...)` makes one.")
+        check_budget(speedup=speedup, psnr=psnr)
+        search = self._search(record)
+        if speedup is not None:
+            nodes = search.nodes(count_for(speedup, search.num_steps))
+        else:
+            assert psnr is not None
+            nodes = search.for_psnr(psnr + MARGIN, record.psnr_offset)
+        record = record.model_copy(update={"predicted_error": nodes.predicted_error, "measured_error": None})
+        plan = Plan.full(self.setting, nodes.steps)
+        return replace(plan, coefficients=nodes.coefficients, step_calibration=record)
+
+    def _search(self, record: StepCalibration) -> StepSearch:
+        """Raises PlanError where the record is of no run of the setting."""
+        try:
+            return StepSearch(*(np.array(x, np.float64) for x in (self.setting.sigmas, record.gram, record.growth)))
+        except ValueError as error:
+            raise PlanError(f"step_calibration: {error}") from error
 
     def shares(self) -> dict[str, float]:
         """By method, the share of all steps, layers and heads that take it."""
@@ -165,7 +264,12 @@ class Plan:
         return digest_of(self._content())
 
     def _content(self) -> dict[str, Any]:
-        return content_of(self.setting, self.methods, self.choices, self.calibration, self.edited)
+        content = content_of(self.setting, self.methods, self.choices, self.calibration, self.edited)
+        if not self.runs_every_step:
+            content |= {"nodes": [*self.nodes], "coefficients": self.coefficients.tolist()}
+        if self.step_calibration is not None:
+            content["step_calibration"] = self.step_calibration.model_dump(mode="json")
+        return content
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write JSON, whole or not at all."""
@@ -205,7 +309,9 @@ class Plan:
         with blame_file(path):
             methods, choices = file.parse_methods(), file.parse_steps()
             file.check_errors()
-            return cls(file.setting, methods, choices, file.calibration, file.edited), file.digest
+            coefficients = np.array(file.coefficients or (), np.float64).reshape(-1, 2)
+            steps = file.nodes or (), coefficients, file.step_calibration
+            return cls(file.setting, methods, choices, file.calibration, file.edited, *steps), file.digest
 
 
 ADVICE = {

@@ -1,6 +1,7 @@
 """What a plan is bound to, and how it was found: the records in its file."""
 
 from itertools import pairwise
+from math import log10
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
@@ -62,6 +63,35 @@ class Setting(Record):
     @property
     def num_inference_steps(self) -> int:
         return len(self.sigmas) - 1
+
+
+class StepCalibration(Record):
+    """How the steps of a plan were found, and all that is needed to find others without a model."""
+
+    prompts_sha256: str
+    """Of prompts and negative prompt."""
+    num_prompts: Positive
+    seed: int
+    guidance_scale: Number
+    dtype: str
+    """Of the transformer."""
+    versions: dict[str, str]
+    gram: Annotated[tuple[Annotated[tuple[Number, ...], Field(strict=False)], ...], Field(strict=False)]
+    """[steps, steps]: mean products of the dense run's velocities."""
+    growth: Annotated[tuple[NotNegative, ...], Field(strict=False)]
+    """By noise level: what a squared error there has grown by at the end."""
+    psnr_offset: Number
+    """PSNR of the images is this less 10 log10 of the latents' mean squared error, in dB."""
+    predicted_error: NotNegative
+    """Mean squared error of the latents at the end, by gram and growth alone."""
+    measured_error: NotNegative | None
+    """The same, of the plan's own run on the calibration prompts; None: the plan never ran."""
+
+    @property
+    def psnr(self) -> float:
+        """In dB against the dense images: measured where the plan ran, else predicted."""
+        error = self.predicted_error if self.measured_error is None else self.measured_error
+        return self.psnr_offset - 10 * log10(max(error, 1e-12))
 
 
 class Density(Record):

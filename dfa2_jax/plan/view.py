@@ -22,11 +22,18 @@ def summary(plan: Plan) -> str:
     guided = ", guided" if setting.doubled_batch else ""
     lines = {
         "model": f"{setting.pipeline_class}, {layers}, weights {setting.weights[:12]}",
-        "image": f"{setting.height} x {setting.width}, {setting.num_inference_steps} steps{guided}",
+        "image": f"{setting.height} x {setting.width}, {plan.num_steps}{guided}",
         "methods": ", ".join(f"{method} {share:.1%}" for method, share in plan.shares().items()),
         "density": f"{plan.density():.3f} of query-key pairs; a step {densities.min():.3f} to {densities.max():.3f}",
         "digest": plan.digest + (", edited by hand" if plan.edited else ""),
     }
+    steps = plan.step_calibration
+    if not plan.runs_every_step:
+        speedup = setting.num_inference_steps / len(plan.nodes)
+        lines["steps"] = f"{', '.join(map(str, plan.nodes))}: {speedup:.2f} times as fast"
+    if steps is not None:
+        kind = "predicted" if steps.measured_error is None else "measured on them"
+        lines["steps from"] = f"{steps.num_prompts} prompts, seed {steps.seed}: PSNR {steps.psnr:.1f} dB, {kind}"
     if origin is not None:
         queries, keys = origin.tiles
         lines["density"] += f"; {plan.density(origin.tiles):.3f} of tiles of {queries} x {keys}"
@@ -85,7 +92,10 @@ def _fill(figure: Any, plan: Plan) -> None:
         atlas.axvline(step + 0.5, color="white", linewidth=0.6)
     shown = range(0, layers, max(1, layers // 40))
     atlas.set_yticks([*shown], [printable(plan.setting.layers[number].name) for number in shown], fontsize=7)
-    atlas.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if plan.runs_every_step:
+        atlas.xaxis.set_major_locator(MaxNLocator(integer=True))
+    else:
+        atlas.set_xticks(range(steps), plan.nodes)
     atlas.set(xlabel="step (within it, heads from left to right)", ylabel="layer")
     top.bar(np.arange(steps), table.mean(1), color="grey")
     top.set(ylim=(0, 1), ylabel="kept")
@@ -94,7 +104,8 @@ def _fill(figure: Any, plan: Plan) -> None:
     handles = [Patch(color=colour, label=name) for name, colour in zip(names, colours, strict=True)]
     corner.axis("off")
     corner.legend(handles=handles, loc="center", fontsize=7)
-    title = f"{printable(plan.setting.pipeline_class)}: {plan.density():.2f} of query-key pairs kept"
+    model = printable(plan.setting.pipeline_class)
+    title = f"{model}: {plan.num_steps}, {plan.density():.2f} of query-key pairs kept"
     figure.suptitle(title, fontsize=10)
 
 

@@ -117,7 +117,9 @@ def windows_of(plans: Sequence[Plan]) -> tuple[int, ...]:
 
 
 def draw(plan: Plan, masses: Masses) -> bytes:
-    """A PNG, layers from top to bottom, heads within, steps from left to right: locality, text, method."""
+    """A PNG, layers from top to bottom, heads within, nodes from left to right: locality, text, method."""
+    nodes = list(plan.nodes)
+    masses = Masses(masses.text[nodes], masses.near[:, nodes], masses.half_windows)
     steps, layers, heads = plan.choices.shape
     tall = layers * min(max(0.35, 0.06 * heads), 0.8)
     with new_figure(4.5 + 3 * min(0.12 * steps, 3), tall + 1.8, "The picture of heads") as figure:

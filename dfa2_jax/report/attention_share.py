@@ -58,8 +58,3 @@ def multiplications(jaxpr: Any) -> int:
         inner = jax.tree.leaves([*equation.params.values()], is_leaf=lambda x: hasattr(x, "eqns"))
         total += times * sum(multiplications(jaxpr) for jaxpr in inner if hasattr(jaxpr, "eqns"))
     return total
-
-
-def predicted_speedup(share: float, density: float) -> float:
-    """Of a step whose attention keeps `density` of its pairs and costs in proportion (Amdahl's law)."""
-    return 1 / (1 - share * (1 - density))

@@ -72,7 +72,7 @@ class Sampler:
             self.compiled.add(program)
         run, state = call.program(plan, implementation=implementation)
         started = perf_counter()
-        state = jax.block_until_ready(run(state, 0, call.request.steps))
+        state = jax.block_until_ready(run(state, 0, call.num_steps(plan)))
         return np.asarray(state.latents), (perf_counter() - started) / call.request.steps
 
     @property

@@ -16,7 +16,6 @@ from dfa2_jax.io.atomic import replacing
 from dfa2_jax.plan.plan import Plan
 from dfa2_jax.report import metrics as quality
 from dfa2_jax.report.attention_maps import Masses, draw
-from dfa2_jax.report.attention_share import predicted_speedup
 from dfa2_jax.report.page import page
 
 HIGHER_IS_BETTER = {"psnr": True, "ssim": True, "lpips": False, "clip": True}
@@ -182,7 +181,7 @@ class Report:
             tiles = self.facts["tiles"]
             content |= {"digest": line.plan.digest, "speedup": self.speedup(line), "distances": self.distances(line)}
             content["density"] = {"exact": line.plan.density(), "tiles": line.plan.density(tuple(tiles))}
-            content["predicted_speedup"] = predicted_speedup(self.facts["attention_share"], line.plan.density())
+            content["predicted_speedup"] = 1 / line.plan.cost(self.facts["attention_share"])
         metrics = {}
         for metric in line.scores:
             values = line.values(metric, len(self.seeds))

@@ -1,6 +1,7 @@
 """How predictions combine to one: classifier-free and skip-layer guidance, as in diffusers."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import jax
@@ -36,6 +37,10 @@ class Guidance(Protocol):
 
     sides: ClassVar[int]
 
+    def at(self, nodes: Int[np.ndarray, " nodes"]) -> "Guidance":
+        """Of these steps alone, in their order."""
+        ...
+
     def extra_pairs(self, calls: Sequence[AttentionCall]) -> int:
         """Query-key pairs of an image's further forwards over all steps; these are dense, whatever the plan says."""
         ...
@@ -50,6 +55,9 @@ class NoGuidance:
     """One forward per image."""
 
     sides: ClassVar[int] = 1
+
+    def at(self, nodes: Int[np.ndarray, " nodes"]) -> "NoGuidance":
+        return self
 
     def extra_pairs(self, calls: Sequence[AttentionCall]) -> int:
         return 0
@@ -68,6 +76,9 @@ class ClassifierFree:
     @classmethod
     def constant(cls, scale: float, steps: int) -> "ClassifierFree":
         return cls(pad_steps(np.full(steps, scale, np.float32)))
+
+    def at(self, nodes: Int[np.ndarray, " nodes"]) -> "ClassifierFree":
+        return ClassifierFree(pad_steps(np.asarray(self.scale)[nodes]))
 
     def extra_pairs(self, calls: Sequence[AttentionCall]) -> int:
         return 0
@@ -95,6 +106,9 @@ class SkipLayer:
     scale: Float[Array | np.ndarray, ""]
     active: Bool[Array | np.ndarray, " padded_steps"]
     sides: ClassVar[int] = 2
+
+    def at(self, nodes: Int[np.ndarray, " nodes"]) -> "SkipLayer":
+        return replace(self, base=self.base.at(nodes), active=pad_steps(np.asarray(self.active)[nodes]))
 
     def extra_pairs(self, calls: Sequence[AttentionCall]) -> int:
         pairs = sum(call.layout.length**2 for call in calls if not self.blocks[call.block])

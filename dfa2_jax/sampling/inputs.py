@@ -3,7 +3,7 @@
 from typing import Any
 
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from dfa2_jax.nn.carrier import carrier
 
@@ -26,6 +26,11 @@ class Inputs:
     timesteps: Float[Array | np.ndarray, "padded_steps 256"]
     guidance: Any
     solver: Any
+
+    def at(self, nodes: Int[np.ndarray, " nodes"], solver: Any) -> "Inputs":
+        """Of these steps alone, in their order, with the solver that goes from each to the next."""
+        timesteps = pad_steps(np.asarray(self.timesteps)[nodes])
+        return Inputs(self.conditions, timesteps, self.guidance.at(nodes), solver)
 
 
 def pad_steps(x: np.ndarray) -> np.ndarray:

@@ -132,8 +132,8 @@ CHANGES = {
     "unknown key": (lambda c: c.update(extra=1), "extra: Extra inputs are not permitted"),
     "missing key": (lambda c: c.pop("methods"), "methods: Field required"),
     "future version": (
-        lambda c: c.update(version=2),
-        "version is 2, made by a newer dfa2_jax; this one reads version 1",
+        lambda c: c.update(version=3),
+        "version is 3, made by a newer dfa2_jax; this one reads up to 2",
     ),
     "NaN": (lambda c: c["setting"].update(sigmas=[1.0, float("nan"), 0.5, 0.0]), "setting.sigmas.1: .*finite"),
     "wrong type": (lambda c: c["setting"].update(height="128"), "setting.height: Input should be a valid integer"),

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from dfa2_jax.options import Options
-from dfa2_jax.report.attention_share import attention_share, multiplications, predicted_speedup
+from dfa2_jax.report.attention_share import attention_share, multiplications
 
 
 def test_products_in_loops_count_as_often_as_they_run():
@@ -35,9 +35,3 @@ def test_share_of_sd35_is_that_of_its_layers(guided, pipelines):
     rest -= 9 * width**2 * joint[-1].num_text
     # Modulation, embeddings and the last projection are the rest of the rest.
     assert attention / (attention + 1.6 * rest) < share < attention / (attention + rest)
-
-
-def test_amdahl():
-    assert predicted_speedup(0.6, 1.0) == 1
-    assert predicted_speedup(0.5, 0.0) == 2
-    assert predicted_speedup(0.6, 0.5) == pytest.approx(1 / 0.7)

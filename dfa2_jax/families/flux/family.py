@@ -18,7 +18,7 @@ from dfa2_jax.families.flux.transformer import FluxConditions, FluxTransformer
 from dfa2_jax.options import Options
 from dfa2_jax.sampling.guidance import ClassifierFree, Guidance, NoGuidance
 from dfa2_jax.sampling.sinusoid import sinusoid
-from dfa2_jax.sampling.solvers.flow_euler import FlowEuler, check_flow_match, flow_match_sigmas
+from dfa2_jax.sampling.solvers.flow_euler import FlowMultistep, check_flow_match, flow_match_sigmas
 from dfa2_jax.sampling.tokens import CHANNEL_ROW_COLUMN, Grid, Patches
 from dfa2_jax.vae.spec import AUTOENCODER
 from dfa2_jax.weights.spec import ComponentSpec
@@ -100,7 +100,7 @@ class Flux:
         even = np.linspace(1.0, 1 / steps, steps) if sigmas is None else sigmas
         levels = flow_match_sigmas(self.scheduler, even, num_visual)
         thousandths = (levels[:-1] * np.float32(1000)).astype(dtype) / np.asarray(1000, dtype)
-        return Schedule(levels, embedded_scalar(thousandths, dtype), FlowEuler.of_sigmas(levels))
+        return Schedule(levels, embedded_scalar(thousandths, dtype), FlowMultistep.euler(levels))
 
     def output_latents(self, tokens: np.ndarray, grid: Grid) -> np.ndarray:
         """Packed, [B, V, 64]."""

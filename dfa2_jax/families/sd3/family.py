@@ -17,7 +17,7 @@ from dfa2_jax.families.sd3.transformer import PositionTable, SD3Conditions, SD3T
 from dfa2_jax.options import Options
 from dfa2_jax.sampling.guidance import ClassifierFree, Guidance, NoGuidance, SkipLayer
 from dfa2_jax.sampling.inputs import pad_steps
-from dfa2_jax.sampling.solvers.flow_euler import FlowEuler, check_flow_match, flow_match_sigmas
+from dfa2_jax.sampling.solvers.flow_euler import FlowMultistep, check_flow_match, flow_match_sigmas
 from dfa2_jax.sampling.tokens import ROW_COLUMN_CHANNEL, Grid, Patches
 from dfa2_jax.vae.spec import AUTOENCODER
 from dfa2_jax.weights.spec import ComponentSpec
@@ -122,7 +122,7 @@ class SD3:
         levels = flow_match_sigmas(
             {"max_shift": 1.16, **self.scheduler}, steps if sigmas is None else sigmas, num_visual
         )
-        return Schedule(levels, levels[:-1] * np.float32(1000), FlowEuler.of_sigmas(levels))
+        return Schedule(levels, levels[:-1] * np.float32(1000), FlowMultistep.euler(levels))
 
     def output_latents(self, tokens: np.ndarray, grid: Grid) -> np.ndarray:
         """[B, C, h, w]."""

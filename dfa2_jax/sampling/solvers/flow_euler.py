@@ -1,4 +1,4 @@
-"""Euler steps of flow matching (arXiv 2210.02747, algorithm 1), and the schedules of SD3 and FLUX."""
+"""Steps of flow matching from one or two velocities, and the schedules of SD3 and FLUX."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from dfa2_jax.nn.carrier import carrier
+from dfa2_jax.plan.steps import euler_coefficients
 from dfa2_jax.sampling.inputs import pad_steps
 from dfa2_jax.sampling.solvers.base import Latents
 
@@ -23,20 +24,30 @@ UNSUPPORTED = (
 
 
 @carrier
-class FlowEuler:
-    """dx/dsigma is the velocity: x moves by the difference of two noise levels times the velocity."""
+class FlowMultistep:
+    """x moves by a combination of this step's velocity and the last one's.
 
-    differences: Float[Array, " padded_steps"] | Float[np.ndarray, " padded_steps"]
+    Euler's steps (arXiv 2210.02747, algorithm 1) are the difference of two noise levels times the velocity; a step
+    plan's coefficients are fitted (`calibration.steps`). The last velocity is the solver's state.
+    """
+
+    coefficients: Float[Array | np.ndarray, "padded_steps 2"]
+    """Of this step's velocity and of the last one's."""
 
     @classmethod
-    def of_sigmas(cls, sigmas: Float[np.ndarray, " steps_plus_1"]) -> "FlowEuler":
-        return cls(pad_steps(np.diff(sigmas)))
+    def euler(cls, sigmas: Float[np.ndarray, " steps_plus_1"]) -> "FlowMultistep":
+        return cls.of(euler_coefficients(sigmas))
 
-    def init(self, x: Latents) -> None:
-        return None
+    @classmethod
+    def of(cls, coefficients: Float[np.ndarray, "steps 2"]) -> "FlowMultistep":
+        return cls(pad_steps(coefficients.astype(np.float32)))
 
-    def step(self, x: Latents, prediction: Latents, i: Int[Array, ""] | int, state: None) -> tuple[Latents, None]:
-        return x + jnp.asarray(self.differences)[i] * prediction, None
+    def init(self, x: Latents) -> Latents:
+        return np.zeros_like(x)
+
+    def step(self, x: Latents, prediction: Latents, i: Int[Array, ""] | int, state: Latents) -> tuple[Latents, Latents]:
+        now, last = jnp.asarray(self.coefficients)[i]
+        return x + now * prediction + last * state, prediction
 
 
 def flow_match_sigmas(

@@ -1,0 +1,145 @@
+"""The search for the steps that run the network, and what plans of them hold."""
+
+import json
+from itertools import combinations, pairwise
+
+import numpy as np
+import pytest
+from mutations import sample_plan, step_plan
+
+from dfa2_jax import Plan, PlanError
+from dfa2_jax.plan.steps import MAX_GAP, StepSearch, count_for, euler_coefficients
+
+
+def search_of(steps, seed=0, smooth=4):
+    """Velocities that turn slowly, as a model's do, and growth that falls."""
+    generator, time = np.random.default_rng(seed), np.linspace(0, 1, steps)
+    basis = np.stack([np.cos(number * 2 * time) for number in range(smooth)], axis=1)
+    velocities = basis @ generator.normal(size=(smooth, 50)) + 0.05 * generator.normal(size=(steps, 50))
+    sigmas = np.append(np.linspace(1, 0.1, steps) ** 2, 0)
+    return StepSearch(sigmas, velocities @ velocities.T / 50, np.linspace(9, 1, steps + 1) ** 2), velocities
+
+
+def error_of(search, nodes):
+    bounds = zip((None, *nodes), nodes, (*nodes[1:], search.num_steps), strict=False)
+    return sum(search.move(*bound)[1] * search.growth[bound[2]] for bound in bounds)
+
+
+def test_the_search_is_exact():
+    """Against every choice of nodes."""
+    search, _ = search_of(8)
+    for count in range(1, 9):
+        every = [(0, *rest) for rest in combinations(range(1, 8), count - 1)]
+        best = min(every, key=lambda nodes: error_of(search, nodes))
+        nodes = search.nodes(count)
+        assert nodes.predicted_error == pytest.approx(error_of(search, best), abs=1e-12)
+        assert error_of(search, nodes.steps) == pytest.approx(nodes.predicted_error, abs=1e-12)
+    assert search.nodes(8).steps == tuple(range(8)) and search.nodes(8).predicted_error == 0
+
+
+def test_an_error_is_what_the_velocities_miss():
+    search, velocities = search_of(9)
+    (now, last), error = search.move(2, 3, 7)
+    wanted = np.diff(search.sigmas)[3:7] @ velocities[3:7]
+    assert error == pytest.approx(np.mean((now * velocities[3] + last * velocities[2] - wanted) ** 2), rel=1e-4)
+    best, *_ = np.linalg.lstsq(velocities[[3, 2]].T, wanted, rcond=None)
+    np.testing.assert_allclose([now, last], best, rtol=1e-3)
+    (now, last), error = search.move(None, 0, 4)
+    assert last == 0 and error > 0
+    assert search.move(3, 4, 5) == (pytest.approx([search.sigmas[5] - search.sigmas[4], 0]), 0)
+
+
+def test_gaps_have_an_end():
+    search, _ = search_of(40)
+    assert min(search.paths) == 3 and max(search.paths) == 40
+    for nodes in search.paths.values():
+        assert max(b - a for a, b in pairwise((*nodes, 40))) <= MAX_GAP
+    with pytest.raises(ValueError, match="2 nodes of 40 steps: there must be 3 to 40"):
+        search.nodes(2)
+
+
+@pytest.mark.parametrize(
+    ("speedup", "steps", "count"),
+    [(2.0, 20, 10), (2.5, 20, 8), (3.3, 20, 6), (2.0, 28, 14), (2.9, 50, 17), (1.0, 7, 7)],
+)
+def test_a_plan_is_at_least_as_fast_as_was_asked(speedup, steps, count):
+    assert count_for(speedup, steps) == count
+    assert steps / count >= speedup > steps / (count + 1)
+
+
+@pytest.mark.parametrize("speedup", [0.9, 10.1, 0.0, -2.0])
+def test_a_speedup_that_no_plan_has(speedup):
+    with pytest.raises(ValueError, match="must be from 1 to 10 for 20 steps"):
+        count_for(speedup, 20)
+
+
+def test_a_file_of_version_2_gives_the_plan_back(tmp_path):
+    plan, path = step_plan(), tmp_path / "plan.json"
+    plan.save(path)
+    again, content = Plan.load(path), json.loads(path.read_text())
+    assert again == plan and again.nodes == plan.nodes and again.step_calibration == plan.step_calibration
+    np.testing.assert_array_equal(again.coefficients, plan.coefficients)
+    assert content["version"] == 2 and len(content["steps"]) == len(content["nodes"])
+    assert "4 of 9 steps" in repr(plan) and plan.cost() == pytest.approx(4 / 9)
+    assert plan.with_method(1, 0, None, "cached").cost(0.5) < plan.cost(0.5) == plan.cost()
+
+
+def test_a_plan_of_every_step_is_one_of_version_1(tmp_path):
+    plan = sample_plan(3)
+    every = Plan(plan.setting, plan.methods, plan.choices, plan.calibration, nodes=(0, 1, 2))
+    assert every == plan and every.runs_every_step
+    np.testing.assert_array_equal(every.coefficients, euler_coefficients(np.array(plan.setting.sigmas)))
+
+
+FAULTS = {
+    "no first": ({"nodes": [1, 2, 3, 4]}, r"nodes are \[1, 2, 3, 4\]: they must rise from 0 to at most 8"),
+    "too late": ({"nodes": [0, 2, 3, 9]}, "they must rise from 0 to at most 8"),
+    "falling": ({"nodes": [0, 3, 2, 4]}, "they must rise"),
+    "fewer": ({"nodes": [0, 2, 3]}, "there are 4, but nodes are 3"),
+    "no coefficients": ({"coefficients": None}, "nodes and coefficients: there is one without the other"),
+    "other count": ({"coefficients": [[1.0, 0.0]]}, r"coefficients are \[1, 2\]: for 4 nodes, two finite numbers each"),
+    "three": ({"coefficients": [[1.0, 0.0, 0.0]] * 4}, "coefficients.0"),
+    "before the first": (
+        {"coefficients": [[1.0, 0.1]] * 4},
+        r"coefficients\[0\]\[1\] is 0.1, but there is no velocity",
+    ),
+    "growth": (lambda c: c["step_calibration"]["growth"].pop(), r"growth \(9,\) must be of 9 steps"),
+    "gram": (lambda c: c["step_calibration"]["gram"][0].__setitem__(0, -1.0), "what no products of velocities are"),
+    "version": ({"version": 1}, "version is 1, but its fields are those of 2"),
+    "newer": ({"version": 3}, "version is 3, made by a newer dfa2_jax; this one reads up to 2"),
+    "edited": ({"nodes": [0, 2, 3, 7]}, "it was edited or damaged"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_faults_are_named(fault, tmp_path):
+    change, message = FAULTS[fault]
+    path = tmp_path / "plan.json"
+    step_plan().save(path)
+    content = json.loads(path.read_text())
+    change(content) if callable(change) else content.update(change)
+    path.write_text(json.dumps(content))
+    with pytest.raises(PlanError, match=message) as caught:
+        Plan.load(path)
+    assert str(path) in str(caught.value)
+
+
+def test_another_budget_needs_no_model():
+    plan = step_plan()
+    faster = plan.resolve(speedup=3.0)
+    assert len(faster.nodes) == 3 and faster.step_calibration.measured_error is None
+    assert faster.step_calibration.psnr < plan.resolve(speedup=1.5).step_calibration.psnr
+    assert faster.resolve(speedup=9 / 4).nodes == plan.nodes
+    near = plan.resolve(psnr=30.0)
+    assert near.step_calibration.psnr >= 33.0 > plan.resolve(speedup=9 / (len(near.nodes) - 1)).step_calibration.psnr
+    assert len(plan.resolve(psnr=150.0).nodes) == 9
+    for budget, message in (
+        ({}, "one of speedup, psnr must be given, not none"),
+        ({"speedup": 2.0, "psnr": 40.0}, "not speedup=2.0 and psnr=40.0"),
+        ({"speedup": float("nan")}, "speedup=nan must be a finite number"),
+        ({"speedup": 10.0}, "must be from 1 to 9 for 9 steps"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            plan.resolve(**budget)
+    with pytest.raises(PlanError, match="has no step_calibration"):
+        sample_plan(0).resolve(speedup=2.0)
