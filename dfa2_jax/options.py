@@ -127,8 +127,17 @@ CALL_FIELDS = [argument for argument in fields(Options) if argument.name in CALL
 class CalibrationOptions:
     """The arguments of `calibrate` beside those of a call (`CALL`)."""
 
-    delta: float = option(
-        0.4, "error budget of a layer at a step; the paper tries 0.2 to 1.0. Larger: faster", flag=True
+    speedup: float | None = option(
+        None, "budget: times as fast as every step; the plan is as near to the dense images as can be", flag=True
+    )
+    psnr: float | None = option(
+        None, "budget: dB that the plan's images keep against the dense ones; the plan is as fast as can be", flag=True
+    )
+    delta: float | None = option(
+        None,
+        "budget: the paper's, of a layer's error at a step, for heads at every step; it tries 0.2 to 1.0. "
+        "Larger: faster",
+        flag=True,
     )
     c: float | None = option(
         1.5,

@@ -9,7 +9,6 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
-from importlib.metadata import version
 from os import PathLike
 from typing import Any
 
@@ -19,9 +18,12 @@ from flax import nnx
 from jaxtyping import Int
 from tqdm import tqdm
 
+from dfa2_jax import __version__
 from dfa2_jax.calibration.attends import Budget, Trials, TryEverything, saved_tiles
+from dfa2_jax.calibration.journal import Journal
 from dfa2_jax.calibration.resume import Checkpointed
 from dfa2_jax.calibration.search import MAX_DELTA
+from dfa2_jax.calibration.steps import StepBudget, StepRuns, calibrate_steps
 from dfa2_jax.io.digest import digest_of
 from dfa2_jax.nn.attention import in_order
 from dfa2_jax.nn.linear import XLA_OPTIONS
@@ -31,10 +33,14 @@ from dfa2_jax.pipeline.pipeline import Pipeline
 from dfa2_jax.plan.method import CACHED_METHOD, FULL_METHOD, Method
 from dfa2_jax.plan.plan import Plan
 from dfa2_jax.plan.setting import CalibrationRecord, Density, Setting
+from dfa2_jax.plan.steps import check_budget, count_for
 from dfa2_jax.sampling.inputs import Inputs
 from dfa2_jax.sampling.loop import State, denoise_step
 
 logger = logging.getLogger("dfa2_jax")
+
+HEADS_ALONE = ("c", "windows", "cache", "attention_chunk", "tiles")
+"""Options that say what heads may do."""
 
 
 def planning_tiles(head_dim: int) -> tuple[int, int]:
@@ -88,7 +94,9 @@ def calibrate(
     width: int | None = None,
     guidance_scale: float | None = None,
     max_sequence_length: int | None = None,
-    delta: float = 0.4,
+    speedup: float | None = None,
+    psnr: float | None = None,
+    delta: float | None = None,
     c: float | None = 1.5,
     windows: tuple[int, ...] = (8, 16, 32),
     cache: bool = True,
@@ -98,12 +106,14 @@ def calibrate(
     progress: bool = True,
     resume: str | PathLike[str] | None = None,
 ) -> Plan:
-    """Find a plan in one sampling run of a batch of prompts (DiTFastAttnV2, arXiv 2503.22796, section 3.3).
+    """Find a plan for one budget: `speedup`, `psnr` or `delta`; without any, `speedup=2`.
 
-    The plan is for calls of this size, text length and number of steps, with or without guidance.
+    `speedup` and `psnr` choose the steps that run the network (`calibration.steps`), at the cost of about three dense
+    runs. `delta` chooses what heads do at every step, in one run (DiTFastAttnV2, arXiv 2503.22796, section 3.3). The
+    plan is for calls of this size, text length and number of steps, with or without guidance.
 
     Args:
-        pipeline: whose heads are tried.
+        pipeline: whose steps or heads are tried.
         prompts: all in one batch, with the noise that a call of the pipeline draws for `seed`.
         {options}
 
@@ -116,10 +126,35 @@ def calibrate(
     """
     given = locals()
     options = CalibrationOptions(**{argument.name: given[argument.name] for argument in fields(CalibrationOptions)})
+    if options.delta is None:
+        return _of_steps(pipeline, prompts, options, {name: given[name] for name in CALL})
+    if not options.speedup is options.psnr is None:
+        raise ValueError(f"speedup={options.speedup}, psnr={options.psnr} and delta={options.delta}: pass one of them.")
     calibration = CalibrationRun.begin(pipeline, prompts, options, {name: given[name] for name in CALL})
     checkpointed = Checkpointed.read(resume, calibration.digest, calibration.empty)
     calibration.search(checkpointed)
     return calibration.finished(checkpointed)
+
+
+def _of_steps(pipeline: Pipeline, prompts: list[str], options: CalibrationOptions, arguments: dict[str, Any]) -> Plan:
+    """A plan of steps alone."""
+    for name in HEADS_ALONE:
+        if (value := getattr(options, name)) != getattr(CalibrationOptions, name):
+            raise ValueError(f"{name}={value!r} is of heads, and without delta= a plan is of steps: leave it out.")
+    speedup = 2.0 if options.speedup is options.psnr is None else options.speedup
+    check_budget(speedup=speedup, psnr=options.psnr)
+    budget = StepBudget(speedup, options.psnr)
+    _check_prompts(prompts, options.seed)
+    call = prepared(pipeline, prompts, options.seed, arguments)
+    pipeline.check_vae()
+    if budget.speedup is not None:
+        count_for(budget.speedup, call.request.steps)
+    facts = facts_of(prompts, call)
+    journal = Journal(options.resume, digest_of_all(call, facts), (2, *call.tokens.shape))
+    try:
+        return calibrate_steps(call, StepRuns(call, journal, options.progress), budget, facts)
+    finally:
+        journal.close()
 
 
 @dataclass(frozen=True)
@@ -144,11 +179,9 @@ class CalibrationRun:
         """Check every argument, and encode the prompts."""
         candidates = _candidates(options.windows, options.cache)
         tiles = options.tiles or planning_tiles(pipeline.config.attention_head_dim)
-        _check(prompts, options, tiles)
-        call = pipeline.prepare(Options(prompt=prompts, seed=options.seed, output_type="latent", **arguments))
-        negative, guidance_scale = arguments["negative_prompt"], arguments["guidance_scale"]
-        if negative is not None and call.request.cfg_scale is None:
-            raise ValueError(f"negative_prompt={negative:.100} has no effect: no guidance at {guidance_scale=}.")
+        _check_prompts(prompts, options.seed)
+        _check_heads(options, tiles)
+        call = prepared(pipeline, prompts, options.seed, arguments)
         chunk = options.attention_chunk
         if chunk is not None and (chunk < 1 or call.batch % chunk):
             raise ValueError(
@@ -162,25 +195,17 @@ class CalibrationRun:
     @property
     def facts(self) -> dict[str, Any]:
         """How the plan is found, as its file says it."""
-        negative = self.call.options.negative_prompt
-        return {
-            "prompts_sha256": digest_of({"prompts": self.prompts, "negative_prompt": negative}),
-            "num_prompts": len(self.prompts),
-            "seed": self.options.seed,
-            "guidance_scale": self.call.request.guidance_scale,
-            "dtype": self.pipeline.dtype.name,
+        return facts_of(self.prompts, self.call) | {
             "delta": self.options.delta,
             "c": self.options.c,
             "candidates": tuple(str(method) for method in self.candidates),
             "tiles": self.tiles,
-            "versions": {"dfa2_jax": version("dfa2-jax"), "jax": jax.__version__},
         }
 
     @property
     def digest(self) -> str:
         """Of all that the findings depend on."""
-        setting = self.call.setting.model_dump(mode="json")
-        return digest_of(self.facts | {"setting": setting, "rounding": self.pipeline.rounding})
+        return digest_of_all(self.call, self.facts)
 
     @jax.enable_x64(False)  # a program of 32 bits, whatever the user's setting is
     def search(self, checkpointed: Checkpointed) -> None:
@@ -189,6 +214,7 @@ class CalibrationRun:
         # The dense step and those of an earlier run, with the sums of the steps that found them.
         run, state = self.call.program(checkpointed.filled(self.empty), skip_projections=False)
         state = run(state, 0, done)
+        assert self.options.delta is not None
         step = partial(
             calibrate_step,
             transformer.graph,
@@ -238,15 +264,51 @@ def _warn_idle(candidates: tuple[Method, ...], setting: Setting, tiles: tuple[in
         )  # fmt: skip
 
 
-def _check(prompts: list[str], options: CalibrationOptions, tiles: Sequence[int]) -> None:
-    seed, delta = options.seed, options.delta
+def prepared(pipeline: Pipeline, prompts: list[str], seed: int, arguments: dict[str, Any]) -> Call:
+    """All prompts in one batch, encoded.
+
+    Raises:
+        ValueError: as in a call, or a negative prompt has no effect.
+    """
+    call = pipeline.prepare(Options(prompt=prompts, seed=seed, output_type="latent", **arguments))
+    negative, guidance_scale = arguments["negative_prompt"], arguments["guidance_scale"]
+    if negative is not None and call.request.cfg_scale is None:
+        raise ValueError(f"negative_prompt={negative:.100} has no effect: no guidance at {guidance_scale=}.")
+    return call
+
+
+def facts_of(prompts: list[str], call: Call) -> dict[str, Any]:
+    """How a plan is found, as its file says it."""
+    negative = call.options.negative_prompt
+    return {
+        "prompts_sha256": digest_of({"prompts": prompts, "negative_prompt": negative}),
+        "num_prompts": len(prompts),
+        "seed": call.options.seed,
+        "guidance_scale": call.request.guidance_scale,
+        "dtype": call.pipeline.dtype.name,
+        "versions": {"dfa2_jax": __version__, "jax": jax.__version__},
+    }
+
+
+def digest_of_all(call: Call, facts: dict[str, Any]) -> str:
+    """Of all that a calibration's findings depend on."""
+    setting = call.setting.model_dump(mode="json")
+    return digest_of(facts | {"setting": setting, "rounding": call.pipeline.rounding})
+
+
+def _check_prompts(prompts: list[str], seed: int) -> None:
     if not isinstance(prompts, list | tuple) or not prompts or not all(isinstance(text, str) for text in prompts):
         raise ValueError(f"prompts={prompts!r:.100} must be a list of texts, one at least.")
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise ValueError(f"{seed=} must be an integer: all prompts are one batch.")
+
+
+def _check_heads(options: CalibrationOptions, tiles: Sequence[int]) -> None:
+    delta = options.delta
     for name, value in (("delta", delta), ("c", 1.0 if options.c is None else options.c)):
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < np.inf:
             raise ValueError(f"{name}={value!r} must be a number, not negative.")
+    assert delta is not None
     if delta > MAX_DELTA:
         raise ValueError(f"{delta=} is above {MAX_DELTA}, where heads could be anything: the paper's are up to 1.")
     if not isinstance(tiles, tuple) or len(tiles) != 2 or any(not isinstance(size, int) or size < 1 for size in tiles):

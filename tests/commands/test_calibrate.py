@@ -72,7 +72,7 @@ def test_an_interrupted_calibration_goes_on_with_the_same_command(
 ):
     plan = tmp_path / "plan.json"
     arguments = ["calibrate", str(tiny_flux_schnell), "--prompts", str(prompts), "--out", str(plan), *SIZE[:4]]
-    arguments += ["--steps", "4", "--max-sequence-length", "16", "--windows", "4"]
+    arguments += ["--steps", "4", "--max-sequence-length", "16", "--delta", "0.4", "--windows", "4"]
     add, seen = Checkpointed.add, []
 
     def stop(self, *found):
@@ -94,7 +94,7 @@ def test_an_interrupted_calibration_goes_on_with_the_same_command(
         ({"--prompts": "{tmp}/absent.txt"}, "absent.txt"),
         ({"--out": "{tmp}/absent/plan.json"}, "not in a folder that is there and writable"),
         ({"--delta": "-1"}, "delta=-1.0 must be a number"),
-        ({"--windows": "0"}, "windows=(0,) must be different positive integers"),
+        ({"--delta": "0.4", "--windows": "0"}, "windows=(0,) must be different positive integers"),
         ({"--height": "100"}, "100 x 128 must be multiples of 16"),
     ],
 )

@@ -1,0 +1,208 @@
+"""From prompts to a step plan: which steps run the network, and how x moves between them.
+
+It costs about three dense runs. The first gives the velocities and their Gram matrix (`plan.steps`). The second starts
+a little off, a fifth of the way on, and shows how errors grow. Then the plan runs on the same prompts. At each node,
+least squares finds the coefficients with which x lands nearest to the dense run's x, from where the plan really is. All
+are calls of the sampling program: it keeps the last velocity as its solver's state.
+"""
+
+import hashlib
+import logging
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Float
+from tqdm import tqdm
+
+from dfa2_jax.calibration.journal import Journal
+from dfa2_jax.pipeline.call import Call
+from dfa2_jax.plan.plan import MARGIN, Plan
+from dfa2_jax.plan.setting import StepCalibration
+from dfa2_jax.plan.steps import Nodes, StepSearch, count_for
+from dfa2_jax.sampling.loop import State, denoise
+
+logger = logging.getLogger("dfa2_jax")
+
+PERTURBATION = 0.01
+"""Root mean square of what the second run starts off by, where the noise's is 1."""
+
+RIDGE = 1e-4
+"""Towards Euler's coefficients, of the products' mean diagonal: a few prompts must not decide what they do not show."""
+
+LOWEST_PSNR = 37.0
+"""dB below which predictions were up to 8 dB too high."""
+
+Latents = Float[np.ndarray, "B V C"]
+
+
+class StepRuns:
+    """A call's dense steps, one at a time; those that a journal knows run no network."""
+
+    def __init__(self, call: Call, journal: Journal, progress: bool):
+        self.call, self.journal = call, journal
+        self.inputs = jax.device_put(call.inputs)
+        self.bar = tqdm(desc="calibrate", unit="step", disable=not progress)
+
+    def step(self, x: Latents, step: int) -> tuple[Latents, Latents]:
+        """The latents after a step of Euler's, and the guided velocity at `x`; float32."""
+        key = hashlib.sha256(step.to_bytes(4, "little") + x.tobytes()).digest()
+        result = self.journal.get(key)
+        if result is None:
+            pipeline = self.call.pipeline
+            transformer, options = pipeline.transformer, {"rounding": pipeline.rounding}
+            state = State(x, np.zeros_like(x))
+            with jax.enable_x64(False):
+                run = denoise(transformer.graph, transformer.params, state, self.inputs, step, step + 1, **options)
+            result = np.stack([run.latents, run.solver])
+            self.journal.add(key, result)
+        self.bar.update()
+        return result[0], result[1]
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """The dense run. latents: at every noise level; velocities: of every step."""
+
+    latents: Float[np.ndarray, "levels B V C"]
+    velocities: Float[np.ndarray, "steps B V C"]
+
+    @classmethod
+    def of(cls, runs: StepRuns) -> "Trajectory":
+        latents, velocities = [np.asarray(runs.call.start().latents)], []
+        for step in range(runs.call.request.steps):
+            after, velocity = runs.step(latents[-1], step)
+            latents.append(after)
+            velocities.append(velocity)
+        return cls(np.stack(latents), np.stack(velocities))
+
+    def gram(self) -> Float[np.ndarray, "steps steps"]:
+        """Mean products of the velocities, float64."""
+        flat = self.velocities.reshape(len(self.velocities), -1)
+        parts = np.array_split(flat, -(-flat.shape[1] // 2**20), axis=1)  # 8 MB a step in float64
+        return sum(part.astype(np.float64) @ part.T.astype(np.float64) for part in parts) / flat.shape[1]  # type: ignore
+
+    def errors(self, latents: Latents, level: int) -> float:
+        return mean_square(latents - self.latents[level])
+
+
+def mean_square(x: np.ndarray) -> float:
+    return float(np.mean(np.square(x, dtype=np.float64)))
+
+
+def growth(runs: StepRuns, dense: Trajectory, sigmas: np.ndarray) -> tuple[Float[np.ndarray, " levels"], Latents]:
+    """What a squared error at each noise level has grown by at the end, never rising; and where the run ended.
+
+    It starts off along an error that a plan makes: of one velocity in place of all up to there. White noise would die
+    out; only errors in the flow's own directions count.
+    """
+    steps = len(sigmas) - 1
+    begin = max(2, steps // 5)
+    moves = np.diff(sigmas)[:begin]
+    gap = np.tensordot(moves, dense.velocities[:begin] - dense.velocities[0], 1)
+    scale = np.sqrt(mean_square(gap))
+    x = (dense.latents[begin] + gap * (PERTURBATION / scale if scale else 0)).astype(np.float32)
+    errors = [dense.errors(x, begin)]
+    for step in range(begin, steps):
+        x, _ = runs.step(x, step)
+        errors.append(dense.errors(x, step + 1))
+    grown = errors[-1] / np.maximum(errors, 1e-30)
+    grown = np.maximum.accumulate(grown[::-1])[::-1]
+    return np.concatenate([np.full(begin, grown[0]), grown]), x
+
+
+def fit(runs: StepRuns, dense: Trajectory, sigmas: np.ndarray, nodes: Nodes) -> tuple[Nodes, Latents]:
+    """Coefficients of the plan's own run, and the latents that it ends at."""
+    x, last, coefficients = dense.latents[0], None, []
+    for node, following in zip(nodes.steps, (*nodes.steps[1:], len(sigmas) - 1), strict=True):
+        _, velocity = runs.step(x, node)
+        basis = [velocity] if last is None else [velocity, last]
+        rows = np.stack([one.ravel() for one in basis]).astype(np.float64)
+        euler = np.zeros(len(basis))
+        euler[0] = sigmas[following] - sigmas[node]
+        missed = (dense.latents[following] - x).ravel() - euler @ rows
+        products = rows @ rows.T
+        ridge = RIDGE * np.trace(products) / len(basis) * np.eye(len(basis))
+        weights = (euler + np.linalg.solve(products + ridge, rows @ missed)).astype(np.float32)
+        x = x + sum(weight * one for weight, one in zip(weights, basis, strict=True))
+        coefficients.append(np.pad(weights, (0, 2 - len(basis))))
+        last = velocity
+    return replace(nodes, coefficients=np.array(coefficients, np.float64)), x
+
+
+@dataclass(frozen=True)
+class StepBudget:
+    """One of two: as fast as `speedup`, or as near to the dense images as `psnr` in dB."""
+
+    speedup: float | None = None
+    psnr: float | None = None
+
+
+def calibrate_steps(call: Call, runs: StepRuns, budget: StepBudget, facts: dict[str, Any]) -> Plan:
+    """The plan for a budget.
+
+    Args:
+        facts: of `StepCalibration`, how the plan is found.
+    """
+    sigmas = np.asarray(call.schedule.sigmas, np.float64)
+    dense = Trajectory.of(runs)
+    grown, off = growth(runs, dense, sigmas)
+    search = StepSearch(sigmas, dense.gram(), grown)
+    images, final = pixels(call, dense.latents[-1]), dense.latents[-1]
+
+    def offset_of(x: Latents) -> float:
+        """Between the PSNR of images and that of their latents: a constant of the autoencoder, within 1 dB."""
+        psnr = np.mean(
+            [-10 * np.log10(mean_square(a - b) + 1e-12) for a, b in zip(pixels(call, x), images, strict=True)]
+        )
+        return float(psnr + 10 * np.log10(max(mean_square(x - final), 1e-12)))
+
+    def tried(nodes: Nodes) -> Plan:
+        nodes, x = fit(runs, dense, sigmas, nodes)
+        record = StepCalibration(
+            **facts,
+            gram=tuple(map(tuple, search.gram.tolist())),
+            growth=tuple(grown.tolist()),
+            psnr_offset=offset_of(x),
+            predicted_error=nodes.predicted_error,
+            measured_error=mean_square(x - final),
+        )
+        plan = Plan.full(call.setting, nodes.steps)
+        return replace(plan, coefficients=nodes.coefficients, step_calibration=record)
+
+    if budget.speedup is not None:
+        plan = tried(search.nodes(count_for(budget.speedup, search.num_steps)))
+    else:
+        assert budget.psnr is not None
+        plan = _for_psnr(search, search.for_psnr(budget.psnr + MARGIN, offset_of(off)), budget.psnr, tried)
+    runs.bar.close()
+    assert plan.step_calibration is not None
+    if (promised := plan.step_calibration.psnr - MARGIN) < LOWEST_PSNR:
+        logger.warning(
+            "the plan promises %.1f dB; below %.0f dB other prompts can be up to 8 dB worse", promised, LOWEST_PSNR
+        )
+    return plan
+
+
+def _for_psnr(search: StepSearch, first: Nodes, psnr: float, tried: Any) -> Plan:
+    """The fewest nodes whose measured PSNR is `MARGIN` above what is asked."""
+
+    def keeps(plan: Plan) -> bool:
+        assert plan.step_calibration is not None
+        return plan.step_calibration.psnr >= psnr + MARGIN
+
+    plan = tried(first)
+    if not keeps(plan):
+        while len(plan.nodes) < search.num_steps and not keeps(plan):
+            plan = tried(search.nodes(len(plan.nodes) + 1))
+        return plan
+    while len(plan.nodes) - 1 in search.paths and keeps(fewer := tried(search.nodes(len(plan.nodes) - 1))):
+        plan = fewer
+    return plan
+
+
+def pixels(call: Call, tokens: Latents) -> Float[np.ndarray, "B F H W 3"]:
+    """Frames in [0, 1], an image at a time: all prompts at once may not fit."""
+    unpack, decode = call.pipeline.family.tokens.unpack, call.pipeline.decode
+    return np.concatenate([decode(unpack(latents[None], call.grid)) for latents in tokens])

@@ -1,0 +1,204 @@
+"""Step plans, from prompts to images: against themselves, against diffusers, and after an interruption."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from pipeline_cases import PROMPTS, error, load_theirs, run_theirs
+
+from dfa2_jax import Plan, PlanError, calibrate
+from dfa2_jax.calibration.journal import Journal
+from dfa2_jax.options import Options
+from dfa2_jax.plan.steps import euler_coefficients
+from dfa2_jax.sampling.solvers.flow_euler import FlowMultistep
+
+CALL = {"height": 64, "width": 64, "num_inference_steps": 8, "max_sequence_length": 16, "progress": False}
+CASES = {"tiny_sd35": {"guidance_scale": 3.0}, "tiny_flux_dev": {}}
+
+
+@pytest.fixture(scope="module")
+def planned(pipelines):
+    """A pipeline, and its plan of half the steps."""
+    made = {name: calibrate(pipelines(name), PROMPTS, **CALL, **CASES[name], speedup=2.0) for name in CASES}
+    return lambda name: (pipelines(name), made[name])
+
+
+def latents(pipeline, **options):
+    return pipeline(**{"prompt": PROMPTS, "progress": False, "output_type": "latent"} | options).images
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_plan_s_own_run_is_as_near_as_it_says(name, planned):
+    pipeline, plan = planned(name)
+    record = plan.step_calibration
+    assert len(plan.nodes) == 4 and plan.heads_are_full and record.num_prompts == 2
+    dense = latents(pipeline, **CALL, **CASES[name])
+    by_plan = latents(pipeline, plan=plan)
+    assert np.mean((by_plan - dense) ** 2) == pytest.approx(record.measured_error, rel=0.02)
+    euler = latents(pipeline, plan=Plan.full(plan.setting, plan.nodes), guidance_scale=record.guidance_scale)
+    fewer = latents(pipeline, **CALL | {"num_inference_steps": 4}, **CASES[name])
+    resolved = latents(pipeline, plan=plan.resolve(speedup=2.0))
+    errors = [np.mean((x - dense) ** 2) for x in (by_plan, resolved, euler, fewer)]
+    assert errors[0] < min(errors[1:])
+    images = [
+        pipeline(PROMPTS, output_type="np", **options).images
+        for options in ({"plan": plan, "progress": False}, CALL | CASES[name])
+    ]
+    psnr = np.mean(-10 * np.log10(np.mean(np.square(images[0] - images[1]), axis=(1, 2, 3))))
+    assert psnr == pytest.approx(record.psnr, abs=0.1)
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("heads", ["full", "mixed"])
+def test_latents_equal_diffusers_with_the_plan_as_its_scheduler(name, heads, planned, request):
+    from diffusers import FlowMatchEulerDiscreteScheduler
+    from torch_reference import follow_plan
+
+    pipeline, plan = planned(name)
+    if heads == "mixed":
+        plan = plan.with_method([1, 3], None, [0, 2], "cached").with_method(slice(1, None), None, 1, "arrow(1/4)")
+
+    class Scheduler(FlowMatchEulerDiscreteScheduler):
+        """Steps from node to node."""
+
+        def set_timesteps(self, num_inference_steps=None, device=None, sigmas=None, mu=None):
+            super().set_timesteps(num_inference_steps, device, sigmas, mu)
+            self.timesteps, self.last, self.count = self.timesteps[list(plan.nodes)], 0.0, 0
+
+        def step(self, velocity, timestep, sample, **_):
+            now, before = plan.coefficients[self.count].astype(np.float32).tolist()
+            sample = sample + now * velocity + before * self.last
+            self.last, self.count = velocity, self.count + 1
+            return (sample,)
+
+    theirs = load_theirs(request.getfixturevalue(name))
+    theirs.scheduler = Scheduler.from_config(theirs.scheduler.config)
+    run = follow_plan(theirs, plan.half_windows(), [layer.layout for layer in plan.setting.layers])
+    arguments = {key: value for key, value in (CALL | CASES[name]).items() if key != "progress"}
+    want = run_theirs(
+        theirs, 5, prompt=PROMPTS[0], **arguments, output_type="latent", callback_on_step_end=run.next_step
+    )
+    assert error(latents(pipeline, prompt=PROMPTS[0], plan=plan, seed=5), want) < 1e-4
+
+
+def test_plans_of_steps_are_data(planned, compilations):
+    """Other nodes, other counts of them, other heads: of one program without memory, and one with."""
+    pipeline, plan = planned("tiny_flux_dev")
+
+    def run(number):
+        nodes = tuple(sorted({0, *np.random.default_rng(number).choice(range(1, 8), number, replace=False).tolist()}))
+        steps = Plan.full(plan.setting, nodes)
+        latents(pipeline, plan=steps, progress=bool(number % 2))
+        latents(pipeline, plan=steps.with_method(1, 0, 0, "cached"), progress=bool(number % 2))
+
+    run(1)
+    compilations.clear()
+    for number in range(1, 8):
+        run(number)
+    latents(pipeline, **CALL)
+    assert compilations == []
+
+
+def test_watchers_see_the_steps_that_run(planned, capsys):
+    pipeline, plan = planned("tiny_flux_dev")
+    seen = []
+    watched = latents(pipeline, plan=plan, callback_on_step_end=lambda *call: seen.append(call[1:3]), progress=True)
+    np.testing.assert_array_equal(watched, latents(pipeline, plan=plan))
+    levels = [1000 * plan.setting.sigmas[node] for node in plan.nodes]
+    assert [step for step, _ in seen] == [0, 1, 2, 3] and [time for _, time in seen] == pytest.approx(levels)
+    assert "4/4" in capsys.readouterr().err
+
+
+def test_a_dense_step_is_euler_s():
+    generator = np.random.default_rng(0)
+    x, velocity, last = (jnp.asarray(generator.normal(size=(2, 5, 3)), jnp.float32) for _ in range(3))
+    sigmas = np.linspace(1, 0, 9, dtype=np.float32) ** 2
+    solver = FlowMultistep.euler(sigmas)
+    after, kept = jax.jit(lambda x, v, i, last: solver.step(x, v, i, last))(x, velocity, 3, last)
+    np.testing.assert_allclose(after, x + (sigmas[4] - sigmas[3]) * velocity, rtol=1e-6)  # the last one is not seen
+    np.testing.assert_array_equal(kept, velocity)
+    assert euler_coefficients(sigmas).dtype == np.float32
+
+
+def test_an_interrupted_calibration_goes_on(pipelines, planned, tmp_path, monkeypatch):
+    (pipeline, whole), path = planned("tiny_flux_dev"), tmp_path / "progress"
+    add, made = Journal.add, []
+
+    def stop(self, *record):
+        add(self, *record)
+        if len(self.places) == 11:  # of 8 dense steps, 6 perturbed and 4 of the plan
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Journal, "add", stop)
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(pipeline, PROMPTS, **CALL, speedup=2.0, resume=path)
+    path.write_bytes(path.read_bytes() + b"a torn record")
+    monkeypatch.setattr(Journal, "add", lambda self, *record: (made.append(1), add(self, *record)))
+    assert calibrate(pipeline, PROMPTS, **CALL, speedup=2.0, resume=path) == whole
+    assert len(made) == 6  # the plan's first step is the dense run's
+    faster = calibrate(pipeline, PROMPTS, **CALL, speedup=4.0, resume=path)
+    assert len(made) <= 7, "the dense run serves another budget"
+    assert faster == calibrate(pipeline, PROMPTS, **CALL, speedup=4.0)
+    with pytest.raises(ValueError, match="remove it to start anew"):
+        calibrate(pipeline, PROMPTS[:1], **CALL, speedup=2.0, resume=path)
+
+
+def test_a_journal_gives_back_whole_records_alone(tmp_path):
+    path, keys = tmp_path / "journal", [bytes([number]) * 32 for number in range(3)]
+    records = [np.full((2, 3), number, np.float32) for number in range(3)]
+    journal = Journal(path, "digest", (2, 3))
+    for key, record in zip(keys, records, strict=True):
+        journal.add(key, record)
+        np.testing.assert_array_equal(journal.get(key), record)
+    with pytest.raises(ValueError, match="another calibration writes it"):
+        Journal(path, "digest", (2, 3))
+    journal.close()
+    content = bytearray(path.read_bytes())
+    content[-(64 + 24) * 2 + 70] ^= 1  # a bit of the second record
+    path.write_bytes(content)
+    again = Journal(path, "digest", (2, 3))
+    assert [*again.places] == keys[:1] and again.get(keys[1]) is None
+    again.add(keys[2], records[2])
+    again.close()
+    last = Journal(path, "digest", (2, 3))
+    assert [*last.places] == [keys[0], keys[2]]
+    np.testing.assert_array_equal(last.get(keys[2]), records[2])
+    last.close()
+    with pytest.raises(ValueError, match="progress of this calibration starts with"):
+        Journal(path, "other", (2, 3))
+
+
+def test_a_promise_is_kept_by_as_few_nodes_as_can_be(pipelines, caplog):
+    pipeline = pipelines("tiny_flux_dev")
+    plan = calibrate(pipeline, PROMPTS, **CALL, psnr=30.0)
+    assert plan.step_calibration.psnr >= 33.0 and 1 < len(plan.nodes) < 8
+    faster = calibrate(pipeline, PROMPTS, **CALL, speedup=8 / (len(plan.nodes) - 1))
+    assert faster.step_calibration.psnr < 33.0
+    assert "below 37 dB other prompts can be up to 8 dB worse" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"speedup": 2.0, "psnr": 40.0}, "one of speedup, psnr must be given, not speedup=2.0 and psnr=40.0"),
+        ({"speedup": 2.0, "delta": 0.4}, "speedup=2.0, psnr=None and delta=0.4: pass one of them"),
+        ({"speedup": 0.5}, "speedup=0.5 must be from 1 to 8 for 8 steps"),
+        ({"psnr": float("inf")}, "psnr=inf must be a finite number"),
+        ({"speedup": 2.0, "tiles": (16, 16)}, r"tiles=\(16, 16\) is of heads, and without delta="),
+        ({"c": None}, "c=None is of heads"),
+    ],
+)
+def test_bad_budgets_are_named(options, message, pipelines, no_shape_checks):
+    with pytest.raises(ValueError, match=message):
+        calibrate(pipelines("tiny_flux_dev"), PROMPTS, **CALL, **options)
+
+
+def test_another_solver_takes_no_part(planned):
+    from dataclasses import replace
+
+    pipeline, plan = planned("tiny_flux_dev")
+    call = pipeline.prepare(Options(prompt=PROMPTS[0], plan=plan))
+    other = replace(call, inputs=replace(call.inputs, solver=object()))
+    with pytest.raises(PlanError, match="the call's solver is object"):
+        other.program(plan)
