@@ -47,6 +47,29 @@ def first_minute(data: Any) -> Iterator[list[str]]:
 
 
 @table(
+    "steps",
+    "steps_20.json",
+    "nodes | speedup | step plan | without a run of its own | fewer Euler steps | step plan against converged images",
+    "python -m benchmarks.steps",
+)
+def steps(data: Any) -> Iterator[list[str]]:
+    """Mean PSNR over prompts and seeds, and the worst image's."""
+    kinds: dict[float, dict[str, Any]] = {}
+    for one in data["rows"]:
+        kinds.setdefault(one["cost"], {})[one["kind"]] = one
+    count = data["arguments"]["steps"]
+    for cost, rows in kinds.items():
+        if "steps" in rows:
+            shown = [rows[kind]["against_dense"] for kind in ("steps", "steps, resolved", "fewer Euler steps")]
+            shown.append(rows["steps"]["against_converged"])
+            cells = [f"{mean(s['psnr'] for s in x):.1f}, {min(s['worst_psnr'] for s in x):.1f}" for x in shown]
+            yield [f"{cost * count:.0f} of {count}", f"{1 / cost:.2f}x", *cells]
+    dense = kinds[1.0]["dense"]["against_converged"]
+    converged = f"{mean(s['psnr'] for s in dense):.1f}, {min(s['worst_psnr'] for s in dense):.1f}"
+    yield [f"{count} of {count}", "1.00x", "the same", "the same", "the same", converged]
+
+
+@table(
     "checkpoint",
     "checkpoint.json",
     "size | captions | background, colours, shapes right | IoU",

@@ -42,8 +42,9 @@ class Pair:
         return float(10 * np.log10(255**2 / error)) if error else float("inf")
 
 
-def draw(pairs: Sequence[Pair], density: float, path: Path) -> None:
-    """A column for each pair: its prompt, the dense image, the plan's and the difference, with seconds and PSNR."""
+def draw(pairs: Sequence[Pair], plan: str, path: Path) -> None:
+    """What the plan runs, and a column for each pair: prompt, dense image, the plan's, their difference; seconds and
+    PSNR."""
     width, height = pairs[0].images[0].size
     prompts = [wrap(pair.prompt, max(1, int(width / LETTERS))) for pair in pairs]
     heading = max(map(len, prompts)) * LINE
@@ -57,7 +58,7 @@ def draw(pairs: Sequence[Pair], density: float, path: Path) -> None:
     def write(x: float, y: float, text: str, colour: str = "black") -> None:
         pen.text((x, y), text, fill=colour, font_size=FONT)
 
-    write(GAP, GAP, f"The plan keeps {density:.0%} of the query-key pairs.")
+    write(GAP, GAP, f"The plan runs {plan}.")
     for number, (pair, lines) in enumerate(zip(pairs, prompts, strict=True)):
         x = GAP + number % COLUMNS * (width + GAP)
         y = 2 * GAP + LINE + number // COLUMNS * (column + GAP)

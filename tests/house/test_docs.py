@@ -144,6 +144,7 @@ LEFT_OUT = {
     "docs/adding-a-family.md": 1,
     "docs/index.md": 2,
     "docs/paper.md": 1,
+    "docs/steps.md": 1,
     "docs/toy-model.md": 1,
     "CONTRIBUTING.md": 4,
 }

@@ -1,0 +1,124 @@
+"""Images of step plans against dense ones, beside fewer Euler steps and plans of heads, by the model in the box.
+
+    python -m benchmarks.steps [--steps 20] [--seeds 1 2 3 4] [--speedups 1.5 2 2.5 3.3] [--deltas 0.05 0.1 0.4]
+        [--prompts 64] [--batch 16] [--out benchmarks/results/steps_20.json]
+
+Plans are calibrated on assets/calibration_prompts.txt with seed 0, and judged on captions that the model never saw.
+Each row is compared with the dense image, and with a converged one of four times the steps. `cost` is the share of the
+dense run's network calls; for heads it is the density, as if attention were all. Results are kept after every row.
+"""
+
+import argparse
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from benchmarks.machine import describe_machine
+from dfa2_jax import Pipeline, Plan, calibrate
+from dfa2_jax.io.atomic import replacing
+from dfa2_jax.report.metrics import psnr, ssim
+from toy.scenes import held_out
+
+ROOT = Path(__file__).parent.parent
+SHAPE = {"height": 256, "width": 256, "guidance_scale": 4.0, "max_sequence_length": 32}
+
+
+def sample(pipeline: Pipeline, prompts: list[str], seed: int, batch: int, **options: Any) -> np.ndarray:
+    """Images [prompts, H, W, 3] in [0, 1]; image i has seed 1000 * seed + i."""
+    images = []
+    for start in range(0, len(prompts), batch):
+        some = prompts[start : start + batch]
+        seeds = [1000 * seed + start + i for i in range(len(some))]
+        images.append(pipeline(some, seed=seeds, output_type="np", progress=False, **options).images)
+    return np.concatenate(images)
+
+
+def summary(images: np.ndarray, exact: np.ndarray) -> dict[str, float]:
+    decibels = [psnr(a, b) for a, b in zip(images, exact, strict=True)]
+    alike = [ssim(a, b) for a, b in zip(images, exact, strict=True)]
+    return {
+        "psnr": round(float(np.mean(decibels)), 3),
+        "worst_psnr": round(min(decibels), 3),
+        "ssim": round(float(np.mean(alike)), 5),
+        "worst_ssim": round(min(alike), 5),
+    }
+
+
+def plans(pipeline: Pipeline, learn: list[str], args: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any], Plan]]:
+    """Kind, what is said of it, and the plan."""
+    shape = SHAPE | {"num_inference_steps": args.steps, "progress": False}
+    for speedup in args.speedups:
+        plan = calibrate(pipeline, learn, speedup=speedup, **shape)
+        record = plan.step_calibration
+        assert record is not None
+        told = {"nodes": plan.nodes, "growth": [round(x, 3) for x in record.growth], "psnr_offset": record.psnr_offset}
+        errors = {"predicted_error": record.predicted_error, "measured_error": record.measured_error}
+        yield "steps", told | errors | {"calibration_psnr": round(record.psnr, 3)}, plan
+        again = plan.resolve(speedup=speedup)
+        assert again.step_calibration is not None
+        yield (
+            "steps, resolved",
+            {"nodes": again.nodes, "calibration_psnr": round(again.step_calibration.psnr, 3)},
+            again,
+        )
+        euler = Plan.full(plan.setting, plan.nodes)
+        yield "steps, Euler's", {"nodes": euler.nodes}, euler
+    for delta in args.deltas:
+        yield "heads", {"delta": delta}, calibrate(pipeline, learn, delta=delta, tiles=(64, 64), **shape)
+
+
+def rows(pipeline: Pipeline, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    judged = [scene.caption for scene in held_out()]
+    learn = (ROOT / "assets/calibration_prompts.txt").read_text().splitlines()
+    judged = [caption for caption in judged if caption not in learn][: args.prompts]
+
+    def images(**options: Any) -> list[np.ndarray]:
+        return [sample(pipeline, judged, seed, args.batch, **options) for seed in args.seeds]
+
+    def compared(made: list[np.ndarray]) -> dict[str, Any]:
+        both = {"against_dense": dense, "against_converged": converged}
+        return {name: [summary(*pair) for pair in zip(made, exact, strict=True)] for name, exact in both.items()}
+
+    dense = images(num_inference_steps=args.steps, **SHAPE)
+    converged = images(num_inference_steps=4 * args.steps, **SHAPE)
+    yield {"kind": "dense", "cost": 1.0, **compared(dense)}
+    counts = set()
+    for kind, told, plan in plans(pipeline, learn, args):
+        cost = len(plan.nodes) / args.steps * (plan.density() if kind == "heads" else 1)
+        yield {"kind": kind, "cost": round(cost, 4), **told, **compared(images(plan=plan))}
+        counts |= {len(plan.nodes)} - {args.steps}
+    for count in sorted(counts):
+        fewer = images(num_inference_steps=count, **SHAPE)
+        yield {"kind": "fewer Euler steps", "cost": round(count / args.steps, 4), **compared(fewer)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=ROOT / "dfa2_jax/demo/toy-sd35")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4])
+    parser.add_argument("--speedups", type=float, nargs="*", default=[1.5, 2.0, 2.5, 20 / 7, 3.3])
+    parser.add_argument("--deltas", type=float, nargs="*", default=[0.03, 0.1, 0.2, 0.4])
+    parser.add_argument("--prompts", type=int, default=64)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    pipeline = Pipeline.from_pretrained(args.folder, dtype="float32")
+    made: list[dict[str, Any]] = []
+    for row in tqdm(rows(pipeline, args), "rows", 2 + 4 * len(args.speedups) + len(args.deltas)):
+        made.append(row)
+        arguments = {**vars(args), "folder": args.folder.name, "out": args.out.name}
+        content = {"device": jax.devices()[0].device_kind, "machine": describe_machine(), "arguments": arguments}
+        with replacing(args.out) as file:
+            file.write(json.dumps(content | {"rows": made}, indent=1).encode())
+        best = [round(seed["psnr"], 2) for seed in row["against_dense"]]
+        tqdm.write(f"{row['kind']:18s} cost {row['cost']:.3f} PSNR {best}")
+
+
+if __name__ == "__main__":
+    main()
