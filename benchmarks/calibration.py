@@ -30,7 +30,7 @@ from dfa2_jax.calibration import calibrate as calibration
 from dfa2_jax.calibration.search import choose
 from dfa2_jax.nn.attention import arrow_attention, in_order
 from dfa2_jax.nn.linear import XLA_OPTIONS
-from dfa2_jax.sampling.loop import State, denoise
+from dfa2_jax.sampling.loop import denoise
 from pallas_kernels.layout import FULL
 
 CPU_CASES = CPU | {"1,024 tokens, 24 heads": cut_sd35(32, 154, 24, 64)}
@@ -97,7 +97,7 @@ def measure(loop: Loop, rounds: int) -> dict[str, Any]:
     def run(name: str) -> Any:
         nonlocal caches
         step, options = steps[name]
-        state, chosen = step(State(loop.latents, None, caches), **options)
+        state, chosen = step(loop.start(caches), **options)
         caches = state.memory
         return state.latents, in_order(loop.calls, {stack: picks for stack, (picks, _) in chosen.items()})
 
@@ -134,13 +134,11 @@ def memory(loop: Loop, caches: Any, steps: dict[str, Any]) -> dict[str, Any]:
     calibration: a dense step's, and the longest layer's outputs under every arrow and as they were a step ago."""
     width = loop.config.num_attention_heads * loop.config.attention_head_dim
     longest = max(layout.length for layout in loop.layers.values())
-    dense = denoise.lower(loop.graph, loop.params, State(loop.latents), loop.inputs, 1, 2)
+    dense = denoise.lower(loop.graph, loop.params, loop.start(), loop.inputs, 1, 2)
     found = {"caches": sum(x.nbytes for x in jax.tree.leaves(caches)), "dense": temporary(dense)}
     found["predicted"] = found["dense"] + len(CANDIDATES) * loop.batch * longest * width * loop.dtype.itemsize
     for name, (step, options) in steps.items():
-        found[name] = temporary(
-            step.func.lower(*step.args, State(loop.latents, None, caches), **step.keywords, **options)
-        )
+        found[name] = temporary(step.func.lower(*step.args, loop.start(caches), **step.keywords, **options))
     return found
 
 

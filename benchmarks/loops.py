@@ -94,8 +94,12 @@ class Loop:
         heads = self.config.num_attention_heads, self.config.attention_head_dim
         return empty_memory(Planned(), stack_shapes(self.calls, self.batch, heads, self.dtype), images=1)
 
+    def start(self, caches: Any = None) -> State:
+        """Before the first step; with what a plan's attention remembers."""
+        return State(self.latents, np.zeros_like(self.latents), caches)
+
     def dense(self, start: int, stop: int, **options: Any) -> jax.Array:
-        return denoise(self.graph, self.params, State(self.latents), self.inputs, start, stop, **options).latents
+        return denoise(self.graph, self.params, self.start(), self.inputs, start, stop, **options).latents
 
     def rest(self, start: int, stop: int) -> jax.Array:
         """Without attention."""
@@ -105,7 +109,7 @@ class Loop:
         half_window, head_order = (
             by_stack(self.calls, pad_steps(x), axis=1) for x in (plan.half_windows(), plan.head_order())
         )
-        plans, state = StepPlans(half_window, head_order, np.zeros((), np.int32)), State(self.latents, None, caches)
+        plans, state = StepPlans(half_window, head_order, np.zeros((), np.int32)), self.start(caches)
         state = denoise_planned(self.graph, self.params, state, self.inputs, plans, start, stop, **options)
         return state.latents, state.memory
 

@@ -20,7 +20,7 @@ import jax
 from benchmarks.loops import Loop, interleaved, ratio
 from benchmarks.machine import describe_machine
 from benchmarks.sampling import GPU
-from dfa2_jax.sampling.loop import State, denoise
+from dfa2_jax.sampling.loop import denoise
 
 KINDS = {
     "attention": ("sdpa", "mosaic", "arrow"),
@@ -65,7 +65,7 @@ def measure(loop: Loop, rounds: int, steps: int) -> dict[str, Any]:
     plain = jax.jit(denoise.__wrapped__, static_argnames=("graph", "implementation"), donate_argnames="state")
     runs = {
         name: partial(
-            function, loop.graph, loop.params, State(loop.latents), loop.inputs, 1, 1 + steps, implementation="cudnn"
+            function, loop.graph, loop.params, loop.start(), loop.inputs, 1, 1 + steps, implementation="cudnn"
         )
         for name, function in {"shipped": denoise, "without": plain}.items()
     }

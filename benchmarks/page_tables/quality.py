@@ -70,6 +70,20 @@ def steps(data: Any) -> Iterator[list[str]]:
 
 
 @table(
+    "step-runs",
+    "step_runs_gpu.json",
+    "model, size | steps | dense, s | nodes | s | predicted, s | nodes | s | predicted, s",
+    "python -m benchmarks.step_runs",
+)
+def step_runs(data: Any) -> Iterator[list[str]]:
+    for one in data["rows"]:
+        cells = [f"{one['case']} px", str(one["steps"]), f"{one['dense_s']:.2f}"]
+        for plan in one["plans"].values():
+            cells += [str(plan["nodes"]), f"{plan['s']:.2f}", f"{plan['predicted_s']:.2f}"]
+        yield cells
+
+
+@table(
     "checkpoint",
     "checkpoint.json",
     "size | captions | background, colours, shapes right | IoU",

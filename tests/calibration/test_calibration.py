@@ -100,7 +100,7 @@ def follow(pipeline, plan, arguments):
         attend = Watched(oracle, step)
         inputs = jax.tree.map(jnp.asarray, call.inputs)
         one = partial(denoise_step, model, attend, inputs, step)
-        tokens = jax.jit(lambda tokens, one=one: one(State(tokens), numbers).latents)(tokens)
+        tokens = jax.jit(lambda tokens, one=one: one(State(tokens, jnp.zeros_like(tokens)), numbers).latents)(tokens)
         tokens.block_until_ready()
     return oracle
 

@@ -1,0 +1,79 @@
+"""Whole runs of the sampling loop, dense and by step plans, against what the number of nodes predicts.
+
+    python -m benchmarks.step_runs [CASE ...] [--rounds 3] [--out FILE]
+
+Weights are random, at published shapes: they take the time of real ones. Nodes are spread evenly, since time does not
+depend on which they are. Runs take turns; a ratio is of medians.
+"""
+
+import argparse
+import json
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import jax
+import numpy as np
+
+from benchmarks.loops import Loop, interleaved
+from benchmarks.machine import describe_machine
+from benchmarks.sampling import CPU, GPU
+from dfa2_jax.io.atomic import replacing
+from dfa2_jax.plan.steps import count_for, euler_coefficients
+from dfa2_jax.sampling.loop import denoise
+from dfa2_jax.sampling.solvers.flow_euler import FlowMultistep
+
+STEPS = {"FLUX.1-dev 1024": (50, 28)}
+SPEEDUPS = (2.0, 3.0)
+
+
+def run(loop: Loop, count: int, steps: int) -> jax.Array:
+    """`count` nodes of a schedule of `steps`."""
+    nodes = np.linspace(0, steps - 1, count).astype(int)
+    sigmas = np.linspace(1, 0, steps + 1, dtype=np.float32)
+    solver = FlowMultistep.of(euler_coefficients(sigmas[[*nodes, -1]]))
+    inputs = jax.device_put(loop.inputs.at(nodes, solver))
+    return denoise(loop.graph, loop.params, loop.start(), inputs, 0, count).latents
+
+
+def measure(loop: Loop, steps: int, rounds: int) -> dict[str, Any]:
+    counts = {"dense": steps} | {f"speedup {speedup:g}": count_for(speedup, steps) for speedup in SPEEDUPS}
+    times = interleaved({name: partial(run, loop, count, steps) for name, count in counts.items()}, rounds)
+    dense = median(times["dense"])
+    row: dict[str, Any] = {"steps": steps, "dense_s": dense, "seconds": times, "plans": {}}
+    for name, count in counts.items():
+        if name != "dense":
+            predicted, seconds = dense * count / steps, median(times[name])
+            row["plans"][name] = {
+                "nodes": count,
+                "s": seconds,
+                "predicted_s": predicted,
+                "off": seconds / predicted - 1,
+            }
+    return row
+
+
+def main() -> None:
+    cases = CPU if jax.default_backend() == "cpu" else GPU
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cases", nargs="*", metavar="CASE", help=f"default: all of {', '.join(cases)}")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--out", type=Path, default=Path(f"benchmarks/results/step_runs_{jax.default_backend()}.json"))
+    args = parser.parse_args()
+    if unknown := [case for case in args.cases if case not in cases]:
+        parser.error(f"unknown {unknown}: choose from {list(cases)}")
+    rows: list[dict[str, Any]] = []
+    content = {"machine": describe_machine(), "device": jax.devices()[0].device_kind, "rows": rows}
+    for name in args.cases or cases:
+        loop = cases[name](max(STEPS.get(name, (28,))))
+        for steps in STEPS.get(name, (28,)):
+            rows.append({"case": name, **measure(loop, steps, args.rounds)})
+            print(name, steps, f"dense {rows[-1]['dense_s']:.2f} s", rows[-1]["plans"], flush=True)
+            with replacing(args.out) as file:
+                file.write(json.dumps(content, indent=1).encode() + b"\n")
+        del loop  # before the next is made
+
+
+if __name__ == "__main__":
+    main()
