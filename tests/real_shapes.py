@@ -95,7 +95,7 @@ def planned_arguments(name: str, pixels: int) -> tuple[Any, ...]:
         name: jax.ShapeDtypeStruct((STEP_BLOCK, stack.shape[0], heads[0]), jnp.int32) for name, stack in memory.items()
     }
     plans = abstract(StepPlans, half_window, half_window, start)
-    return graph, params, abstract(State, state.latents, None, memory), inputs, plans, start, stop
+    return graph, params, abstract(State, state.latents, state.latents, memory), inputs, plans, start, stop
 
 
 def abstract(cls: Any, *leaves: Any) -> Any:

@@ -105,7 +105,7 @@ def test_the_first_call_of_a_program_is_not_timed(no_shape_checks):
         return run, None
 
     sampler = report.Sampler(None, {}, 1)
-    call = SimpleNamespace(request=SimpleNamespace(steps=3), program=program)
+    call = SimpleNamespace(request=SimpleNamespace(steps=3), program=program, num_steps=lambda plan: 3)
     for implementation in (None, "reference", None):
         tokens, seconds = sampler.denoise(call, None, implementation)
         assert tokens == [3] and seconds < 0.1
