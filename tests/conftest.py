@@ -34,12 +34,17 @@ def pytest_terminal_summary(terminalreporter, config):
         terminalreporter.write_line(f"left out by -m 'not torch': {', '.join(file.name for file in files)}")
 
 
+RUNS_LONGER = ("test_search", "test_checkpoint", "test_demo")
+"""Modules whose programs run longer than they compile."""
+
+
 @pytest.fixture(scope="module", autouse=True)
 def quick_compilation(request):
     """Models of a few kilobytes run as fast without LLVM's optimizations, which are half of what compiling them takes.
-    Interpreted kernels and the search are slower without; a program for a GPU is what its test is about."""
-    slower = request.path.parent.name in ("kernels", "toy_model") or request.path.stem == "test_search"
-    quick = not slower and "aot" not in request.path.stem
+    Interpreted kernels, the search and the model in the box are slower without; a program for a GPU is what its test is
+    about."""
+    slow = request.path.parent.name in ("kernels", "toy_model") or request.path.stem in RUNS_LONGER
+    quick = not slow and "aot" not in request.path.stem
     jax.config.update("jax_disable_most_optimizations", quick)
     yield
     jax.config.update("jax_disable_most_optimizations", False)

@@ -18,7 +18,10 @@ def pipeline(pipelines):
 
 
 def broken_at(call, step):
-    solver = jax.tree.map(lambda x: np.where(np.arange(len(x)) == step, np.nan, x).astype(x.dtype), call.inputs.solver)
+    def broken(x):
+        return np.concatenate([x[:step], np.full_like(x[:1], np.nan), x[step + 1 :]])
+
+    solver = jax.tree.map(broken, call.inputs.solver)
     return replace(call, inputs=replace(call.inputs, solver=solver))
 
 

@@ -92,7 +92,8 @@ def test_caches_and_weights_stay_where_they_are(name):
         "a block reads more than its text and visual rows (FLUX), or two attentions' (SD3.5)"
     )
     assert planned.alias_bytes >= sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
-    assert planned.temp_bytes <= 1.05 * dense.temp_bytes
+    # Loops in loops hold latents and the last velocity anew, 1 MB each; a copied stack would be 300 MB or more.
+    assert planned.temp_bytes <= 1.05 * dense.temp_bytes + 4 * rest[1].latents.size * 4
     assert copied_share(dense, params) < 0.001, "biases alone: products read their weights in the stack"
     width = leaves[0].shape[-2] * leaves[0].shape[-1]
     assert re.search(rf"bf16\[\d+,{width // 2}\].*__cublas", planned.hlo), "no product of half of the heads"
