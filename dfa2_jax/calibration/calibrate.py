@@ -23,7 +23,7 @@ from dfa2_jax.calibration.attends import Budget, Trials, TryEverything, saved_ti
 from dfa2_jax.calibration.journal import Journal
 from dfa2_jax.calibration.resume import Checkpointed
 from dfa2_jax.calibration.search import MAX_DELTA
-from dfa2_jax.calibration.steps import StepBudget, StepRuns, calibrate_steps
+from dfa2_jax.calibration.steps import StepRuns, calibrate_steps
 from dfa2_jax.io.digest import digest_of
 from dfa2_jax.nn.attention import in_order
 from dfa2_jax.nn.linear import XLA_OPTIONS
@@ -108,7 +108,7 @@ def calibrate(
 ) -> Plan:
     """Find a plan for one budget: `speedup`, `psnr` or `delta`; without any, `speedup=2`.
 
-    `speedup` and `psnr` choose the steps that run the network (`calibration.steps`), at the cost of about three dense
+    `speedup` and `psnr` choose the steps that run the network (`calibration.steps`), at the cost of two to three dense
     runs. `delta` chooses what heads do at every step, in one run (DiTFastAttnV2, arXiv 2503.22796, section 3.3). The
     plan is for calls of this size, text length and number of steps, with or without guidance.
 
@@ -128,7 +128,7 @@ def calibrate(
     options = CalibrationOptions(**{argument.name: given[argument.name] for argument in fields(CalibrationOptions)})
     if options.delta is None:
         return _of_steps(pipeline, prompts, options, {name: given[name] for name in CALL})
-    if not options.speedup is options.psnr is None:
+    if options.speedup is not None or options.psnr is not None:
         raise ValueError(f"speedup={options.speedup}, psnr={options.psnr} and delta={options.delta}: pass one of them.")
     calibration = CalibrationRun.begin(pipeline, prompts, options, {name: given[name] for name in CALL})
     checkpointed = Checkpointed.read(resume, calibration.digest, calibration.empty)
@@ -141,18 +141,19 @@ def _of_steps(pipeline: Pipeline, prompts: list[str], options: CalibrationOption
     for name in HEADS_ALONE:
         if (value := getattr(options, name)) != getattr(CalibrationOptions, name):
             raise ValueError(f"{name}={value!r} is of heads, and without delta= a plan is of steps: leave it out.")
-    speedup = 2.0 if options.speedup is options.psnr is None else options.speedup
-    check_budget(speedup=speedup, psnr=options.psnr)
-    budget = StepBudget(speedup, options.psnr)
+    budget = {"speedup": options.speedup, "psnr": options.psnr}
+    if budget == {"speedup": None, "psnr": None}:
+        budget["speedup"] = 2.0
+    check_budget(**budget)
     _check_prompts(prompts, options.seed)
     call = prepared(pipeline, prompts, options.seed, arguments)
     pipeline.check_vae()
-    if budget.speedup is not None:
-        count_for(budget.speedup, call.request.steps)
+    if budget["speedup"] is not None:
+        count_for(budget["speedup"], call.request.steps)
     facts = facts_of(prompts, call)
     journal = Journal(options.resume, digest_of_all(call, facts), (2, *call.tokens.shape))
     try:
-        return calibrate_steps(call, StepRuns(call, journal, options.progress), budget, facts)
+        return calibrate_steps(StepRuns(call, journal, options.progress), facts, **budget)
     finally:
         journal.close()
 

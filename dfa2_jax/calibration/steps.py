@@ -1,6 +1,6 @@
 """From prompts to a step plan: which steps run the network, and how x moves between them.
 
-It costs about three dense runs. The first gives the velocities and their Gram matrix (`plan.steps`). The second starts
+It costs two to three dense runs. The first gives the velocities and their Gram matrix (`plan.steps`). The second starts
 a little off, a fifth of the way on, and shows how errors grow. Then the plan runs on the same prompts. At each node,
 least squares finds the coefficients with which x lands nearest to the dense run's x, from where the plan really is. All
 are calls of the sampling program: it keeps the last velocity as its solver's state.
@@ -8,6 +8,7 @@ are calls of the sampling program: it keeps the last velocity as its solver's st
 
 import hashlib
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -32,7 +33,7 @@ RIDGE = 1e-4
 """Towards Euler's coefficients, of the products' mean diagonal: a few prompts must not decide what they do not show."""
 
 LOWEST_PSNR = 37.0
-"""dB below which predictions were up to 8 dB too high."""
+"""dB below which a few prompts say little of others: there a plan of 9 of 28 steps measured 37.3 dB, and kept 35.3."""
 
 Latents = Float[np.ndarray, "B V C"]
 
@@ -131,20 +132,13 @@ def fit(runs: StepRuns, dense: Trajectory, sigmas: np.ndarray, nodes: Nodes) -> 
     return replace(nodes, coefficients=np.array(coefficients, np.float64)), x
 
 
-@dataclass(frozen=True)
-class StepBudget:
-    """One of two: as fast as `speedup`, or as near to the dense images as `psnr` in dB."""
-
-    speedup: float | None = None
-    psnr: float | None = None
-
-
-def calibrate_steps(call: Call, runs: StepRuns, budget: StepBudget, facts: dict[str, Any]) -> Plan:
-    """The plan for a budget.
+def calibrate_steps(runs: StepRuns, facts: dict[str, Any], *, speedup: float | None, psnr: float | None) -> Plan:
+    """The plan for one of two budgets: as fast as `speedup`, or as near to the dense images as `psnr` in dB.
 
     Args:
         facts: of `StepCalibration`, how the plan is found.
     """
+    call = runs.call
     sigmas = np.asarray(call.schedule.sigmas, np.float64)
     dense = Trajectory.of(runs)
     grown, off = growth(runs, dense, sigmas)
@@ -171,21 +165,21 @@ def calibrate_steps(call: Call, runs: StepRuns, budget: StepBudget, facts: dict[
         plan = Plan.full(call.setting, nodes.steps)
         return replace(plan, coefficients=nodes.coefficients, step_calibration=record)
 
-    if budget.speedup is not None:
-        plan = tried(search.nodes(count_for(budget.speedup, search.num_steps)))
+    if speedup is not None:
+        plan = tried(search.nodes(count_for(speedup, search.num_steps)))
     else:
-        assert budget.psnr is not None
-        plan = _for_psnr(search, search.for_psnr(budget.psnr + MARGIN, offset_of(off)), budget.psnr, tried)
+        assert psnr is not None
+        plan = _for_psnr(search, search.for_psnr(psnr + MARGIN, offset_of(off)), psnr, tried)
     runs.bar.close()
     assert plan.step_calibration is not None
     if (promised := plan.step_calibration.psnr - MARGIN) < LOWEST_PSNR:
         logger.warning(
-            "the plan promises %.1f dB; below %.0f dB other prompts can be up to 8 dB worse", promised, LOWEST_PSNR
+            "the plan promises %.1f dB on average; below %.0f dB other prompts can be worse", promised, LOWEST_PSNR
         )
     return plan
 
 
-def _for_psnr(search: StepSearch, first: Nodes, psnr: float, tried: Any) -> Plan:
+def _for_psnr(search: StepSearch, first: Nodes, psnr: float, tried: Callable[[Nodes], Plan]) -> Plan:
     """The fewest nodes whose measured PSNR is `MARGIN` above what is asked."""
 
     def keeps(plan: Plan) -> bool:
@@ -194,8 +188,9 @@ def _for_psnr(search: StepSearch, first: Nodes, psnr: float, tried: Any) -> Plan
 
     plan = tried(first)
     if not keeps(plan):
-        while len(plan.nodes) < search.num_steps and not keeps(plan):
-            plan = tried(search.nodes(len(plan.nodes) + 1))
+        for count in range(len(plan.nodes) + 1, search.num_steps + 1):
+            if keeps(plan := tried(search.nodes(count))):
+                break
         return plan
     while len(plan.nodes) - 1 in search.paths and keeps(fewer := tried(search.nodes(len(plan.nodes) - 1))):
         plan = fewer

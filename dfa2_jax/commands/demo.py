@@ -83,7 +83,7 @@ def pair_of(prompt: str, dense: Output, planned: Output) -> Pair:
 def in_words(plan: Plan) -> str:
     """What a plan runs."""
     density = plan.density()
-    return plan.num_steps + (f" with {density:.0%} of the query-key pairs" if density < 1 else "")
+    return plan.steps_in_words + (f" with {density:.0%} of the query-key pairs" if density < 1 else "")
 
 
 def summary(pairs: Sequence[Pair], plan: Plan) -> str:

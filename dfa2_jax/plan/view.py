@@ -22,7 +22,7 @@ def summary(plan: Plan) -> str:
     guided = ", guided" if setting.doubled_batch else ""
     lines = {
         "model": f"{setting.pipeline_class}, {layers}, weights {setting.weights[:12]}",
-        "image": f"{setting.height} x {setting.width}, {plan.num_steps}{guided}",
+        "image": f"{setting.height} x {setting.width}, {plan.steps_in_words}{guided}",
         "methods": ", ".join(f"{method} {share:.1%}" for method, share in plan.shares().items()),
         "density": f"{plan.density():.3f} of query-key pairs; a step {densities.min():.3f} to {densities.max():.3f}",
         "digest": plan.digest + (", edited by hand" if plan.edited else ""),
@@ -105,7 +105,7 @@ def _fill(figure: Any, plan: Plan) -> None:
     corner.axis("off")
     corner.legend(handles=handles, loc="center", fontsize=7)
     model = printable(plan.setting.pipeline_class)
-    title = f"{model}: {plan.num_steps}, {plan.density():.2f} of query-key pairs kept"
+    title = f"{model}: {plan.steps_in_words}, {plan.density():.2f} of query-key pairs kept"
     figure.suptitle(title, fontsize=10)
 
 

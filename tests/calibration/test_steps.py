@@ -1,5 +1,7 @@
 """Step plans, from prompts to images: against themselves, against diffusers, and after an interruption."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,9 +9,11 @@ import pytest
 from pipeline_cases import PROMPTS, error, load_theirs, run_theirs
 
 from dfa2_jax import Plan, PlanError, calibrate
+from dfa2_jax.calibration import steps as of_steps
 from dfa2_jax.calibration.journal import Journal
 from dfa2_jax.options import Options
 from dfa2_jax.plan.steps import euler_coefficients
+from dfa2_jax.sampling.guidance import ClassifierFree, SkipLayer
 from dfa2_jax.sampling.solvers.flow_euler import FlowMultistep
 
 CALL = {"height": 64, "width": 64, "num_inference_steps": 8, "max_sequence_length": 16, "progress": False}
@@ -175,7 +179,7 @@ def test_a_promise_is_kept_by_as_few_nodes_as_can_be(pipelines, caplog):
     assert plan.step_calibration.psnr >= 33.0 and 1 < len(plan.nodes) < 8
     faster = calibrate(pipeline, PROMPTS, **CALL, speedup=8 / (len(plan.nodes) - 1))
     assert faster.step_calibration.psnr < 33.0
-    assert "below 37 dB other prompts can be up to 8 dB worse" in caplog.text
+    assert "below 37 dB other prompts can be worse" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -202,3 +206,50 @@ def test_another_solver_takes_no_part(planned):
     other = replace(call, inputs=replace(call.inputs, solver=object()))
     with pytest.raises(PlanError, match="the call's solver is object"):
         other.program(plan)
+
+
+def test_guidance_follows_the_nodes():
+    """A scale may differ from step to step, and skip-layer guidance is active at some."""
+    scale, active = np.arange(64, dtype=np.float32), np.arange(64) % 3 == 0
+    guidance = SkipLayer(ClassifierFree(scale), np.ones(4, bool), np.array(2.8, np.float32), active).at(
+        np.array([0, 2, 3])
+    )
+    assert guidance.base.scale[:3].tolist() == [0, 2, 3] and not guidance.base.scale[3:].any()
+    assert guidance.active[:3].tolist() == [True, False, True] and not guidance.active[3:].any()
+
+
+class Linear:
+    """A network whose velocity is -3 x: an error at a level grows by what the steps from there multiply x by."""
+
+    def __init__(self, sigmas):
+        self.factors = (1 - 3 * np.diff(sigmas)).astype(np.float32)
+
+    def step(self, x, step):
+        return self.factors[step] * x, -3 * x
+
+
+def test_growth_is_that_of_the_flow(no_shape_checks):
+    sigmas = np.linspace(1, 0, 11) ** 2
+    runs, latents, velocities = Linear(sigmas), [np.random.default_rng(0).normal(size=(2, 5, 3)).astype(np.float32)], []
+    for step in range(10):
+        after, velocity = runs.step(latents[-1], step)
+        latents.append(after)
+        velocities.append(velocity)
+    dense = of_steps.Trajectory(np.stack(latents), np.stack(velocities))
+    grown, off = of_steps.growth(runs, dense, sigmas)
+    want = np.append(np.cumprod(runs.factors[::-1])[::-1] ** 2, 1)
+    np.testing.assert_allclose(grown[2:], want[2:], rtol=1e-3)  # it begins at the third level
+    assert grown[:2].tolist() == [grown[2]] * 2
+    started = of_steps.mean_square(off - dense.latents[-1]) / want[2]
+    assert started == pytest.approx(of_steps.PERTURBATION**2, rel=1e-3)
+
+
+@pytest.mark.parametrize("first", [2, 5, 8])
+def test_a_promise_has_a_margin(first, no_shape_checks):
+    """Of plans whose PSNR is 20 dB and 3 for each node: 7 nodes for 38 dB, wherever the search begins."""
+    search = SimpleNamespace(num_steps=9, paths=range(1, 10), nodes=lambda count: count)
+    tried = lambda count: SimpleNamespace(  # noqa: E731
+        nodes=range(count), step_calibration=SimpleNamespace(psnr=20.0 + 3 * count)
+    )
+    assert len(of_steps._for_psnr(search, first, 38.0, tried).nodes) == 7
+    assert len(of_steps._for_psnr(search, first, 99.0, tried).nodes) == 9
