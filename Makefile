@@ -66,7 +66,7 @@ QUICK := XLA_FLAGS="--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codeg
 test: $(VENV)/ready build/tiny
 	$(CACHE) $(QUICK) DFA2_TINY=$(CURDIR)/build/tiny $(BIN)/python $(PYTEST) -m "not aot and not long"
 
-# What takes minutes by nature: training the model in the box. No part of .ci/run.
+# What takes minutes by nature: training the model in the box, and a plan of its heads. No part of .ci/run.
 long: $(VENV)/ready build/tiny
 	$(CACHE) DFA2_TINY=$(CURDIR)/build/tiny $(BIN)/python $(PYTEST) -m long
 

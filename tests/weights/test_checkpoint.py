@@ -60,6 +60,7 @@ def test_it_draws_what_it_never_saw(pipeline):
     assert shuffled[:, 3].mean() < 0.4
 
 
+@pytest.mark.long
 def test_a_plan_of_it_keeps_the_scene(pipeline):
     """Of random weights no plan can be wrong: here much is left out, and what was asked for is there."""
     learned = (ASSETS / "calibration_prompts.txt").read_text().splitlines()[:2]
