@@ -8,6 +8,9 @@ DOCS := .venv-docs
 LOCKS := requirements
 BIN := $(VENV)/bin
 
+# Bytecode is of what is imported: pip would spend half of its time on the rest.
+INSTALL := pip install -q --no-deps --no-compile
+
 # A Python of one version that can make environments: on the PATH, or among pyenv's.
 candidates = python$(1) python3 $(wildcard $(or $(PYENV_ROOT),$(HOME)/.pyenv)/versions/$(1).*/bin/python$(1))
 identify = 'import sys, ensurepip; print(sys.executable if sys.version.startswith("$(1).") else "")'
@@ -103,7 +106,7 @@ docs: $(DOCS)/ready
 $(DOCS)/ready: $(LOCKS)/docs.txt
 	$(call need_python,PYTHON311,3.11)
 	$(PYTHON311) -m venv $(DOCS)
-	$(DOCS)/bin/pip install -q --no-deps -r $<
+	$(DOCS)/bin/$(INSTALL) -r $<
 	touch $@
 
 build/tiny: $(VENV)/ready tests/tiny.py
@@ -113,42 +116,42 @@ build/tiny: $(VENV)/ready tests/tiny.py
 $(VENV)/ready: $(LOCKS)/py311-jax0.10.2.txt pyproject.toml
 	$(call need_python,PYTHON311,3.11)
 	$(PYTHON311) -m venv $(VENV)
-	$(BIN)/pip install -q --no-deps -r $<
-	$(BIN)/pip install -q --no-deps --no-build-isolation -e .
+	$(BIN)/$(INSTALL) -r $<
+	$(BIN)/$(INSTALL) --no-build-isolation -e .
 	touch $@
 
-# Without torch and the tests' packages, and with bytecode of no more than is imported: the first image comes sooner. JAX's
-# CUDA packages are not locked: NVIDIA's are gigabytes, and JAX names them.
+# Without torch and the tests' packages: the first image comes sooner. JAX's CUDA packages are not locked: NVIDIA's are
+# gigabytes, and JAX names them.
 $(DEMO)/ready: $(LOCKS)/demo-jax0.10.2.txt pyproject.toml
 	$(call need_python,PYTHON311,3.11)
 	$(PYTHON311) -m venv $(DEMO)
-	$(DEMO)/bin/pip install -q --no-deps --no-compile -r $<
+	$(DEMO)/bin/$(INSTALL) -r $<
 	$(if $(CUDA),$(DEMO)/bin/pip install -q -c $< "jax[cuda$(CUDA)]")
-	$(DEMO)/bin/pip install -q --no-deps --no-build-isolation -e .
+	$(DEMO)/bin/$(INSTALL) --no-build-isolation -e .
 	touch $@
 
 $(AOT)/ready: $(LOCKS)/py312-jax0.11.2.txt $(LOCKS)/aot-jax0.11.2.txt pyproject.toml
 	$(call need_python,PYTHON312,3.12)
 	$(PYTHON312) -m venv $(AOT)
-	$(AOT)/bin/pip install -q --no-deps -r $< -r $(LOCKS)/aot-jax0.11.2.txt
-	$(AOT)/bin/pip install -q --no-deps --no-build-isolation -e .
+	$(AOT)/bin/$(INSTALL) -r $< -r $(LOCKS)/aot-jax0.11.2.txt
+	$(AOT)/bin/$(INSTALL) --no-build-isolation -e .
 	touch $@
 
 $(NEXT)/ready: $(LOCKS)/py312-jax0.12.0.1.txt pyproject.toml
 	$(call need_python,PYTHON312,3.12)
 	$(PYTHON312) -m venv $(NEXT)
-	$(NEXT)/bin/pip install -q --no-deps -r $<
-	$(NEXT)/bin/pip install -q --no-deps --no-build-isolation -e .
+	$(NEXT)/bin/$(INSTALL) -r $<
+	$(NEXT)/bin/$(INSTALL) --no-build-isolation -e .
 	touch $@
 
 build/cuda-0.10.2/ready: $(LOCKS)/aot-jax0.10.2.txt $(VENV)/ready
 	rm -rf $(@D)
-	$(BIN)/pip install -q --no-deps --no-compile --target $(@D) -r $<
+	$(BIN)/$(INSTALL) --target $(@D) -r $<
 	touch $@
 
 build/cuda-0.12.0.1/ready: $(LOCKS)/aot-jax0.12.0.1.txt $(NEXT)/ready
 	rm -rf $(@D)
-	$(NEXT)/bin/pip install -q --no-deps --no-compile --target $(@D) -r $<
+	$(NEXT)/bin/$(INSTALL) --target $(@D) -r $<
 	touch $@
 
 # Resolve every environment anew.
