@@ -3,14 +3,16 @@
     python -m benchmarks.steps [--steps 20] [--seeds 1 2 3 4] [--speedups 1.5 2 2.5 3.3] [--deltas 0.05 0.1 0.4]
         [--prompts 64] [--batch 16] [--out benchmarks/results/steps_20.json]
 
-Plans are calibrated on assets/calibration_prompts.txt with seed 0, and judged on captions that the model never saw.
-Each row is compared with the dense image, and with a converged one of four times the steps. `cost` is the share of the
-dense run's network calls; for heads it is the density, as if attention were all. Results are kept after every row.
+Plans are calibrated on assets/calibration_prompts.txt with seed 0 (`--learn`: and on other captions), and judged on
+captions that the model never saw. Each row is compared with the dense image, and with a converged one of many more
+steps. `cost` is the share of the dense run's network calls. For heads it is the density, as if attention were all.
+Results are kept after every row.
 """
 
 import argparse
 import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +41,8 @@ def sample(pipeline: Pipeline, prompts: list[str], seed: int, batch: int, **opti
 
 
 def summary(images: np.ndarray, exact: np.ndarray) -> dict[str, float]:
-    decibels = [psnr(a, b) for a, b in zip(images, exact, strict=True)]
-    alike = [ssim(a, b) for a, b in zip(images, exact, strict=True)]
+    with ThreadPoolExecutor() as pool:
+        decibels, alike = (list(pool.map(metric, images, exact)) for metric in (psnr, ssim))
     return {
         "psnr": round(float(np.mean(decibels)), 3),
         "worst_psnr": round(min(decibels), 3),
@@ -68,6 +70,11 @@ def plans(pipeline: Pipeline, learn: list[str], args: argparse.Namespace) -> Ite
         )
         euler = Plan.full(plan.setting, plan.nodes)
         yield "steps, Euler's", {"nodes": euler.nodes}, euler
+    for speedup in [1.0, *args.speedups]:
+        plan = calibrate(pipeline, learn, speedup=speedup, target="converged", **shape)
+        assert plan.step_calibration is not None
+        told = {"nodes": plan.nodes, "calibration_psnr": round(plan.step_calibration.psnr, 3)}
+        yield "steps to the limit", told, plan
     for delta in args.deltas:
         yield "heads", {"delta": delta}, calibrate(pipeline, learn, delta=delta, tiles=(64, 64), **shape)
 
@@ -75,7 +82,8 @@ def plans(pipeline: Pipeline, learn: list[str], args: argparse.Namespace) -> Ite
 def rows(pipeline: Pipeline, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     judged = [scene.caption for scene in held_out()]
     learn = (ROOT / "assets/calibration_prompts.txt").read_text().splitlines()
-    judged = [caption for caption in judged if caption not in learn][: args.prompts]
+    others = [caption for caption in judged if caption not in learn]
+    judged, learn = others[: args.prompts], [*learn, *others[args.prompts :]][: args.learn]
 
     def images(**options: Any) -> list[np.ndarray]:
         return [sample(pipeline, judged, seed, args.batch, **options) for seed in args.seeds]
@@ -85,32 +93,38 @@ def rows(pipeline: Pipeline, args: argparse.Namespace) -> Iterator[dict[str, Any
         return {name: [summary(*pair) for pair in zip(made, exact, strict=True)] for name, exact in both.items()}
 
     dense = images(num_inference_steps=args.steps, **SHAPE)
-    converged = images(num_inference_steps=4 * args.steps, **SHAPE)
+    converged = images(num_inference_steps=args.converged * args.steps, **SHAPE)
     yield {"kind": "dense", "cost": 1.0, **compared(dense)}
     counts = set()
     for kind, told, plan in plans(pipeline, learn, args):
         cost = len(plan.nodes) / args.steps * (plan.density() if kind == "heads" else 1)
         yield {"kind": kind, "cost": round(cost, 4), **told, **compared(images(plan=plan))}
-        counts |= {len(plan.nodes)} - {args.steps}
+        counts.add(len(plan.nodes))
     for count in sorted(counts):
-        fewer = images(num_inference_steps=count, **SHAPE)
-        yield {"kind": "fewer Euler steps", "cost": round(count / args.steps, 4), **compared(fewer)}
+        cost = round(count / args.steps, 4)
+        if count < args.steps:
+            fewer = images(num_inference_steps=count, **SHAPE)
+            yield {"kind": "fewer Euler steps", "cost": cost, **compared(fewer)}
+        other = images(num_inference_steps=count, scheduler="DPMSolverMultistepScheduler", **SHAPE)
+        yield {"kind": "DPM++ 2M", "cost": cost, **compared(other)}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=ROOT / "dfa2_jax/demo/toy-sd35")
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--converged", type=int, default=16, help="times the steps, for the limit")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4])
     parser.add_argument("--speedups", type=float, nargs="*", default=[1.5, 2.0, 2.5, 20 / 7, 3.3])
     parser.add_argument("--deltas", type=float, nargs="*", default=[0.03, 0.1, 0.2, 0.4])
-    parser.add_argument("--prompts", type=int, default=64)
+    parser.add_argument("--learn", type=int, default=4, help="prompts of the calibration")
+    parser.add_argument("--prompts", type=int, default=64, help="that are judged")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     pipeline = Pipeline.from_pretrained(args.folder, dtype="float32")
     made: list[dict[str, Any]] = []
-    for row in tqdm(rows(pipeline, args), "rows", 2 + 4 * len(args.speedups) + len(args.deltas)):
+    for row in tqdm(rows(pipeline, args), "rows", 4 + 6 * len(args.speedups) + len(args.deltas)):
         made.append(row)
         arguments = {**vars(args), "folder": args.folder.name, "out": args.out.name}
         content = {"device": jax.devices()[0].device_kind, "machine": describe_machine(), "arguments": arguments}

@@ -3,6 +3,7 @@
 Imports neither JAX nor NumPy, so that `dfa2 --help` answers at once.
 """
 
+from argparse import ArgumentTypeError
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields
 from difflib import get_close_matches
@@ -13,6 +14,7 @@ from pathlib import Path
 from textwrap import fill
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from dfa2_jax.io.errors import CheckpointError, read_json
 from dfa2_jax.weights.dtypes import FLOAT_DTYPES
 
 if TYPE_CHECKING:  # annotations only: these import JAX
@@ -32,6 +34,16 @@ def option(default: Any, description: str, *, flag: bool | str = False, **words:
         words: argparse's own, such as `nargs`. What is not said follows from the field: type, default, help.
     """
     return field(default=default, metadata={"description": description, "flag": flag, "words": words})
+
+
+def scheduler_of(text: str) -> str | dict[str, Any]:
+    """A scheduler's name, or what its scheduler_config.json holds."""
+    if not text.endswith(".json"):
+        return text
+    try:
+        return read_json(Path(text))
+    except (CheckpointError, OSError) as error:
+        raise ArgumentTypeError(str(error)) from error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +79,14 @@ class Options:
         nargs="+",
         type=float,
         metavar="SIGMA",
+    )
+    scheduler: str | Mapping[str, Any] | None = option(
+        None,
+        "diffusers' name of another scheduler, or a scheduler_config; None: the folder's. "
+        "FlowMatchEulerDiscreteScheduler, DPMSolverMultistepScheduler",
+        flag=True,
+        type=scheduler_of,
+        metavar="NAME|FILE.json",
     )
     guidance_scale: float | None = option(None, "SD3: classifier-free; FLUX.1-dev: embedded. None: 7, 3.5", flag=True)
     true_cfg_scale: float = option(1.0, "classifier-free guidance for FLUX.1; needs a negative prompt", flag=True)
@@ -118,7 +138,15 @@ class Options:
             raise ValueError("plan and attend both say what attention does: pass one of them.")
 
 
-CALL = ("negative_prompt", "num_inference_steps", "height", "width", "guidance_scale", "max_sequence_length")
+CALL = (
+    "negative_prompt",
+    "num_inference_steps",
+    "scheduler",
+    "height",
+    "width",
+    "guidance_scale",
+    "max_sequence_length",
+)
 """Of `Options`, what a plan is found for: `calibrate` takes them too."""
 CALL_FIELDS = [argument for argument in fields(Options) if argument.name in CALL]
 
@@ -132,6 +160,12 @@ class CalibrationOptions:
     )
     psnr: float | None = option(
         None, "budget: dB that the plan's images keep against the dense ones; the plan is as fast as can be", flag=True
+    )
+    target: str = option(
+        "dense",
+        "what steps come near to: the dense images, or the converged ones of many more steps, for 4 dense runs more",
+        flag=True,
+        choices=("dense", "converged"),
     )
     delta: float | None = option(
         None,

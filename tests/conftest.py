@@ -40,10 +40,9 @@ RUNS_LONGER = ("test_search", "test_checkpoint", "test_demo")
 
 @pytest.fixture(scope="module", autouse=True)
 def quick_compilation(request):
-    """Models of a few kilobytes run as fast without LLVM's optimizations, which are half of what compiling them takes.
-    Interpreted kernels, the search and the model in the box are slower without; a program for a GPU is what its test is
-    about."""
-    slow = request.path.parent.name in ("kernels", "toy_model") or request.path.stem in RUNS_LONGER
+    """LLVM's optimizations are half of what compiling takes. Models of a few kilobytes and interpreted kernels are done
+    sooner without. The search and the model in the box are slower; a program for a GPU is what its test is about."""
+    slow = request.path.parent.name == "toy_model" or request.path.stem in RUNS_LONGER
     quick = not slow and "aot" not in request.path.stem
     jax.config.update("jax_disable_most_optimizations", quick)
     yield

@@ -1,7 +1,7 @@
 """Kills commands at random moments, looks at what stays, and runs them again; shared by tests/io/test_kills.py and
 benchmarks/kills.py.
 
-    python tests/kill_cases.py MODELS WORK CASE=COUNT ...   # a line of JSON for each kill
+    python tests/kill_cases.py MODELS WORK CASE=COUNT [SEED]   # a line of JSON for each kill
 
 MODELS holds the folders of tests/tiny.py. A kill is SIGKILL. Commands run in forks of a process that has imported
 everything and has started nothing, so that the moments fall into the work.
@@ -18,7 +18,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -35,6 +35,7 @@ from dfa2_jax.plan.plan import Plan
 from dfa2_jax.weights.verify import verify_folder
 
 SIZE = ["--height", "64", "--width", "64", "--steps", "4", "--max-sequence-length", "16", "--quiet"]
+HEADS = ["--delta", "0.4", "--tiles", "16", "16"]
 PROMPTS = ["a large red circle", "a small green star"]
 
 
@@ -59,17 +60,17 @@ def cases(models: Path, work: Path) -> dict[str, Case]:
     flux = str(models / "flux-dev")
     given = [argument for prompt in PROMPTS for argument in ("--prompt", prompt)]
     found = ["--prompts", str(prompts)]
+
+    def calibrate(folder: Path, *budget: str) -> int:
+        return cli.main(["calibrate", flux, *found, "--out", str(folder / "plan.json"), *budget, *SIZE])
+
     reported = [*found, "--plan", str(plan), "--seed", "0"]
     return {
         "plan": Case(lambda folder: save_plans(folder / "plan.json"), compiled=False),
         "convert": Case(lambda folder: conversion.main([str(work / "source"), str(folder / "model")]), compiled=False),
         "sample": Case(lambda folder: cli.main(["sample", flux, *given, "--out", str(folder), *SIZE])),
-        "calibrate": Case(
-            lambda folder: cli.main(
-                ["calibrate", flux, *found, "--out", str(folder / "plan.json"), "--tiles", "16", "16", *SIZE]
-            ),
-            transient=("plan.json.progress",),
-        ),
+        "calibrate": Case(lambda folder: calibrate(folder, *HEADS), transient=("plan.json.progress",)),
+        "calibrate steps": Case(lambda folder: calibrate(folder, "--speedup", "2"), transient=("plan.json.progress",)),
         "report": Case(lambda folder: cli.main(["report", flux, *reported, "--out", str(folder), "--quiet"])),
     }
 
@@ -111,6 +112,8 @@ def digest(path: Path) -> str:
         data = data[-20:]  # it has times, and is named when it is whole
     if path.name == "plan.json":
         data = Plan.load(path).digest.encode()
+    if data.startswith(b"dfa2-calibration"):  # whole records count, and the next run says what they are worth
+        return "progress"
     if path.suffix == ".progress":
         content = json.loads(data)
         assert content.pop("digest") == digest_of(content)
@@ -179,7 +182,7 @@ class Killer:
         code, *_ = in_fork(lambda: self.case.run(self.folder), self.errors, moment, watched)
         left = len([name for name in os.listdir(self.folder) if name.startswith(".")])
         row: dict[str, Any] = {"case": self.name, "seconds": round(moment, 3), "while_writing": watched is not None}
-        row |= {"killed": code == -9, "left": left}
+        row |= {"killed": code == -9, "left": left, "seconds_unbroken": round(self.seconds, 2)}
         try:
             complete = self._check(dict(contents(self.folder))) and self.name == "convert"
             again, *_ = in_fork(lambda: self.case.run(self.folder), self.errors)
@@ -206,8 +209,8 @@ class Killer:
         return self.reference.keys() <= found.keys()
 
 
-def prepare(models: Path, work: Path, names: Iterable[str]) -> dict[str, Case]:
-    """The cases of these names, and what they need: made once, in forks, so that this process starts nothing."""
+def prepare(models: Path, work: Path, name: str) -> Case:
+    """A case, and what it needs: made once, in forks, so that this process starts nothing."""
     work.mkdir(parents=True, exist_ok=True)
     os.environ["JAX_COMPILATION_CACHE_DIR"] = str(work / "xla")  # of its own: JAX's writes are killed, too
     jax.config.update("jax_compilation_cache_dir", str(work / "xla"))
@@ -216,21 +219,20 @@ def prepare(models: Path, work: Path, names: Iterable[str]) -> dict[str, Case]:
 
         copy_model(models / "flux-schnell", work / "source")
     made = cases(models, work)
-    if "report" in names and not (work / "plan.json").exists():
-        arguments = ["--prompts", str(work / "prompts.txt"), "--out", str(work / "plan.json"), "--tiles", "16", "16"]
+    if name == "report" and not (work / "plan.json").exists():
+        arguments = ["--prompts", str(work / "prompts.txt"), "--out", str(work / "plan.json"), *HEADS]
         command = ["calibrate", str(models / "flux-dev"), *arguments, *SIZE]
         code, *_ = in_fork(lambda: cli.main(command), work / "stderr")
         assert code == 0, (work / "stderr").read_text()
-    return {name: made[name] for name in names}
+    return made[name]
 
 
 def main() -> None:
     models, work = map(Path, sys.argv[1:3])
-    counts = dict(argument.split("=") for argument in sys.argv[3:])
-    for name, case in prepare(models, work, counts).items():
-        killer = Killer(name, case, work, seed=0)
-        for _ in range(int(counts[name])):
-            print(json.dumps(killer.kill()), flush=True)
+    (name, count), seed = sys.argv[3].split("="), int(sys.argv[4]) if len(sys.argv) > 4 else 0
+    killer = Killer(name, prepare(models, work, name), work, seed)
+    for _ in range(int(count)):
+        print(json.dumps(killer.kill()), flush=True)
 
 
 if __name__ == "__main__":

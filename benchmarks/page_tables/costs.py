@@ -83,9 +83,18 @@ def checksums(data: Any) -> Iterator[list[str]]:
         yield [name, f"{data['weights_gb'] / row['cpu_seconds']:.2f}"]
 
 
-@table("kills", "kills.json", "command | kills | ended before | left something for the next run | faults")
+KILLED = {
+    "plan": "saving plans",
+    "convert": "converting",
+    "calibrate": "calibrating heads",
+    "calibrate steps": "calibrating steps",
+    "sample": "sampling",
+    "report": "reporting",
+}
+
+
+@table("kills", "kills.json", "command | kills | ended before | left something for the next run | faults | machine")
 def kills(data: Any) -> Iterator[list[str]]:
-    titles = {"plan": "saving plans", "convert": "converting", "calibrate": "calibrating", "sample": "sampling"}
     for row in data["rows"]:
         numbers = (row["kills"], row["ended_before"], row["left_something"], len(row["faults"]))
-        yield [titles.get(row["case"], "reporting"), *map(str, numbers)]
+        yield [KILLED[row["case"]], *map(str, numbers), row["machine"]]

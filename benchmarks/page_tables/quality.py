@@ -49,7 +49,7 @@ def first_minute(data: Any) -> Iterator[list[str]]:
 @table(
     "steps",
     "steps_20.json",
-    "nodes | speedup | step plan | without a run of its own | fewer Euler steps | step plan against converged images",
+    "nodes | speedup | step plan | without a run of its own | fewer Euler steps | DPM++ 2M",
     "python -m benchmarks.steps",
 )
 def steps(data: Any) -> Iterator[list[str]]:
@@ -60,13 +60,47 @@ def steps(data: Any) -> Iterator[list[str]]:
     count = data["arguments"]["steps"]
     for cost, rows in kinds.items():
         if "steps" in rows:
-            shown = [rows[kind]["against_dense"] for kind in ("steps", "steps, resolved", "fewer Euler steps")]
-            shown.append(rows["steps"]["against_converged"])
-            cells = [f"{mean(s['psnr'] for s in x):.1f}, {min(s['worst_psnr'] for s in x):.1f}" for x in shown]
+            names = ("steps", "steps, resolved", "fewer Euler steps", "DPM++ 2M")
+            cells = [_psnr(rows[name]["against_dense"]) for name in names]
             yield [f"{cost * count:.0f} of {count}", f"{1 / cost:.2f}x", *cells]
-    dense = kinds[1.0]["dense"]["against_converged"]
-    converged = f"{mean(s['psnr'] for s in dense):.1f}, {min(s['worst_psnr'] for s in dense):.1f}"
-    yield [f"{count} of {count}", "1.00x", "the same", "the same", "the same", converged]
+
+
+def _psnr(seeds: Any) -> str:
+    """The mean, and the worst image's."""
+    return f"{mean(seed['psnr'] for seed in seeds):.1f}, {min(seed['worst_psnr'] for seed in seeds):.1f}"
+
+
+@table(
+    "learn",
+    "steps_20_learn_16.json",
+    "nodes | speedup | by its own 16 prompts | on 64 others",
+    "python -m benchmarks.steps --learn 16",
+)
+def learn(data: Any) -> Iterator[list[str]]:
+    count = data["arguments"]["steps"]
+    for one in data["rows"]:
+        if one["kind"] == "steps":
+            cells = f"{one['calibration_psnr']:.1f}", _psnr(one["against_dense"])
+            yield [f"{one['cost'] * count:.0f} of {count}", f"{1 / one['cost']:.2f}x", *cells]
+
+
+LIMIT = "network calls | speedup | plan to the limit | plan to the dense run | Euler's steps | DPM++ 2M"
+
+
+@table("limit-50", "steps_50.json", LIMIT)
+@table("limit-28", "steps_28.json", LIMIT)
+@table("limit-20", "steps_20.json", LIMIT)
+def limit(data: Any) -> Iterator[list[str]]:
+    """Against the converged images."""
+    count = data["arguments"]["steps"]
+    kinds: dict[float, dict[str, Any]] = {}
+    for one in data["rows"]:
+        kind = "fewer Euler steps" if one["kind"] == "dense" else one["kind"]
+        kinds.setdefault(one["cost"], {})[kind] = one["against_converged"]
+    for cost, rows in sorted(kinds.items(), reverse=True):
+        names = ("steps to the limit", "steps", "fewer Euler steps", "DPM++ 2M")
+        cells = [_psnr(rows[name]) if name in rows else "" for name in names]
+        yield [f"{cost * count:.0f} of {count}", f"{1 / cost:.2f}x", *cells]
 
 
 @table(

@@ -6,7 +6,7 @@ the compression that they will meet (DiTFastAttnV2, arXiv 2503.22796, section 3.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from os import PathLike
@@ -36,6 +36,7 @@ from dfa2_jax.plan.setting import CalibrationRecord, Density, Setting
 from dfa2_jax.plan.steps import check_budget, count_for
 from dfa2_jax.sampling.inputs import Inputs
 from dfa2_jax.sampling.loop import State, denoise_step
+from dfa2_jax.sampling.solvers.flow_euler import FlowMultistep
 
 logger = logging.getLogger("dfa2_jax")
 
@@ -90,12 +91,14 @@ def calibrate(
     *,
     negative_prompt: str | None = None,
     num_inference_steps: int | None = None,
+    scheduler: str | Mapping[str, Any] | None = None,
     height: int | None = None,
     width: int | None = None,
     guidance_scale: float | None = None,
     max_sequence_length: int | None = None,
     speedup: float | None = None,
     psnr: float | None = None,
+    target: str = "dense",
     delta: float | None = None,
     c: float | None = 1.5,
     windows: tuple[int, ...] = (8, 16, 32),
@@ -130,6 +133,8 @@ def calibrate(
         return _of_steps(pipeline, prompts, options, {name: given[name] for name in CALL})
     if options.speedup is not None or options.psnr is not None:
         raise ValueError(f"speedup={options.speedup}, psnr={options.psnr} and delta={options.delta}: pass one of them.")
+    if options.target != "dense":
+        raise ValueError(f"target={options.target!r} is of steps, and delta= of heads: pass speedup= or psnr=.")
     calibration = CalibrationRun.begin(pipeline, prompts, options, {name: given[name] for name in CALL})
     checkpointed = Checkpointed.read(resume, calibration.digest, calibration.empty)
     calibration.search(checkpointed)
@@ -146,14 +151,19 @@ def _of_steps(pipeline: Pipeline, prompts: list[str], options: CalibrationOption
         budget["speedup"] = 2.0
     check_budget(**budget)
     _check_prompts(prompts, options.seed)
+    if options.target not in ("dense", "converged"):
+        raise ValueError(f"target={options.target!r} is neither 'dense' nor 'converged'.")
     call = prepared(pipeline, prompts, options.seed, arguments)
     pipeline.check_vae()
+    if not isinstance(call.inputs.solver, FlowMultistep):
+        scheduler = call.setting.scheduler
+        raise ValueError(f"{scheduler}: a plan of steps moves x as Euler's steps do. Pass delta=, for heads alone.")
     if budget["speedup"] is not None:
         count_for(budget["speedup"], call.request.steps)
     facts = facts_of(prompts, call)
     journal = Journal(options.resume, digest_of_all(call, facts), (2, *call.tokens.shape))
     try:
-        return calibrate_steps(StepRuns(call, journal, options.progress), facts, **budget)
+        return calibrate_steps(StepRuns(call, journal, options.progress), facts | {"target": options.target}, **budget)
     finally:
         journal.close()
 

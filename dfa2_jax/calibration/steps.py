@@ -4,12 +4,15 @@ It costs two to three dense runs. The first gives the velocities and their Gram 
 a little off, a fifth of the way on, and shows how errors grow. Then the plan runs on the same prompts. At each node,
 least squares finds the coefficients with which x lands nearest to the dense run's x, from where the plan really is. All
 are calls of the sampling program: it keeps the last velocity as its solver's state.
+
+A plan may aim at the limit of many steps instead. Then a converged run is the target, for four dense runs more.
 """
 
 import hashlib
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import jax
@@ -22,12 +25,17 @@ from dfa2_jax.pipeline.call import Call
 from dfa2_jax.plan.plan import MARGIN, Plan
 from dfa2_jax.plan.setting import StepCalibration
 from dfa2_jax.plan.steps import Nodes, StepSearch, count_for
+from dfa2_jax.sampling.inputs import Inputs, pad_steps
 from dfa2_jax.sampling.loop import State, denoise
+from dfa2_jax.sampling.sinusoid import sinusoid
 
 logger = logging.getLogger("dfa2_jax")
 
 PERTURBATION = 0.01
 """Root mean square of what the second run starts off by, where the noise's is 1."""
+
+REFINED = 4
+"""Steps of the converged run for each step of the dense one."""
 
 RIDGE = 1e-4
 """Towards Euler's coefficients, of the products' mean diagonal: a few prompts must not decide what they do not show."""
@@ -43,19 +51,33 @@ class StepRuns:
 
     def __init__(self, call: Call, journal: Journal, progress: bool):
         self.call, self.journal = call, journal
-        self.inputs = jax.device_put(call.inputs)
+        self.inputs = cache(self._inputs)
         self.bar = tqdm(desc="calibrate", unit="step", disable=not progress)
 
-    def step(self, x: Latents, step: int) -> tuple[Latents, Latents]:
-        """The latents after a step of Euler's, and the guided velocity at `x`; float32."""
-        key = hashlib.sha256(step.to_bytes(4, "little") + x.tobytes()).digest()
+    def _inputs(self, part: int) -> Inputs:
+        """Of steps that begin later, by `part` of `REFINED` of the way to the next one. Times are linear in noise."""
+        inputs, times = self.call.inputs, self.call.schedule.times
+        if part:
+            times = times + np.diff(times, append=np.float32(0)) * np.float32(part / REFINED)
+            inputs = replace(inputs, timesteps=pad_steps(sinusoid(times)))
+        return jax.device_put(inputs)
+
+    def step(self, x: Latents, step: int, part: int = 0) -> tuple[Latents, Latents]:
+        """The latents after a step of Euler's, and the guided velocity at `x`; float32.
+
+        Args:
+            part: as in `inputs`. The velocity is of there; the latents are of no use.
+        """
+        key = hashlib.sha256((REFINED * step + part).to_bytes(4, "little") + x.tobytes()).digest()
         result = self.journal.get(key)
         if result is None:
             pipeline = self.call.pipeline
             transformer, options = pipeline.transformer, {"rounding": pipeline.rounding}
             state = State(x, np.zeros_like(x))
             with jax.enable_x64(False):
-                run = denoise(transformer.graph, transformer.params, state, self.inputs, step, step + 1, **options)
+                run = denoise(
+                    transformer.graph, transformer.params, state, self.inputs(part), step, step + 1, **options
+                )
             result = np.stack([run.latents, run.solver])
             self.journal.add(key, result)
         self.bar.update()
@@ -64,13 +86,29 @@ class StepRuns:
 
 @dataclass(frozen=True)
 class Trajectory:
-    """The dense run. latents: at every noise level; velocities: of every step."""
+    """A run that plans imitate. latents: at every noise level; velocities: of every step."""
 
     latents: Float[np.ndarray, "levels B V C"]
     velocities: Float[np.ndarray, "steps B V C"]
 
     @classmethod
-    def of(cls, runs: StepRuns) -> "Trajectory":
+    def converged(cls, runs: StepRuns, sigmas: np.ndarray) -> "Trajectory":
+        """At the dense run's noise levels, of `REFINED` times its steps: Adams and Bashforth's of second order."""
+        x, last, latents, velocities = np.asarray(runs.call.start().latents), None, [], []
+        sizes, before = np.diff(sigmas) / REFINED, 0.0
+        for step, size in enumerate(sizes):
+            latents.append(x)
+            for part in range(REFINED):
+                _, velocity = runs.step(x, step, part)
+                if not part:
+                    velocities.append(velocity)
+                share = 0.0 if last is None else size / before / 2
+                ahead = velocity if last is None else np.float32(1 + share) * velocity - np.float32(share) * last
+                x, last, before = x + np.float32(size) * ahead, velocity, size
+        return cls(np.stack([*latents, x]), np.stack(velocities))
+
+    @classmethod
+    def dense(cls, runs: StepRuns) -> "Trajectory":
         latents, velocities = [np.asarray(runs.call.start().latents)], []
         for step in range(runs.call.request.steps):
             after, velocity = runs.step(latents[-1], step)
@@ -78,9 +116,10 @@ class Trajectory:
             velocities.append(velocity)
         return cls(np.stack(latents), np.stack(velocities))
 
-    def gram(self) -> Float[np.ndarray, "steps steps"]:
-        """Mean products of the velocities, float64."""
-        flat = self.velocities.reshape(len(self.velocities), -1)
+    def gram(self, moved: bool) -> Float[np.ndarray, "vectors vectors"]:
+        """Mean products of the velocities, float64; `moved`: and of the latents' moves, after them."""
+        vectors = np.concatenate([self.velocities, np.diff(self.latents, axis=0)]) if moved else self.velocities
+        flat = vectors.reshape(len(vectors), -1)
         parts = np.array_split(flat, -(-flat.shape[1] // 2**20), axis=1)  # 8 MB a step in float64
         return sum(part.astype(np.float64) @ part.T.astype(np.float64) for part in parts) / flat.shape[1]  # type: ignore
 
@@ -113,16 +152,16 @@ def growth(runs: StepRuns, dense: Trajectory, sigmas: np.ndarray) -> tuple[Float
     return np.concatenate([np.full(begin, grown[0]), grown]), x
 
 
-def fit(runs: StepRuns, dense: Trajectory, sigmas: np.ndarray, nodes: Nodes) -> tuple[Nodes, Latents]:
+def fit(runs: StepRuns, target: Trajectory, sigmas: np.ndarray, nodes: Nodes) -> tuple[Nodes, Latents]:
     """Coefficients of the plan's own run, and the latents that it ends at."""
-    x, last, coefficients = dense.latents[0], None, []
+    x, last, coefficients = target.latents[0], None, []
     for node, following in zip(nodes.steps, (*nodes.steps[1:], len(sigmas) - 1), strict=True):
         _, velocity = runs.step(x, node)
         basis = [velocity] if last is None else [velocity, last]
         rows = np.stack([one.ravel() for one in basis]).astype(np.float64)
         euler = np.zeros(len(basis))
         euler[0] = sigmas[following] - sigmas[node]
-        missed = (dense.latents[following] - x).ravel() - euler @ rows
+        missed = (target.latents[following] - x).ravel() - euler @ rows
         products = rows @ rows.T
         ridge = RIDGE * np.trace(products) / len(basis) * np.eye(len(basis))
         weights = (euler + np.linalg.solve(products + ridge, rows @ missed)).astype(np.float32)
@@ -140,10 +179,12 @@ def calibrate_steps(runs: StepRuns, facts: dict[str, Any], *, speedup: float | N
     """
     call = runs.call
     sigmas = np.asarray(call.schedule.sigmas, np.float64)
-    dense = Trajectory.of(runs)
+    target = dense = Trajectory.dense(runs)
     grown, off = growth(runs, dense, sigmas)
-    search = StepSearch(sigmas, dense.gram(), grown)
-    images, final = pixels(call, dense.latents[-1]), dense.latents[-1]
+    if facts["target"] == "converged":
+        target = Trajectory.converged(runs, sigmas)
+    search = StepSearch(sigmas, target.gram(moved=target is not dense), grown)
+    images, final = pixels(call, target.latents[-1]), target.latents[-1]
 
     def offset_of(x: Latents) -> float:
         """Between the PSNR of images and that of their latents: a constant of the autoencoder, within 1 dB."""
@@ -153,7 +194,7 @@ def calibrate_steps(runs: StepRuns, facts: dict[str, Any], *, speedup: float | N
         return float(psnr + 10 * np.log10(max(mean_square(x - final), 1e-12)))
 
     def tried(nodes: Nodes) -> Plan:
-        nodes, x = fit(runs, dense, sigmas, nodes)
+        nodes, x = fit(runs, target, sigmas, nodes)
         record = StepCalibration(
             **facts,
             gram=tuple(map(tuple, search.gram.tolist())),

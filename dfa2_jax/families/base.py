@@ -137,7 +137,7 @@ class Family(Protocol):
     """
 
     pipeline_class: str
-    scheduler_class: str
+    scheduler_classes: tuple[str, ...]
     components: Mapping[str, ComponentSpec]
     num_prompts: int
     """Text encoders, each with a prompt argument of its own."""
@@ -145,7 +145,9 @@ class Family(Protocol):
     latent_channels: int
     defaults: Defaults
 
-    def check_scheduler(self, config: Mapping[str, Any], /) -> None: ...
+    def check_scheduler(self, config: Mapping[str, Any], /) -> None:
+        """Raises ValueError where a scheduler_config.json asks for what is not implemented."""
+        ...
 
     def check(self, options: Options) -> None:
         """Raises ValueError for options that the family has not."""
@@ -172,8 +174,15 @@ class Family(Protocol):
     def guidance(self, options: Options, cfg_scale: float | None, steps: int) -> Guidance: ...
 
     def schedule(
-        self, sigmas: Sequence[float] | np.ndarray | None, steps: int, num_visual: int, dtype: DTypeLike
-    ) -> Schedule: ...
+        self,
+        scheduler: Mapping[str, Any],
+        sigmas: Sequence[float] | np.ndarray | None,
+        steps: int,
+        num_visual: int,
+        dtype: DTypeLike,
+    ) -> Schedule:
+        """The steps of a call by a scheduler_config.json; raises ValueError where it takes no sigmas."""
+        ...
 
     def output_latents(self, tokens: np.ndarray, grid: Grid) -> np.ndarray:
         """Latents as diffusers' pipeline takes and returns them."""

@@ -68,7 +68,7 @@ class Call:
         return Setting(
             pipeline_class=pipeline.pipeline_class,
             weights=pipeline.fingerprint,
-            scheduler=pipeline.scheduler.get("_class_name", ""),
+            scheduler=request.scheduler.get("_class_name", ""),
             sigmas=tuple(float(sigma) for sigma in self.schedule.sigmas),
             height=request.height,
             width=request.width,
@@ -211,7 +211,7 @@ def prepare(pipeline: Loaded, options: Options, request: Request) -> Call:
     grid = family.tokens.grid(1, request.height // vae_scale, request.width // vae_scale)
     tokens, seeds = _start_tokens(pipeline, options, request, grid)
     scalars = pipeline.dtype if pipeline.torch_rounding else jnp.dtype(np.float32)
-    schedule = family.schedule(request.sigmas, request.steps, grid.num_visual, scalars)
+    schedule = family.schedule(request.scheduler, request.sigmas, request.steps, grid.num_visual, scalars)
     text = embed(pipeline, request)
     inputs = Inputs(
         conditions=family.conditions(text, grid, request.guidance_scale, scalars),

@@ -19,6 +19,7 @@ from dfa2_jax.pipeline.call import Call
 from dfa2_jax.pipeline.loaded import Loaded
 from dfa2_jax.pipeline.request import Request, seeds_of
 from dfa2_jax.plan.plan import Plan
+from dfa2_jax.sampling.solvers.schedulers import SAMPLERS
 
 LEFT_OUT = ("progress", "output_type", "seed", "sigmas", "plan", "attend", "callback_on_step_end")
 """Arguments that metadata leaves out, or gives in another form."""
@@ -149,6 +150,7 @@ def metadata(pipeline: Loaded, options: Options, request: Request) -> dict[str, 
         "max_sequence_length": request.length,
         "seed": None if options.latents is not None else seeds if np.ndim(options.seed) else seeds[0],
         "plan": None if options.plan is None else options.plan.digest,
+        "scheduler": plain(options.scheduler or request.scheduler.get("_class_name")),
         "sigmas": None if request.sigmas is None else [float(sigma) for sigma in request.sigmas],
         "folder": str(pipeline.folder.absolute()),
         "pipeline": pipeline.pipeline_class,
@@ -177,12 +179,14 @@ def image_metadata(made: Mapping[str, Any], number: int) -> dict[str, Any]:
 
 def parameters(made: Mapping[str, Any]) -> str:
     """One image's settings as AUTOMATIC1111's web UI writes them, and other tools read them."""
-    lines = [made.get("prompt") or ""]
+    lines, scheduler = [made.get("prompt") or ""], made.get("scheduler")
+    if isinstance(scheduler, Mapping):
+        scheduler = scheduler["_class_name"]
     if made.get("negative_prompt"):
         lines.append(f"Negative prompt: {made['negative_prompt']}")
     settings = {
         "Steps": made["num_inference_steps"],
-        "Sampler": "Euler",
+        "Sampler": SAMPLERS.get(scheduler or ""),
         "CFG scale": 1 if made["cfg_scale"] is None else made["cfg_scale"],
         "Distilled CFG Scale": made["embedded_guidance"],
         "Seed": made["seed"],
@@ -209,7 +213,9 @@ def options_again(made: Mapping[str, Any], plan: Plan | None) -> Options:
 
 
 def plain(value: Any) -> Any:
-    """As JSON knows it: no NumPy numbers, no tuples."""
+    """As JSON knows it: no NumPy numbers, no tuples, no mappings but dicts."""
+    if isinstance(value, Mapping):
+        return {name: plain(item) for name, item in value.items()}
     if isinstance(value, (tuple, list)):
         return [plain(item) for item in value]
     return value.tolist() if isinstance(value, (np.ndarray, np.generic)) else value

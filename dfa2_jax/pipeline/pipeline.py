@@ -1,7 +1,7 @@
 """From a prompt to an image: `Pipeline`, with diffusers' argument names and meanings."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from os import PathLike
@@ -92,6 +92,7 @@ class Pipeline(Loaded):
         width: int | None = None,
         num_inference_steps: int | None = None,
         sigmas: Sequence[float] | np.ndarray | None = None,
+        scheduler: str | Mapping[str, Any] | None = None,
         guidance_scale: float | None = None,
         true_cfg_scale: float = 1.0,
         num_images_per_prompt: int = 1,
@@ -176,7 +177,7 @@ class Pipeline(Loaded):
         Raises:
             ValueError: as in a call.
         """
-        request = resolve(self._planned(options), self.family, self.sizes)
+        request = resolve(self._planned(options), self.family, self.sizes, self.scheduler)
         if request.output_type != "latent":
             self.check_vae()
         return request
@@ -194,6 +195,7 @@ class Pipeline(Loaded):
             "height": setting.height,
             "width": setting.width,
             "num_inference_steps": None if options.sigmas is not None else setting.num_inference_steps,
+            "scheduler": setting.scheduler or None,
             "max_sequence_length": max(1, length),  # below 1 it is another model's plan: `Plan.check` says so
         }
         record = plan.calibration or plan.step_calibration

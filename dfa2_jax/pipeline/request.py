@@ -1,6 +1,6 @@
 """What a call of the pipeline asks for, checked and with every default filled in."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from operator import index
 from typing import Any
@@ -9,6 +9,7 @@ import numpy as np
 
 from dfa2_jax.families.base import Embeddings, Family
 from dfa2_jax.options import Options
+from dfa2_jax.sampling.solvers.schedulers import named_config
 
 MAX_SEQUENCE_LENGTH = 512
 MAX_SIDE, MAX_STEPS, MAX_IMAGES = 16384, 1000, 1000
@@ -58,6 +59,7 @@ class Request:
     height: int
     width: int
     steps: int
+    scheduler: Mapping[str, Any]
     sigmas: Sequence[float] | np.ndarray | None
     guidance_scale: float
     cfg_scale: float | None
@@ -71,8 +73,11 @@ class Request:
         return self.positive.count * self.images_per_prompt
 
 
-def resolve(options: Options, family: Family, sizes: ModelSizes) -> Request:
+def resolve(options: Options, family: Family, sizes: ModelSizes, scheduler: Mapping[str, Any]) -> Request:
     """Check a call against the model and its arguments against each other, before any work.
+
+    Args:
+        scheduler: the folder's, where the call names no other.
 
     Raises:
         ValueError: names the arguments and shows their values.
@@ -101,6 +106,7 @@ def resolve(options: Options, family: Family, sizes: ModelSizes) -> Request:
         height=height,
         width=width,
         steps=_steps(options, defaults.num_inference_steps),
+        scheduler=_scheduler(options.scheduler, family, scheduler),
         sigmas=options.sigmas,
         guidance_scale=guidance_scale,
         cfg_scale=cfg_scale,
@@ -175,6 +181,22 @@ def _steps(options: Options, default: int) -> int:
             f"num_inference_steps={options.num_inference_steps} but {steps} sigmas: leave one of them out."
         )
     return steps
+
+
+def _scheduler(given: Any, family: Family, own: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A scheduler_config: of a name, of a mapping, or the folder's own."""
+    if given is None or given == own.get("_class_name"):
+        return own
+    name = given.get("_class_name") if isinstance(given, Mapping) else given
+    if not isinstance(name, str) or name not in family.scheduler_classes:
+        known = " and ".join(family.scheduler_classes)
+        raise ValueError(f"scheduler={given!r:.200} is none of this model's: {known} are, by name or as _class_name.")
+    config = given if isinstance(given, Mapping) else named_config(given, own)
+    try:
+        family.check_scheduler(config)
+    except ValueError as error:
+        raise ValueError(f"scheduler={given!r:.200}: {error}") from error
+    return config
 
 
 def _clip_skip(clip_skip: int | None) -> int:

@@ -269,7 +269,7 @@ class Plan:
         if not self.runs_every_step:
             content |= {"nodes": [*self.nodes], "coefficients": self.coefficients.tolist()}
         if self.step_calibration is not None:
-            content["step_calibration"] = self.step_calibration.model_dump(mode="json")
+            content["step_calibration"] = self.step_calibration.model_dump(mode="json", exclude_defaults=True)
         return content
 
     def save(self, path: str | PathLike[str]) -> None:

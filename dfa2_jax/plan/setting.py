@@ -2,7 +2,7 @@
 
 from itertools import pairwise
 from math import log10
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
@@ -76,8 +76,10 @@ class StepCalibration(Record):
     dtype: str
     """Of the transformer."""
     versions: dict[str, str]
+    target: Literal["dense", "converged"] = "dense"
+    """What the plan comes near to: the run of every step, or the limit of many more."""
     gram: Annotated[tuple[Annotated[tuple[Number, ...], Field(strict=False)], ...], Field(strict=False)]
-    """[steps, steps]: mean products of the dense run's velocities."""
+    """Mean products of the target's velocities; of a converged one, then of its moves from level to level."""
     growth: Annotated[tuple[NotNegative, ...], Field(strict=False)]
     """By noise level: what a squared error there has grown by at the end."""
     psnr_offset: Number
@@ -89,7 +91,7 @@ class StepCalibration(Record):
 
     @property
     def psnr(self) -> float:
-        """In dB against the dense images: measured where the plan ran, else predicted."""
+        """In dB against the target's images: measured where the plan ran, else predicted."""
         error = self.predicted_error if self.measured_error is None else self.measured_error
         return self.psnr_offset - 10 * log10(max(error, 1e-12))
 

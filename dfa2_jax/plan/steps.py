@@ -43,18 +43,19 @@ class Nodes:
 class StepSearch:
     """Of one dense run.
 
-    gram: mean products of its velocities, float64.
+    gram: mean products of its velocities, float64. Of a converged run: of velocities, and after them of the latents'
+        moves from level to level, which are no Euler steps.
     growth: by noise level, what a squared error there has grown by at the end.
     """
 
     sigmas: Float[np.ndarray, " levels"]
-    gram: Float[np.ndarray, "steps _"]  # a file's, until they are checked
+    gram: Float[np.ndarray, "_ _"]  # a file's, until they are checked
     growth: Float[np.ndarray, " _"]
 
     def __post_init__(self) -> None:
         """Raises ValueError where these cannot be of one run."""
         steps, products = len(self.sigmas) - 1, np.diagonal(self.gram)
-        if self.gram.shape != (steps, steps) or self.growth.shape != (steps + 1,):
+        if self.gram.shape not in ((steps, steps), (2 * steps, 2 * steps)) or self.growth.shape != (steps + 1,):
             raise ValueError(f"gram {self.gram.shape} and growth {self.growth.shape} must be of {steps} steps.")
         bound = np.sqrt(np.maximum(np.outer(products, products), 0)) * (1 + 1e-6)
         if not ((products > 0) & (products < LARGEST)).all() or not (np.abs(self.gram) <= bound).all():
@@ -66,19 +67,27 @@ class StepSearch:
 
     @property
     def num_steps(self) -> int:
-        return len(self.gram)
+        return len(self.sigmas) - 1
+
+    @cached_property
+    def _moved(self) -> tuple[Float[np.ndarray, "steps steps"], Float[np.ndarray, "steps steps"]]:
+        """Mean products of velocities and moves, and of moves."""
+        count, sizes = self.num_steps, np.diff(self.sigmas)
+        if len(self.gram) == count:
+            return self.gram * sizes, self.gram * np.outer(sizes, sizes)
+        return self.gram[:count, count:], self.gram[count:, count:]
 
     def move(self, last: int | None, node: int, following: int) -> tuple[Float[np.ndarray, "2"], float]:
         """The best coefficients from a node to the following one, and the mean square of what they miss."""
-        steps = np.diff(self.sigmas)[node:following]
-        if following == node + 1:
-            return np.array([steps[0], 0.0]), 0.0
-        basis = [node] if last is None else [node, last]
-        wanted = self.gram[:, node:following] @ steps
+        if following == node + 1 and len(self.gram) == self.num_steps:
+            return np.array([self.sigmas[following] - self.sigmas[node], 0.0]), 0.0
+        basis, gap = [node] if last is None else [node, last], slice(node, following)
+        with_moves, of_moves = self._moved
+        wanted = with_moves[:, gap].sum(axis=1)
         products = self.gram[np.ix_(basis, basis)]
         ridge = RIDGE * np.trace(products) / len(basis) * np.eye(len(basis))
         weights = np.linalg.lstsq(products + ridge, wanted[basis], rcond=None)[0]
-        missed = steps @ wanted[node:following] - 2 * weights @ wanted[basis] + weights @ products @ weights
+        missed = of_moves[gap, gap].sum() - 2 * weights @ wanted[basis] + weights @ products @ weights
         return np.pad(weights, (0, 2 - len(basis))), max(float(missed), 0.0)
 
     @cached_property

@@ -31,9 +31,12 @@ def summary(plan: Plan) -> str:
     if not plan.runs_every_step:
         speedup = setting.num_inference_steps / len(plan.nodes)
         lines["steps"] = f"{', '.join(map(str, plan.nodes))}: {speedup:.2f} times as fast"
+        pairs = [f"({now:.4f}, {last:.4f})" for now, last in plan.coefficients.round(4) + 0.0]
+        lines["moves by"] = f"{' '.join(pairs)} of a node's velocity and the last one's"
     if steps is not None:
         kind = "predicted" if steps.measured_error is None else "measured on them"
-        lines["steps from"] = f"{steps.num_prompts} prompts, seed {steps.seed}: PSNR {steps.psnr:.1f} dB, {kind}"
+        found = f"{steps.num_prompts} prompts, seed {steps.seed}"
+        lines["steps from"] = f"{found}: PSNR {steps.psnr:.1f} dB to {steps.target} images, {kind}"
     if origin is not None:
         queries, keys = origin.tiles
         lines["density"] += f"; {plan.density(origin.tiles):.3f} of tiles of {queries} x {keys}"
@@ -58,22 +61,57 @@ def density_table(plan: Plan) -> np.ndarray:
 
 
 def draw(plan: Plan, path: Path) -> None:
-    """A PNG of the method of every head, and of the kept share of each step and layer.
+    """A PNG of the steps that run, and of the method of every head, with the kept share of each step and layer.
 
-    Steps go from left to right, layers from top to bottom, and the heads of a layer lie side by side.
+    Steps go from left to right, layers from top to bottom, and the heads of a layer lie side by side. What is as in a
+    dense run is left out: steps, or heads.
 
     Raises:
         MissingExtra: matplotlib is not installed.
     """
     steps, layers, _ = plan.choices.shape
-    width, height = 3 + min(0.35 * steps, 15), 2 + min(0.2 * layers, 14)
-    with new_figure(width, height, "The picture of a plan") as figure:
-        _fill(figure, plan)
+    width, heights = 3 + min(0.35 * steps, 15), []
+    if not plan.runs_every_step:
+        heights.append(3.0)
+    if plan.runs_every_step or not plan.heads_are_full:
+        heights.append(2 + min(0.2 * layers, 14))
+    with new_figure(width, sum(heights), "The picture of a plan") as figure:
+        parts = np.ravel(figure.subfigures(len(heights), 1, height_ratios=heights))
+        if not plan.runs_every_step:
+            _fill_steps(parts[0], plan)
+        if plan.runs_every_step or not plan.heads_are_full:
+            _fill_heads(parts[-1], plan)
+        figure.suptitle(_title(plan), fontsize=10)
         with replacing(Path(path)) as file:
             figure.savefig(file, format="png", dpi=110)
 
 
-def _fill(figure: Any, plan: Plan) -> None:
+def _title(plan: Plan) -> str:
+    heads = "every head in full" if plan.heads_are_full else f"{plan.density():.2f} of query-key pairs kept"
+    return f"{printable(plan.setting.pipeline_class)}: {plan.steps_in_words}, {heads}"
+
+
+def _fill_steps(figure: Any, plan: Plan) -> None:
+    """Noise levels with the nodes among them, and how far x moves beside what Euler's step would."""
+    from matplotlib.ticker import MaxNLocator
+
+    sigmas, nodes = np.array(plan.setting.sigmas), [*plan.nodes, len(plan.setting.sigmas) - 1]
+    levels, moves = figure.subplots(2, 1, sharex=True)
+    levels.plot(sigmas, ".", color="lightgrey", label="noise level")
+    levels.plot(nodes, sigmas[nodes], "-o", color="#20124d", markersize=4, linewidth=0.8, label="the network runs")
+    levels.set(ylabel="noise level")
+    levels.legend(fontsize=7)
+    euler = np.diff(sigmas[nodes])
+    for offset, name, colour in ((-0.2, "this velocity", "#20124d"), (0.2, "the last one", "#f4a259")):
+        share = plan.coefficients[:, int(offset > 0)] / euler
+        moves.bar(np.array(plan.nodes) + offset, share, 0.4, color=colour, label=name)
+    moves.axhline(1, color="grey", linewidth=0.6)
+    moves.set(xlabel="step", ylabel="of Euler's move")
+    moves.legend(fontsize=7, loc="lower left")
+    moves.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def _fill_heads(figure: Any, plan: Plan) -> None:
     from matplotlib.colors import ListedColormap
     from matplotlib.patches import Patch
     from matplotlib.ticker import MaxNLocator
@@ -104,9 +142,6 @@ def _fill(figure: Any, plan: Plan) -> None:
     handles = [Patch(color=colour, label=name) for name, colour in zip(names, colours, strict=True)]
     corner.axis("off")
     corner.legend(handles=handles, loc="center", fontsize=7)
-    model = printable(plan.setting.pipeline_class)
-    title = f"{model}: {plan.steps_in_words}, {plan.density():.2f} of query-key pairs kept"
-    figure.suptitle(title, fontsize=10)
 
 
 def ranked(plan: Plan) -> tuple[np.ndarray, list[str], list[Any]]:

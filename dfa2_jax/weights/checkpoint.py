@@ -121,10 +121,10 @@ def check_pipeline(
     if not isinstance(pipeline_class, str) or pipeline_class not in specs:
         raise CheckpointError(f"{path} is of a {pipeline_class!r:.200}; supported are {sorted(specs)}.")
     spec = specs[pipeline_class]
-    for component, wanted in class_names(spec).items():
-        named = classes.get(component)
+    for component, known in class_names(spec).items():
+        named, wanted = classes.get(component), " or ".join(known)
         if named is None and component in REQUIRED:
             raise CheckpointError(f"{path} names no {component}: a {pipeline_class} needs {wanted}.")
-        if named is not None and named != wanted:
+        if named is not None and named not in known:
             raise CheckpointError(f"{path} has {component}={named!r:.200}; a {pipeline_class} needs {wanted}.")
     return spec

@@ -37,7 +37,7 @@ class PipelineSpec(Protocol):
     """What a folder of one kind of pipeline holds. Every component but `required` ones may be absent."""
 
     pipeline_class: str
-    scheduler_class: str
+    scheduler_classes: tuple[str, ...]
     components: Mapping[str, ComponentSpec]
 
     def check_scheduler(self, config: Mapping[str, Any], /) -> None:
@@ -48,7 +48,7 @@ class PipelineSpec(Protocol):
 REQUIRED = ("transformer", "scheduler")
 
 
-def class_names(spec: PipelineSpec) -> dict[str, str]:
-    """The class that each component must have, the scheduler among them."""
-    networks = {name: component.class_name for name, component in spec.components.items()}
-    return networks | {"scheduler": spec.scheduler_class}
+def class_names(spec: PipelineSpec) -> dict[str, tuple[str, ...]]:
+    """The classes that each component may have, the scheduler among them."""
+    networks = {name: (component.class_name,) for name, component in spec.components.items()}
+    return networks | {"scheduler": spec.scheduler_classes}

@@ -105,8 +105,7 @@ def follow(pipeline, plan, arguments):
     return oracle
 
 
-@pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("delta", [0.1, 0.6])
+@pytest.mark.parametrize(("name", "delta"), zip(CASES, (0.1, 0.6), strict=True))
 def test_an_oracle_in_float64_finds_the_same_errors_and_no_better_choice(name, delta, pipelines, seen):
     """Teacher-forced: the oracle follows our choices, so that both judge the same queries, keys and values."""
     pipeline = pipelines(name)

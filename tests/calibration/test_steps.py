@@ -12,7 +12,7 @@ from dfa2_jax import Plan, PlanError, calibrate
 from dfa2_jax.calibration import steps as of_steps
 from dfa2_jax.calibration.journal import Journal
 from dfa2_jax.options import Options
-from dfa2_jax.plan.steps import euler_coefficients
+from dfa2_jax.plan.steps import StepSearch, euler_coefficients
 from dfa2_jax.sampling.guidance import ClassifierFree, SkipLayer
 from dfa2_jax.sampling.solvers.flow_euler import FlowMultistep
 
@@ -84,6 +84,57 @@ def test_latents_equal_diffusers_with_the_plan_as_its_scheduler(name, heads, pla
         theirs, 5, prompt=PROMPTS[0], **arguments, output_type="latent", callback_on_step_end=run.next_step
     )
     assert error(latents(pipeline, prompt=PROMPTS[0], plan=plan, seed=5), want) < 1e-4
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_plan_to_the_limit_is_nearer_to_it_than_the_dense_run(name, pipelines, compilations):
+    """Of all steps: a random network turns too much for fewer. The limit is of Euler's steps, 16 for one."""
+    pipeline = pipelines(name)
+    dense = latents(pipeline, **CALL, **CASES[name])
+    compilations.clear()
+    plan = calibrate(pipeline, PROMPTS, **CALL, **CASES[name], speedup=1.0, target="converged")
+    by_plan = latents(pipeline, plan=plan)
+    assert compilations == [], "the refined run is of the sampling program"
+    limit = latents(pipeline, **CALL | {"num_inference_steps": 128}, **CASES[name])
+    errors = [np.mean(np.square(x - limit)) for x in (by_plan, dense)]
+    assert errors[0] < 0.95 * errors[1]
+    record = plan.step_calibration
+    assert record.target == "converged" and len(record.gram) == 16
+    assert len(plan.nodes) == 8 and not plan.runs_every_step
+    assert record.measured_error == pytest.approx(errors[0], rel=0.25)  # both limits have an error
+    again = plan.resolve(speedup=2.0)
+    assert len(again.nodes) == 4 and again.step_calibration.target == "converged"
+
+
+def test_a_plan_of_half_the_steps_follows_a_smooth_flow_to_its_end():
+    """A linear flow, whose solution is known."""
+    rates = np.linspace(-2, 2, 30).reshape(1, 6, 5).astype(np.float32)
+    sigmas = np.linspace(1, 0, 11)
+    start, end = np.ones_like(rates), np.exp(-rates)
+
+    class Runs(of_steps.StepRuns):
+        def __init__(self):
+            start_of = SimpleNamespace(latents=start)
+            self.call = SimpleNamespace(start=lambda: start_of, request=SimpleNamespace(steps=10))
+
+        def step(self, x, step, part=0):
+            velocity = rates * x
+            return x + np.float32(sigmas[step + 1] - sigmas[step]) * velocity, velocity
+
+    runs = Runs()
+    dense, limit = of_steps.Trajectory.dense(runs), of_steps.Trajectory.converged(runs, sigmas)
+    errors = [np.mean(np.square(run.latents[-1] - end)) for run in (dense, limit)]
+    assert errors[1] < errors[0] / 100
+    search = StepSearch(sigmas, limit.gram(moved=True), np.ones(11))
+    nodes, x = of_steps.fit(runs, limit, sigmas, search.nodes(5))
+    assert len(nodes.steps) == 5 and np.mean(np.square(x - end)) < errors[0] / 10
+
+
+def test_a_target_is_one_of_two(pipelines):
+    with pytest.raises(ValueError, match="target='limit' is neither 'dense' nor 'converged'"):
+        calibrate(pipelines("tiny_flux_dev"), PROMPTS, **CALL, target="limit")
+    with pytest.raises(ValueError, match="target='converged' is of steps, and delta= of heads"):
+        calibrate(pipelines("tiny_flux_dev"), PROMPTS, **CALL, target="converged", delta=0.1)
 
 
 def test_plans_of_steps_are_data(planned, compilations):

@@ -237,9 +237,6 @@ def test_the_box_holds_a_transformer_of_5_million_parameters():
 
 # Prose: subject first, one idea a sentence (CONTRIBUTING.md). What can be counted is counted.
 
-LONGEST = {"README.md": 40}
-"""Words a sentence; on other pages 25."""
-
 
 def sentences(text):
     """Of paragraphs, items of lists and captions; without code, tables, headings and comments. Code and links count as
@@ -260,9 +257,8 @@ def sentences(text):
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_sentences_are_short(page):
-    most = LONGEST.get(name_of(page), 25)
-    long = [sentence for words, sentence in sentences(page.read_text()) if words > most]
-    assert not long, f"{name_of(page)}: more than {most} words: {long}"
+    long = [sentence for words, sentence in sentences(page.read_text()) if words > 25]
+    assert not long, f"{name_of(page)}: more than 25 words: {long}"
 
 
 def test_sentences_are_counted():

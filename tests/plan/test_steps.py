@@ -49,6 +49,22 @@ def test_an_error_is_what_the_velocities_miss():
     assert search.move(3, 4, 5) == (pytest.approx([search.sigmas[5] - search.sigmas[4], 0]), 0)
 
 
+def test_moves_of_a_converged_run_are_the_target():
+    """A run whose moves are half as large again: so are the coefficients, and no step is exact by itself."""
+    dense, velocities = search_of(9)
+    moves = 1.5 * np.diff(dense.sigmas)[:, None] * velocities + 0.01 * np.random.default_rng(1).normal(size=(9, 50))
+    vectors = np.concatenate([velocities, moves])
+    search = StepSearch(dense.sigmas, vectors @ vectors.T / 50, dense.growth)
+    assert search.num_steps == 9 and [*search.paths] == [*dense.paths]
+    for bounds in ((None, 0, 1), (1, 2, 3), (2, 3, 7)):
+        (now, last), error = search.move(*bounds)
+        before, node, following = bounds
+        made = now * velocities[node] + (0 if before is None else last * velocities[before])
+        assert error == pytest.approx(np.mean((made - moves[node:following].sum(0)) ** 2), rel=1e-3)
+    assert search.move(None, 0, 1)[0][0] == pytest.approx(1.5 * np.diff(dense.sigmas)[0], rel=0.05)
+    assert search.nodes(9).predicted_error > 0 == dense.nodes(9).predicted_error
+
+
 def test_gaps_have_an_end():
     search, _ = search_of(40)
     assert min(search.paths) == 3 and max(search.paths) == 40

@@ -6,9 +6,7 @@ import pytest
 
 from dfa2_jax import Method, Pipeline, Plan
 
-PROMPTS = [
-    f"a {size} {colour} circle" for size in ("small", "large") for colour in ("red", "blue", "green", "white", "")
-]
+PROMPTS = [f"a {size} {colour} circle" for size in ("small", "large") for colour in ("red", "")]
 
 
 @pytest.mark.parametrize(
@@ -43,7 +41,7 @@ def test_nothing_compiles_twice(name, first, others, request, compilations):
     compilations.clear()
     for seed, prompt in enumerate(PROMPTS):
         pipeline(prompt, num_inference_steps=1 + seed, seed=seed, progress=bool(seed % 2), **common, **first)
-    for steps in (1, 33, 64):
+    for steps in (9, 64):
         pipeline(PROMPTS[0], num_inference_steps=steps, progress=False, **common, **first)
     for other in others:
         pipeline(PROMPTS[0], **common, **first | other, **({} if "sigmas" in other else {"num_inference_steps": 3}))
@@ -52,13 +50,13 @@ def test_nothing_compiles_twice(name, first, others, request, compilations):
 
 @pytest.mark.parametrize("name", ["tiny_sd35", "tiny_flux_dev"])
 def test_plans_are_data_too(name, request, compilations):
-    """Ten plans, prompts, seeds, guidance values and step counts, of one program beside the dense one."""
+    """Four plans, prompts, seeds, guidance values and step counts, of one program beside the dense one."""
     pipeline = Pipeline.from_pretrained(request.getfixturevalue(name))
     common = {"height": 64, "width": 64, "max_sequence_length": 16}
     methods = Method("full"), Method("cached"), Method("arrow(1/4)")
 
     def run(number):
-        arguments = common | {"num_inference_steps": 2 + 6 * number, "guidance_scale": 2.0 + number}
+        arguments = common | {"num_inference_steps": 2 + 20 * number, "guidance_scale": 2.0 + number}
         full = Plan.full(pipeline.setting(prompt="", **arguments))
         choices = np.random.default_rng(number).integers(3, size=full.choices.shape, dtype=np.uint8)
         choices[0] = 0
@@ -70,6 +68,6 @@ def test_plans_are_data_too(name, request, compilations):
     run(0)
     assert compilations
     compilations.clear()
-    for number in range(10):
+    for number in range(4):
         run(number)
     assert compilations == []

@@ -47,7 +47,7 @@ class TwoStep:
 
 class ToyFamily:
     pipeline_class = "ToyPipeline"
-    scheduler_class = "ToyScheduler"
+    scheduler_classes = ("ToyScheduler",)
     components = {
         "transformer": ComponentSpec(
             class_name="ToyModel", config=ToyConfig.from_json, build=ToyTransformer, rules=RULES
@@ -91,7 +91,7 @@ class ToyFamily:
     def guidance(self, options, cfg_scale, steps):
         return NoGuidance() if cfg_scale is None else ClassifierFree.constant(cfg_scale, steps)
 
-    def schedule(self, sigmas, steps, num_visual, dtype):
+    def schedule(self, scheduler, sigmas, steps, num_visual, dtype):
         levels = np.linspace(1, 0, steps + 1, dtype=np.float32) if sigmas is None else np.append(sigmas, 0)
         levels = levels.astype(np.float32)
         return Schedule(levels, 1000 * levels[:-1], TwoStep(pad_steps(np.diff(levels))))

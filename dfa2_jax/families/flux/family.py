@@ -18,7 +18,7 @@ from dfa2_jax.families.flux.transformer import FluxConditions, FluxTransformer
 from dfa2_jax.options import Options
 from dfa2_jax.sampling.guidance import ClassifierFree, Guidance, NoGuidance
 from dfa2_jax.sampling.sinusoid import sinusoid
-from dfa2_jax.sampling.solvers.flow_euler import FlowMultistep, check_flow_match, flow_match_sigmas
+from dfa2_jax.sampling.solvers.schedulers import FLOW_SCHEDULERS, check_flow_scheduler, flow_steps
 from dfa2_jax.sampling.tokens import CHANNEL_ROW_COLUMN, Grid, Patches
 from dfa2_jax.vae.spec import AUTOENCODER
 from dfa2_jax.weights.spec import ComponentSpec
@@ -34,13 +34,13 @@ class Flux:
     """FLUX.1 dev (embedded guidance) and schnell: CLIP's pooled state and T5's tokens."""
 
     pipeline_class = "FluxPipeline"
-    scheduler_class = "FlowMatchEulerDiscreteScheduler"
+    scheduler_classes = tuple(FLOW_SCHEDULERS)
     components = {"transformer": TRANSFORMER, "text_encoder": CLIP, "text_encoder_2": T5, "vae": AUTOENCODER}
-    check_scheduler = staticmethod(check_flow_match)
+    check_scheduler = staticmethod(check_flow_scheduler)
     num_prompts = 2
 
     def __init__(self, config: FluxConfig, scheduler: Mapping[str, Any], transformer: nnx.Module):
-        self.config, self.scheduler = config, scheduler
+        self.config = config
         self.tokens = Patches(config.patch_size, CHANNEL_ROW_COLUMN)
         self.latent_channels = config.in_channels // config.patch_size**2
         # Of the published models, schnell alone has a fixed shift. A fine-tune without guidance keeps dev's scheduler.
@@ -94,13 +94,17 @@ class Flux:
         return NoGuidance() if cfg_scale is None else ClassifierFree.constant(cfg_scale, steps)
 
     def schedule(
-        self, sigmas: Sequence[float] | np.ndarray | None, steps: int, num_visual: int, dtype: DTypeLike
+        self,
+        scheduler: Mapping[str, Any],
+        sigmas: Sequence[float] | np.ndarray | None,
+        steps: int,
+        num_visual: int,
+        dtype: DTypeLike,
     ) -> Schedule:
         """diffusers divides times by 1000 in the pipeline and multiplies in the model, both in the model's dtype."""
-        even = np.linspace(1.0, 1 / steps, steps) if sigmas is None else sigmas
-        levels = flow_match_sigmas(self.scheduler, even, num_visual)
-        thousandths = (levels[:-1] * np.float32(1000)).astype(dtype) / np.asarray(1000, dtype)
-        return Schedule(levels, embedded_scalar(thousandths, dtype), FlowMultistep.euler(levels))
+        levels, times, solver = flow_steps(scheduler, sigmas, np.linspace(1.0, 1 / steps, steps), num_visual)
+        thousandths = times.astype(dtype) / np.asarray(1000, dtype)
+        return Schedule(levels, embedded_scalar(thousandths, dtype), solver)
 
     def output_latents(self, tokens: np.ndarray, grid: Grid) -> np.ndarray:
         """Packed, [B, V, 64]."""

@@ -17,7 +17,7 @@ from dfa2_jax.families.sd3.transformer import PositionTable, SD3Conditions, SD3T
 from dfa2_jax.options import Options
 from dfa2_jax.sampling.guidance import ClassifierFree, Guidance, NoGuidance, SkipLayer
 from dfa2_jax.sampling.inputs import pad_steps
-from dfa2_jax.sampling.solvers.flow_euler import FlowMultistep, check_flow_match, flow_match_sigmas
+from dfa2_jax.sampling.solvers.schedulers import FLOW_SCHEDULERS, check_flow_scheduler, flow_steps
 from dfa2_jax.sampling.tokens import ROW_COLUMN_CHANNEL, Grid, Patches
 from dfa2_jax.vae.spec import AUTOENCODER
 from dfa2_jax.weights.spec import ComponentSpec
@@ -35,7 +35,7 @@ class SD3:
     """Classifier-free guidance, three text encoders of which T5 may be absent, a position table on the host."""
 
     pipeline_class = "StableDiffusion3Pipeline"
-    scheduler_class = "FlowMatchEulerDiscreteScheduler"
+    scheduler_classes = tuple(FLOW_SCHEDULERS)
     components = {
         "transformer": TRANSFORMER,
         "text_encoder": CLIP_PROJECTED,
@@ -43,11 +43,11 @@ class SD3:
         "text_encoder_3": T5,
         "vae": AUTOENCODER,
     }
-    check_scheduler = staticmethod(check_flow_match)
+    check_scheduler = staticmethod(check_flow_scheduler)
     num_prompts = 3
 
     def __init__(self, config: SD3Config, scheduler: Mapping[str, Any], transformer: nnx.Module):
-        self.config, self.scheduler = config, scheduler
+        self.config = config
         (self.position_table,) = jax.tree.leaves(nnx.pop(transformer, PositionTable))
         self.tokens = Patches(config.patch_size, ROW_COLUMN_CHANNEL)
         self.latent_channels = config.in_channels
@@ -116,13 +116,15 @@ class SD3:
         )
 
     def schedule(
-        self, sigmas: Sequence[float] | np.ndarray | None, steps: int, num_visual: int, dtype: DTypeLike
+        self,
+        scheduler: Mapping[str, Any],
+        sigmas: Sequence[float] | np.ndarray | None,
+        steps: int,
+        num_visual: int,
+        dtype: DTypeLike,
     ) -> Schedule:
         """Times are 1000 sigma in float32, whatever the model's dtype is."""
-        levels = flow_match_sigmas(
-            {"max_shift": 1.16, **self.scheduler}, steps if sigmas is None else sigmas, num_visual
-        )
-        return Schedule(levels, levels[:-1] * np.float32(1000), FlowMultistep.euler(levels))
+        return Schedule(*flow_steps({"max_shift": 1.16, **scheduler}, sigmas, steps, num_visual))
 
     def output_latents(self, tokens: np.ndarray, grid: Grid) -> np.ndarray:
         """[B, C, h, w]."""

@@ -1,4 +1,4 @@
-"""Steps of flow matching from one or two velocities, and the schedules of SD3 and FLUX."""
+"""Steps of flow matching from one or two velocities, and noise levels as `FlowMatchEulerDiscreteScheduler` has them."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -64,14 +64,12 @@ def flow_match_sigmas(
     Raises:
         ValueError: the config asks for what is not implemented or lacks a number, or a sigma is outside (0, 1].
     """
-    if config.get("_class_name", "FlowMatchEulerDiscreteScheduler") != "FlowMatchEulerDiscreteScheduler":
-        raise ValueError(f"scheduler {config['_class_name']!r} is not supported, only FlowMatchEulerDiscreteScheduler.")
     if asked := [name for name in UNSUPPORTED if config.get(name)]:
         raise ValueError(f"scheduler_config.json sets {asked}, which is not supported: unset it.")
-    dynamic, shift = config.get("use_dynamic_shifting", False), _positive(config, "shift", 1.0)
+    dynamic, shift = config.get("use_dynamic_shifting", False), positive(config, "shift", 1.0)
 
     if isinstance(sigmas, int):
-        steps = _positive(config, "num_train_timesteps", 1000)
+        steps = positive(config, "num_train_timesteps", 1000)
         ends = np.array([1.0, 1 / steps], np.float32)
         ends = (ends if dynamic else _shift(ends, shift)).astype(np.float64)
         levels = np.linspace(ends[0] * steps, ends[1] * steps, sigmas) / steps
@@ -81,7 +79,7 @@ def flow_match_sigmas(
             raise ValueError(f"sigmas must be a list of numbers in (0, 1], got {sigmas}.")
 
     if dynamic:
-        mu = _dynamic_shift(config, num_visual)
+        mu = dynamic_shift(config, num_visual)
         kind = config.get("time_shift_type", "exponential")
         if kind not in ("exponential", "linear"):
             raise ValueError(f"scheduler_config.json: time_shift_type={kind!r} is neither 'exponential' nor 'linear'.")
@@ -96,18 +94,6 @@ def flow_match_sigmas(
     return np.append(levels.astype(np.float32), np.float32(0))
 
 
-def check_flow_match(config: Mapping[str, Any]) -> None:
-    """Make schedules, so that a scheduler_config.json that cannot is seen before any weight is.
-
-    Raises:
-        ValueError: as `flow_match_sigmas`, or its sigmas are not finite.
-    """
-    for sigmas in (2, [1.0, 0.5]):
-        made = flow_match_sigmas(config, sigmas, 4096)
-        if not np.isfinite(made).all():
-            raise ValueError(f"its sigmas are {made.tolist()}")
-
-
 def _finite(config: Mapping[str, Any], name: str, default: int | float) -> Any:
     value = config.get(name, default)
     if type(value) not in (int, float) or not math.isfinite(value):
@@ -115,7 +101,8 @@ def _finite(config: Mapping[str, Any], name: str, default: int | float) -> Any:
     return value
 
 
-def _positive(config: Mapping[str, Any], name: str, default: int | float) -> Any:
+def positive(config: Mapping[str, Any], name: str, default: int | float) -> Any:
+    """A number of a scheduler_config.json; raises ValueError where it is not positive."""
     value = config.get(name, default)
     if type(value) not in (int, float) or not 0 < value < math.inf:
         raise ValueError(f"scheduler_config.json: {name}={value!r:.100} is not a positive number.")
@@ -127,10 +114,10 @@ def _shift(sigma: np.ndarray, shift: float) -> np.ndarray:
     return shift * sigma / (1 + (shift - 1) * sigma)
 
 
-def _dynamic_shift(config: Mapping[str, Any], num_visual: int) -> float:
+def dynamic_shift(config: Mapping[str, Any], num_visual: int) -> float:
     """mu, linear in the number of visual tokens; not clamped (3.23 for 2048 px)."""
     base_tokens, max_tokens = (
-        _positive(config, f"{end}_image_seq_len", of) for end, of in (("base", 256), ("max", 4096))
+        positive(config, f"{end}_image_seq_len", of) for end, of in (("base", 256), ("max", 4096))
     )
     base, top = _finite(config, "base_shift", 0.5), _finite(config, "max_shift", 1.15)
     if base_tokens == max_tokens:
