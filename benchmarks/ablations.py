@@ -1,4 +1,4 @@
-"""The paper's tables 5 and 6 on any folder: the head coefficient c, and the sets of methods, quality against density.
+"""The paper's ablations on any folder: coefficient c (appendix, table 5) and sets of methods, quality against density.
 
     python -m benchmarks.ablations FOLDER --prompts FILE [--calibrate-on 8] [--steps 20] [--height PX] [--width PX]
         [--deltas 0.2 0.4 0.6 0.8 1.0] [--points ROW=THRESHOLD ...] [--out PREFIX] ...

@@ -23,7 +23,7 @@ from dfa2_jax.plan.plan import FULL_METHOD
 from dfa2_jax.plan.setting import AttentionLayer, Setting
 from dfa2_jax.sampling.guidance import ClassifierFree, NoGuidance
 from dfa2_jax.sampling.inputs import Inputs, pad_steps
-from dfa2_jax.sampling.loop import State, StepPlans, denoise, denoise_planned
+from dfa2_jax.sampling.loop import HeadPlans, State, denoise, denoise_planned
 from dfa2_jax.sampling.memory import empty_memory, stack_shapes
 from dfa2_jax.sampling.sinusoid import sinusoid
 from dfa2_jax.sampling.solvers.flow_euler import FlowMultistep
@@ -109,7 +109,7 @@ class Loop:
         half_window, head_order = (
             by_stack(self.calls, pad_steps(x), axis=1) for x in (plan.half_windows(), plan.head_order())
         )
-        plans, state = StepPlans(half_window, head_order, np.zeros((), np.int32)), self.start(caches)
+        plans, state = HeadPlans(half_window, head_order, np.zeros((), np.int32)), self.start(caches)
         state = denoise_planned(self.graph, self.params, state, self.inputs, plans, start, stop, **options)
         return state.latents, state.memory
 

@@ -17,6 +17,7 @@ from queue import SimpleQueue
 from threading import Event
 from typing import Any
 
+import huggingface_hub
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
@@ -30,8 +31,8 @@ from dfa2_jax.io.atomic import NameTaken, appearing, check_free, remove_leftover
 from dfa2_jax.io.digest import digest_of, file_sha256
 from dfa2_jax.io.errors import CheckpointError
 from dfa2_jax.io.hub import find_model, is_hub_id
+from dfa2_jax.io.names import suggests_names
 from dfa2_jax.io.signals import Interrupted, interruptible
-from dfa2_jax.options import suggests_names
 from dfa2_jax.pipeline.fit import check_fit, check_tokenizer
 from dfa2_jax.weights.checkpoint import compute_dtype
 from dfa2_jax.weights.diffusers import DiffusersCheckpoint
@@ -273,8 +274,6 @@ def open_source(src: str | PathLike[str], download: bool) -> DiffusersCheckpoint
 
 def fetch(repository: str) -> Path:
     """The hub's snapshot in the user's own cache."""
-    import huggingface_hub
-
     try:
         return Path(huggingface_hub.snapshot_download(repository, allow_patterns=HUB_FILES))
     except Exception as error:  # the hub's errors have many types: offline, gated, absent, interrupted

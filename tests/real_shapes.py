@@ -12,7 +12,7 @@ from dfa2_jax.families.registry import networks
 from dfa2_jax.families.sd3.transformer import PositionTable, SD3Conditions
 from dfa2_jax.sampling.guidance import ClassifierFree, NoGuidance
 from dfa2_jax.sampling.inputs import STEP_BLOCK, Inputs
-from dfa2_jax.sampling.loop import State, StepPlans
+from dfa2_jax.sampling.loop import HeadPlans, State
 from dfa2_jax.sampling.memory import stack_shapes
 from dfa2_jax.sampling.solvers.flow_euler import FlowMultistep
 
@@ -94,7 +94,7 @@ def planned_arguments(name: str, pixels: int) -> tuple[Any, ...]:
     half_window = {
         name: jax.ShapeDtypeStruct((STEP_BLOCK, stack.shape[0], heads[0]), jnp.int32) for name, stack in memory.items()
     }
-    plans = abstract(StepPlans, half_window, half_window, start)
+    plans = abstract(HeadPlans, half_window, half_window, start)
     return graph, params, abstract(State, state.latents, state.latents, memory), inputs, plans, start, stop
 
 

@@ -16,9 +16,10 @@ from tqdm import trange
 
 from dfa2_jax.calibration.attends import Budget, moments, relative_errors
 from dfa2_jax.calibration.search import choose
+from dfa2_jax.io.names import of_names
 from dfa2_jax.nn.attention import Heads, Project, arrow_attention, by_stack, in_order
 from dfa2_jax.nn.carrier import carrier
-from dfa2_jax.options import Options, of_names
+from dfa2_jax.options import Options
 from dfa2_jax.pipeline.pipeline import Pipeline
 from dfa2_jax.plan.method import CACHED_METHOD, FULL_METHOD, Method
 from dfa2_jax.sampling.inputs import Inputs

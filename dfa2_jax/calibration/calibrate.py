@@ -25,9 +25,10 @@ from dfa2_jax.calibration.resume import Checkpointed
 from dfa2_jax.calibration.search import MAX_DELTA
 from dfa2_jax.calibration.steps import StepRuns, calibrate_steps
 from dfa2_jax.io.digest import digest_of
+from dfa2_jax.io.names import suggests_names
 from dfa2_jax.nn.attention import in_order
 from dfa2_jax.nn.linear import XLA_OPTIONS
-from dfa2_jax.options import CALL, CALL_FIELDS, CalibrationOptions, Options, described, suggests_names
+from dfa2_jax.options import CALL, CALL_FIELDS, CalibrationOptions, Options, described
 from dfa2_jax.pipeline.call import Call
 from dfa2_jax.pipeline.pipeline import Pipeline
 from dfa2_jax.plan.method import CACHED_METHOD, FULL_METHOD, Method
@@ -154,10 +155,10 @@ def _of_steps(pipeline: Pipeline, prompts: list[str], options: CalibrationOption
     if options.target not in ("dense", "converged"):
         raise ValueError(f"target={options.target!r} is neither 'dense' nor 'converged'.")
     call = prepared(pipeline, prompts, options.seed, arguments)
-    pipeline.check_vae()
     if not isinstance(call.inputs.solver, FlowMultistep):
-        scheduler = call.setting.scheduler
+        scheduler = call.setting.scheduler or type(call.inputs.solver).__name__
         raise ValueError(f"{scheduler}: a plan of steps moves x as Euler's steps do. Pass delta=, for heads alone.")
+    pipeline.check_vae()
     if budget["speedup"] is not None:
         count_for(budget["speedup"], call.request.steps)
     facts = facts_of(prompts, call)

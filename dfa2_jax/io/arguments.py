@@ -4,6 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from difflib import get_close_matches
+from itertools import takewhile
 from typing import Any, NoReturn
 
 
@@ -19,7 +20,8 @@ class Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
         words = [*(sys.argv[1:] if args is None else args)]
-        if self._subparsers is None and (wrong := self._misspelt(words)):
+        own = words if self._subparsers is None else [*takewhile(lambda word: word.startswith("-"), words)]
+        if wrong := self._misspelt(own):  # what follows a command is the command's
             self._refuse(wrong)  # before what is missing: a misspelt flag may be the missing one
         parsed, unknown = super().parse_known_args(words, namespace)
         return self._refuse(unknown) if unknown else (parsed, unknown)

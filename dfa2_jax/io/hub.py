@@ -5,6 +5,9 @@ import re
 from os import PathLike
 from pathlib import Path
 
+import huggingface_hub  # resolves its names lazily, too
+from huggingface_hub import constants
+
 from dfa2_jax.io.errors import CheckpointError
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
@@ -38,9 +41,6 @@ def find_cached(repository: str) -> Path:
     Raises:
         CheckpointError: the cache lacks it, or holds a part without model_index.json.
     """
-    import huggingface_hub  # here: it takes long, and paths need it not
-    from huggingface_hub import constants
-
     fetch = (
         f"Fetch it: hf download {repository} --include '*.json' --include '*/*' "
         f"(or dfa2-convert {repository} FOLDER --download). Nothing is downloaded unasked."

@@ -20,7 +20,7 @@ from dfa2_jax.plan.method import PlanError
 from dfa2_jax.plan.plan import Plan
 from dfa2_jax.plan.setting import AttentionLayer, Setting
 from dfa2_jax.sampling.inputs import Inputs, pad_steps
-from dfa2_jax.sampling.loop import State, StepPlans, denoise, denoise_planned
+from dfa2_jax.sampling.loop import HeadPlans, State, denoise, denoise_planned
 from dfa2_jax.sampling.memory import empty_memory, stack_shapes
 from dfa2_jax.sampling.noise import torch_randn
 from dfa2_jax.sampling.sinusoid import sinusoid
@@ -119,12 +119,12 @@ class Call:
             raise PlanError(f"the plan's coefficients are of flow matching's steps, and the call's solver is {solver}.")
         return self.inputs.at(np.array(plan.nodes), FlowMultistep.of(plan.coefficients))
 
-    def step_plans(self, plan: Plan) -> StepPlans:
+    def step_plans(self, plan: Plan) -> HeadPlans:
         """A plan as the loop reads it."""
         half_window, head_order = (
             by_stack(self.layers, pad_steps(x), axis=1) for x in (plan.half_windows(), plan.head_order())
         )
-        return StepPlans(half_window, head_order, first=np.zeros((), np.int32))
+        return HeadPlans(half_window, head_order, first=np.zeros((), np.int32))
 
     def program(
         self, plan: Plan | None = None, *, implementation: str | None = None, skip_projections: bool = True

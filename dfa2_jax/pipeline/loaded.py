@@ -10,7 +10,7 @@ from jaxtyping import Float
 from dfa2_jax.encoders.specs import CLIP, CLIP_PROJECTED
 from dfa2_jax.families.base import Embeddings, Family, Texts
 from dfa2_jax.families.registry import FAMILIES
-from dfa2_jax.options import suggests_names
+from dfa2_jax.io.names import suggests_names
 from dfa2_jax.pipeline.components import Component, Networks
 from dfa2_jax.pipeline.fit import check_fit
 from dfa2_jax.pipeline.request import ModelSizes, Request

@@ -14,7 +14,8 @@ from dfa2_jax import __version__
 from dfa2_jax.io.atomic import replacing
 from dfa2_jax.io.hub import model_name
 from dfa2_jax.io.images import SUFFIXES, encode, stem_of, write_new
-from dfa2_jax.options import Options, of_names
+from dfa2_jax.io.names import of_names, suggests_names
+from dfa2_jax.options import Options
 from dfa2_jax.pipeline.call import Call
 from dfa2_jax.pipeline.loaded import Loaded
 from dfa2_jax.pipeline.request import Request, seeds_of
@@ -46,6 +47,7 @@ class Output:
     metadata: dict[str, Any] = field(repr=False)
     faults: tuple[str, ...] = ()
 
+    @suggests_names
     def save(
         self, path: str | PathLike[str], *, format: str | None = None, numbers: Collection[int] | None = None
     ) -> list[Path]:

@@ -12,8 +12,9 @@ import numpy as np
 
 from dfa2_jax.families.registry import open_checkpoint
 from dfa2_jax.io.hub import find_model
+from dfa2_jax.io.names import check_names, names_of, suggests_names
 from dfa2_jax.nn.attention import Attend
-from dfa2_jax.options import Options, Prompt, described, of_names, suggests_names
+from dfa2_jax.options import Options, Prompt, described
 from dfa2_jax.pipeline.ahead import compile_ahead
 from dfa2_jax.pipeline.call import Call, prepare
 from dfa2_jax.pipeline.health import faults_of
@@ -161,7 +162,8 @@ class Pipeline(Loaded):
             TypeError: a name that no call takes, with the nearest one.
             ValueError: as in a call.
         """
-        return self.prepare(of_names(Options, arguments)).setting
+        check_names("Pipeline.setting", arguments, names_of(Options))
+        return self.prepare(Options(**arguments)).setting
 
     def prepare(self, options: Options) -> Call:
         """A call with these options, checked and encoded.

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 
 from dfa2_jax.io.errors import printable
 from pallas_kernels.layout import CACHED, FULL
@@ -26,7 +27,11 @@ class Method:
 
     def __post_init__(self) -> None:
         if self.name not in ("full", "cached") and not self._fraction:
-            raise PlanError(f"{self.name!r:.100} is not a method: full, cached, or arrow(1/f) with f from 1 to 99999.")
+            nearest = get_close_matches(self.name[:100], ("full", "cached"), 1)
+            advice = f" Did you mean {nearest[0]!r}?" if nearest else ""
+            raise PlanError(
+                f"{self.name!r:.100} is not a method: full, cached, or arrow(1/f) with f from 1 to 99999.{advice}"
+            )
 
     @classmethod
     def arrow(cls, fraction: int) -> "Method":

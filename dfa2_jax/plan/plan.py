@@ -14,6 +14,7 @@ from jaxtyping import Float, Int, UInt8
 from dfa2_jax.io.atomic import replacing
 from dfa2_jax.io.digest import digest_of
 from dfa2_jax.io.errors import printable
+from dfa2_jax.io.names import suggests_names
 from dfa2_jax.plan.file import blame_file, content_of, read, written
 from dfa2_jax.plan.method import FULL_METHOD, Method, PlanError, letters
 from dfa2_jax.plan.setting import CalibrationRecord, Setting, StepCalibration
@@ -156,6 +157,7 @@ class Plan:
         work = np.where(windows == FULL, np.iinfo(np.int32).max, windows)
         return np.argsort(-work.astype(np.int64), axis=2, kind="stable").astype(np.int32)
 
+    @suggests_names
     def density(self, tiles: tuple[int, int] | None = None) -> float:
         """The kept share of all query-key pairs, or the visited share of tiles of these many queries and keys."""
         kept, total, windows = 0, 0, self.half_windows()
@@ -168,6 +170,7 @@ class Plan:
             kept, total = kept + int((of_each * counts).sum()), total + int(every) * int(counts.sum())
         return kept / total
 
+    @suggests_names
     def cost(self, attention_share: float = 0.0) -> float:
         """Of the dense run's time, the share that the plan takes, by its nodes and attention's density at them.
 
@@ -177,6 +180,7 @@ class Plan:
         """
         return len(self.nodes) / self.setting.num_inference_steps * (1 - attention_share * (1 - self.density()))
 
+    @suggests_names
     def resolve(self, *, speedup: float | None = None, psnr: float | None = None) -> "Plan":
         """A plan for another budget, of the same measurements; needs no model.
 
@@ -212,6 +216,7 @@ class Plan:
         counts = np.bincount(self.choices.ravel(), minlength=len(self.methods))
         return {str(method): count / self.choices.size for method, count in zip(self.methods, counts, strict=True)}
 
+    @suggests_names
     def with_method(self, steps: Any, layers: Any, heads: Any, method: Method | str) -> "Plan":
         """With another method for some heads. Steps, layers and heads are a number, a slice, a list, or None for all;
         layers also names.
@@ -232,6 +237,7 @@ class Plan:
         choices[np.ix_(*chosen)] = methods.index(method)
         return replace(self, methods=methods, choices=choices, edited=True)
 
+    @suggests_names
     def for_weights(self, pipeline: Any) -> "Plan":
         """For other weights of the same model, a fine-tune: whether its heads behave alike is the caller's to know.
 

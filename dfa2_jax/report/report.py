@@ -23,8 +23,9 @@ from tqdm import tqdm
 
 from dfa2_jax.calibration.calibrate import planning_tiles
 from dfa2_jax.io.extras import need
+from dfa2_jax.io.names import suggests_names
 from dfa2_jax.nn.attention import dense_implementation
-from dfa2_jax.options import Options, ReportOptions, described, suggests_names
+from dfa2_jax.options import Options, ReportOptions, described
 from dfa2_jax.pipeline.call import Call
 from dfa2_jax.pipeline.pipeline import Pipeline
 from dfa2_jax.plan.canvas import import_matplotlib

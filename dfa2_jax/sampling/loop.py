@@ -32,8 +32,8 @@ class State:
 
 
 @carrier
-class StepPlans:
-    """A plan as the loop reads it: by stack of layers, padded like every per-step input.
+class HeadPlans:
+    """What a plan says of heads, as the loop reads it: by stack of layers, padded like every per-step input.
 
     first: the step that runs dense and fills the memory, whatever the plan says of it. A loop whose memory is empty
         must start at this step: steps before it do not run, and heads cached before it return zeros.
@@ -156,7 +156,7 @@ def denoise_planned(
     params: Any,
     state: State,
     inputs: Inputs,
-    plans: StepPlans,
+    plans: HeadPlans,
     start: Int[Array, ""] | int,
     stop: Int[Array, ""] | int,
     *,

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+import tensorstore as ts
 from flax import nnx
 
 from dfa2_jax.io.digest import digest_of, file_sha256
@@ -260,8 +261,6 @@ def check_zarr(folder: Path, array: StoredArray) -> None:
     Raises:
         CheckpointError: it cannot be opened, or is of another type, shape or layout.
     """
-    import tensorstore as ts
-
     try:
         stored = ts.open({"driver": "zarr", "kvstore": {"driver": "file", "path": f"{folder}/"}}).result()
     except (ValueError, OSError) as error:

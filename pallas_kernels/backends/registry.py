@@ -1,6 +1,7 @@
 """Which backend has which name. A backend is imported when it is first asked for."""
 
 from contextlib import suppress
+from difflib import get_close_matches
 from importlib import import_module
 
 from pallas_kernels.backends.base import Backend, Device, Problem
@@ -37,7 +38,9 @@ def backend_named(name: str) -> Backend:
         ImportError: its file, or what that needs, is missing.
     """
     if name not in BACKENDS:
-        raise ValueError(f"implementation={name!r} is not one of {tuple(BACKENDS)}.")
+        nearest = get_close_matches(str(name), BACKENDS, 1)
+        advice = f" Did you mean {nearest[0]!r}?" if nearest else ""
+        raise ValueError(f"implementation={name!r} is not one of {tuple(BACKENDS)}.{advice}")
     backend = BACKENDS[name]
     if isinstance(backend, str):
         module, _, made_by = backend.partition(":")

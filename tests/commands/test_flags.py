@@ -11,8 +11,9 @@ from importlib.metadata import version
 import pytest
 
 import dfa2_jax
-from dfa2_jax import Pipeline, calibrate, cli, conversion, convert_checkpoint, options, quality_report
+from dfa2_jax import Output, Pipeline, Plan, calibrate, cli, conversion, convert_checkpoint, options, quality_report
 from dfa2_jax.commands import flags
+from dfa2_jax.io.names import of_names
 
 
 def cpu_seconds():
@@ -90,6 +91,12 @@ MISSPELT = {
     "calibrate": (calibrate, "attention_chunks", "attention_chunk"),
     "convert_checkpoint": (convert_checkpoint, "dtpye", "dtype"),
     "quality_report": (quality_report, "guidence_scale", "guidance_scale"),
+    "Pipeline.encode_prompt": (Pipeline.encode_prompt, "clip_skp", "clip_skip"),
+    "Pipeline.setting": (Pipeline.setting, "heigth", "height"),
+    "Plan.resolve": (Plan.resolve, "speedpu", "speedup"),
+    "Plan.density": (Plan.density, "tile", "tiles"),
+    "Plan.with_method": (Plan.with_method, "methd", "method"),
+    "Output.save": (Output.save, "fromat", "format"),
 }
 
 
@@ -102,10 +109,10 @@ def test_a_misspelt_option_is_told_the_nearest(name):
 
 def test_a_name_near_to_none_is_told_all():
     with pytest.raises(TypeError, match="Options has no argument 'heigth': did you mean 'height'"):
-        options.of_names(options.Options, {"heigth": 512})
+        of_names(options.Options, {"heigth": 512})
     with pytest.raises(TypeError, match="CalibrationOptions has no argument 'zzz': it has speedup, psnr, delta, c"):
-        options.of_names(options.CalibrationOptions, {"zzz": 1})
-    assert options.of_names(options.Options, {"height": 512}).height == 512
+        of_names(options.CalibrationOptions, {"zzz": 1})
+    assert of_names(options.Options, {"height": 512}).height == 512
 
 
 @pytest.mark.parametrize(
@@ -147,6 +154,8 @@ REFUSED = [
     ([*SAMPLE, "--num_inference_steps=3"], "dfa2 sample", "(did you mean --num-inference-steps?)"),
     (["plan", "show", "p", "--pgn=a"], "dfa2 plan show", "unrecognized arguments: --pgn (did you mean --png?)"),
     (["--verison", "doctor"], "dfa2", "unrecognized arguments: --verison (did you mean --version?)"),
+    (["--verison"], "dfa2", "unrecognized arguments: --verison (did you mean --version?)"),
+    (["plan", "--hlep"], "dfa2 plan", "unrecognized arguments: --hlep (did you mean --help?)"),
     (["doctor", "--zzz"], "dfa2 doctor", "unrecognized arguments: --zzz\n"),
     (["doctor", "zzz"], "dfa2 doctor", "unrecognized arguments: zzz\n"),
     (["sampel"], "dfa2 sample", "dfa2: error: no command 'sampel': did you mean sample?"),

@@ -88,6 +88,11 @@ def test_the_toy_s_own_solver_and_tokens_run_in_the_loop(folder):
     np.testing.assert_allclose(got, want, atol=1e-4)
 
 
+def test_a_solver_of_its_own_is_no_plan_of_steps(folder):
+    with pytest.raises(ValueError, match="a plan of steps moves x as Euler's steps do. Pass delta="):
+        calibrate(Pipeline.from_pretrained(folder), ["red"], **CALL)
+
+
 @pytest.mark.parametrize("scale", [1.0, 3.0])
 def test_the_toy_calibrates_and_samples_by_its_plan(folder, tmp_path, scale):
     pipeline, arguments = Pipeline.from_pretrained(folder), CALL | {"guidance_scale": scale}

@@ -126,6 +126,24 @@ def test_imports_stand_at_the_top(name, path):
     assert name in LATE or not inside, f"{name} imports {inside} inside of functions"
 
 
+EXTRAS = {"matplotlib", "skimage"}
+"""What the package imports where it is used: not everybody has installed them (`io.extras.need`)."""
+
+
+@pytest.mark.parametrize(("name", "path"), list(modules()), ids=lambda value: value if isinstance(value, str) else "")
+def test_what_others_made_is_imported_at_the_top_but_for_extras(name, path):
+    tree = ast.parse(path.read_text())
+    inside = {
+        (node.module or "" if isinstance(node, ast.ImportFrom) else node.names[0].name).partition(".")[0]
+        for function in ast.walk(tree)
+        if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef)
+        for node in ast.walk(function)
+        if isinstance(node, ast.Import | ast.ImportFrom)
+    }
+    wrong = inside - {*PACKAGES} - EXTRAS - ({"jax"} if name in LATE else set())
+    assert not wrong, f"{name} imports {wrong} inside of functions"
+
+
 def test_no_circles():
     """Module by module, also within a wing."""
     paths = dict(modules())
@@ -152,7 +170,7 @@ from jax._src import xla_bridge
 assert not xla_bridge._backends, "a backend was initialised"
 changed = {{key: value for key, value in jax.config.values.items() if before.get(key, value) != value}}
 assert not changed, changed
-heavy = {{"torch", "transformers", "diffusers", "safetensors", "huggingface_hub"}} & set(sys.modules)
+heavy = {{"torch", "transformers", "diffusers", "safetensors", "httpx", "requests"}} & set(sys.modules)
 assert not heavy, heavy
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

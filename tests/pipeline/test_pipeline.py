@@ -178,6 +178,12 @@ def test_sd3_without_t5_uses_zeros(tiny_sd35, tmp_path):
     assert error(ours, run_theirs(theirs, **arguments, output_type="latent")) < 1e-4
 
 
+def test_a_pipeline_says_what_it_is_in_three_lines(pipelines):
+    first, second, third = repr(pipelines("tiny_sd35")).splitlines()
+    assert first.startswith("Pipeline(StableDiffusion3Pipeline, float32, weights ")
+    assert "attention calls of 4 heads" in second and third.startswith("  components: text_encoder")
+
+
 def test_output_says_how_the_images_were_made(pipelines):
     import json
 

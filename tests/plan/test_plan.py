@@ -83,6 +83,8 @@ def test_methods_are_windows_of_each_layers_own_length():
     for wrong in ("arrow(1/0)", "arrow(1/08)", "arrow(1/-8)", "arrow(8)", "Full", "", "arrow(1/123456)", "arrow(1/٨)"):
         with pytest.raises(PlanError, match="is not a method"):
             Method(wrong)
+    with pytest.raises(PlanError, match="'cachd' is not a method.* Did you mean 'cached'"):
+        Method("cachd")
 
 
 def test_density_is_that_of_the_mask():

@@ -54,7 +54,7 @@ Work = Callable[[Scalar, Array], Array]
 """Does one job. It gets the job's number and the steps of the ring before it, and returns the steps after it."""
 
 
-class Ring(NamedTuple):
+class TileRing(NamedTuple):
     """Tiles of keys and values in shared memory, with a pair of barriers for each: filled, and free again."""
 
     tiles: tuple[Ref, Ref]
@@ -90,7 +90,7 @@ class Shared(NamedTuple):
     """
 
     queries: Queries
-    ring: Ring
+    ring: TileRing
     queue: Queue
     staging: Ref
     """A tile of 64 rows of output for each warpgroup that computes."""
@@ -153,7 +153,7 @@ def kernel(
         filled, free = barriers(columns, STAGES), barriers(computing, STAGES)
         pl.run_scoped(
             lambda queries, ring, queue, staging: run(
-                *refs, shared=Shared(Queries(*queries), Ring(*ring), Queue(*queue), staging)
+                *refs, shared=Shared(Queries(*queries), TileRing(*ring), Queue(*queue), staging)
             ),
             (tiles(computing, ROWS), barriers(columns, computing), barriers(1, computing)),
             ((tiles(STAGES, KEYS), tiles(STAGES, KEYS)), (filled, filled), (free, free)),
@@ -256,7 +256,7 @@ def across(x: Array, size: int) -> Array:
 def attend_tile(
     running: Running,
     queries: Ref,
-    ring: Ring,
+    ring: TileRing,
     step: Int[Array, ""],
     interpret: bool,
     kept: Callable[[], Bool[Array, "64 128"]] | None = None,
