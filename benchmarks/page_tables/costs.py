@@ -63,16 +63,15 @@ def convert(data: Any) -> Iterator[list[str]]:
 
 @table("fuzz", "fuzz.json", "damaged | read as they are | refused | other errors", "python -m benchmarks.fuzz")
 def fuzz(data: Any) -> Iterator[list[str]]:
-    yield ["safetensors files and indexes", f"{data['read']:,}", f"{data['refused']:,}", str(data["other_exceptions"])]
     names = {
+        "weights": "safetensors files and indexes",
         "plans": "plans",
         "tokenizers": "tokenizers",
         "configs": "configs of components",
         "progress": "progress of calibrations",
     }
-    for kind, name in names.items():
-        if kind in data:
-            yield [name, f"{data[kind]['read']:,}", f"{data[kind]['refused']:,}", str(data["other_exceptions"])]
+    for kind, counts in data["kinds"].items():
+        yield [names[kind], f"{counts['read']:,}", f"{counts['refused']:,}", str(data["other_exceptions"])]
 
 
 @table("checksums", "checksums.json", "what | GB for each second of a core")

@@ -24,7 +24,7 @@ from dfa2_jax.calibration.journal import Journal
 from dfa2_jax.pipeline.call import Call
 from dfa2_jax.plan.plan import MARGIN, Plan
 from dfa2_jax.plan.setting import StepCalibration
-from dfa2_jax.plan.steps import Nodes, StepSearch, count_for
+from dfa2_jax.plan.steps import Nodes, StepSearch, adams_coefficients, count_for
 from dfa2_jax.sampling.inputs import Inputs, pad_steps
 from dfa2_jax.sampling.loop import State, denoise
 from dfa2_jax.sampling.sinusoid import sinusoid
@@ -94,18 +94,18 @@ class Trajectory:
     @classmethod
     def converged(cls, runs: StepRuns, sigmas: np.ndarray) -> "Trajectory":
         """At the dense run's noise levels, of `REFINED` times its steps: Adams and Bashforth's of second order."""
-        x, last, latents, velocities = np.asarray(runs.call.start().latents), None, [], []
-        sizes, before = np.diff(sigmas) / REFINED, 0.0
-        for step, size in enumerate(sizes):
-            latents.append(x)
-            for part in range(REFINED):
-                _, velocity = runs.step(x, step, part)
-                if not part:
-                    velocities.append(velocity)
-                share = 0.0 if last is None else size / before / 2
-                ahead = velocity if last is None else np.float32(1 + share) * velocity - np.float32(share) * last
-                x, last, before = x + np.float32(size) * ahead, velocity, size
-        return cls(np.stack([*latents, x]), np.stack(velocities))
+        x = np.asarray(runs.call.start().latents)
+        last, latents, velocities = np.zeros_like(x), [x], []
+        refined = np.interp(np.arange(REFINED * (len(sigmas) - 1) + 1) / REFINED, np.arange(len(sigmas)), sigmas)
+        for number, (now, before) in enumerate(adams_coefficients(refined)):
+            step, part = divmod(number, REFINED)
+            _, velocity = runs.step(x, step, part)
+            x, last = x + now * velocity + before * last, velocity
+            if part == 0:
+                velocities.append(velocity)
+            if part == REFINED - 1:
+                latents.append(x)
+        return cls(np.stack(latents), np.stack(velocities))
 
     @classmethod
     def dense(cls, runs: StepRuns) -> "Trajectory":

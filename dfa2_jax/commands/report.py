@@ -46,6 +46,9 @@ def _of_plan(report: Report, plan: Line) -> str:
     speed = f"Plan {plan.name} is {report.speedup(plan):.2f} times as fast as dense sampling"
     mean = plan.mean("psnr")
     likeness = f"its images keep a mean PSNR of {mean:.1f} dB to the dense ones"
+    if "limit_psnr" in plan.scores:
+        near, dense = plan.mean("limit_psnr"), report.lines[0].mean("limit_psnr")
+        likeness += f" and of {near:.1f} dB to the limit of many steps, where dense sampling has {dense:.1f} dB"
     if any(distance["within"] for distance in report.distances(plan)):
         return f"{speed}, and {likeness}, within the noise of rounding."
     others = [line for kind in ("floor", "ceiling") for line in report.of_kind(kind) if not line.left_out]

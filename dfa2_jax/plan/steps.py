@@ -30,6 +30,14 @@ def euler_coefficients(sigmas: Float[np.ndarray, " levels"]) -> Float[np.ndarray
     return np.stack([differences, np.zeros_like(differences)], axis=1)
 
 
+def adams_coefficients(sigmas: Float[np.ndarray, " levels"]) -> Float[np.ndarray, "steps 2"]:
+    """Of Adams and Bashforth's steps of second order, float32; the first one is Euler's."""
+    sizes = np.diff(np.asarray(sigmas, np.float64))
+    last = np.zeros_like(sizes)
+    last[1:] = sizes[1:] ** 2 / sizes[:-1] / 2
+    return np.stack([sizes + last, -last], axis=1).astype(np.float32)
+
+
 @dataclass(frozen=True)
 class Nodes:
     """Steps that run the network, their coefficients, and the squared error of the latents that follows from them."""

@@ -12,7 +12,13 @@ from PIL import Image
 
 from dfa2_jax.report.metrics import EQUAL_PSNR
 
-METRICS = {"psnr": ("PSNR, dB", 2), "ssim": ("SSIM", 4), "lpips": ("LPIPS", 4), "clip": ("CLIP score", 2)}
+METRICS = {
+    "psnr": ("PSNR, dB", 2),
+    "ssim": ("SSIM", 4),
+    "lpips": ("LPIPS", 4),
+    "limit_psnr": ("PSNR to the limit, dB", 2),
+    "clip": ("CLIP score", 2),
+}
 """Title and decimals."""
 
 NEARNESS = ("psnr", "ssim", "lpips")
@@ -116,8 +122,8 @@ def _table(content: Mapping[str, Any]) -> str:
         time = row.get("seconds_per_step")
         faster = ""
         if "speedup" in row:
-            predicted = f"{row['predicted_speedup']:.2f} predicted"
-            faster = f"<br><small>{row['speedup']:.2f} times as fast, {predicted}</small>"
+            predicted = f", {row['predicted_speedup']:.2f} predicted" if "predicted_speedup" in row else ""
+            faster = f"<br><small>{row['speedup']:.2f} times as fast{predicted}</small>"
         cells.append("" if time is None else f"{1e3 * time['median']:.1f}{faster}")
         if row["not_finite"]:
             name += f"<br><small>{row['not_finite']} images are not finite</small>"
@@ -137,7 +143,8 @@ def _statistics(metric: str, statistics: Mapping[str, Any] | None) -> str:
 
 
 def _notes(content: Mapping[str, Any]) -> str:
-    is_single = len(content["prompts"]) < 2
+    is_single, steps = len(content["prompts"]) < 2, content["limit_steps"]
+    limit = f" The limit is of {steps} steps of second order." if steps else ""
     interval = "One prompt: an interval of the mean is not defined." if is_single else (
         "Below each mean: its 95 % interval (percentile bootstrap over prompts), and the worst image."
     )  # fmt: skip
@@ -146,7 +153,7 @@ def _notes(content: Mapping[str, Any]) -> str:
         "that the plan does not skip, predicted. Time: the median of rounds in which dense and plans take turns, "
         f"compilation apart, {content['arguments']['batch']} at a time; the machine's other work is in it. "
         f"Predicted: attention does {content['attention_share']:.0%} of a step's multiplications, a plan the share of "
-        "those that it keeps.</small></p>"
+        f"those that it keeps.{limit}</small></p>"
     )
 
 
@@ -179,7 +186,7 @@ def _gap(metric: str, mine: float, theirs: float) -> str:
 
 
 def _number(metric: str, value: float) -> str:
-    return "equal" if metric == "psnr" and value >= EQUAL_PSNR else f"{value:.{METRICS[metric][1]}f}"
+    return "equal" if metric.endswith("psnr") and value >= EQUAL_PSNR else f"{value:.{METRICS[metric][1]}f}"
 
 
 def _pair(pair: Any) -> str:

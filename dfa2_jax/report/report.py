@@ -3,6 +3,9 @@
 Lines of the noise floor are dense too: the same sums in another order (another implementation of attention), and
 another dtype. They say how much a change that nobody calls a loss moves each metric. Another seed says what no likeness
 at all is worth. Networks, prompts and seeds are the same in all lines.
+
+Beside a plan of steps stand solvers in the plan's time: as many steps of Euler's, and of DPM++ 2M. All are also set
+against the limit of many steps. A plan that imitates the dense run's error is worth less than one near the limit.
 """
 
 import math
@@ -28,17 +31,24 @@ from dfa2_jax.nn.attention import dense_implementation
 from dfa2_jax.options import Options, ReportOptions, described
 from dfa2_jax.pipeline.call import Call
 from dfa2_jax.pipeline.pipeline import Pipeline
+from dfa2_jax.pipeline.request import MAX_STEPS
 from dfa2_jax.plan.canvas import import_matplotlib
 from dfa2_jax.plan.method import PlanError
 from dfa2_jax.plan.plan import Plan
 from dfa2_jax.plan.setting import Setting
+from dfa2_jax.plan.steps import adams_coefficients
 from dfa2_jax.report import metrics as quality
 from dfa2_jax.report.attention_maps import watch, windows_of
 from dfa2_jax.report.attention_share import attention_share
 from dfa2_jax.report.table import Judges, Line, Report, Shot
+from dfa2_jax.sampling.solvers.flow_euler import FlowMultistep
+from dfa2_jax.sampling.solvers.schedulers import DPM
 
 OTHER_SEED = 1000
 """Added to an image's seed for the ceiling."""
+
+LIMIT = 4
+"""Steps of the run that stands for the limit, for each of the dense run; of second order."""
 
 ROUNDS = 3
 """Timed at least, where there are fewer batches."""
@@ -54,19 +64,38 @@ class Sampler:
     pipeline: Pipeline
     arguments: dict[str, Any]
     batch: int
-    compiled: set[tuple[bool, str | None]] = field(default_factory=set)
+    compiled: set[Any] = field(default_factory=set)
 
-    def prepare(self, shots: Sequence[Shot], offset: int = 0) -> Call:
-        """Of `batch` images; the last prompt fills up: another size would compile anew."""
+    def prepare(self, shots: Sequence[Shot], offset: int = 0, **changes: Any) -> Call:
+        """Of `batch` images; the last prompt fills up: another size would compile anew.
+
+        Args:
+            offset: added to the seeds.
+            changes: to the arguments.
+        """
         filled = [*shots, *[shots[-1]] * (self.batch - len(shots))]
         prompts, seeds = [shot.prompt for shot in filled], [shot.seed + offset for shot in filled]
-        return self.pipeline.prepare(Options(prompt=prompts, seed=seeds, output_type="np", **self.arguments))
+        return self.pipeline.prepare(Options(prompt=prompts, seed=seeds, output_type="np", **self.arguments | changes))
+
+    def without_plan(self, call: Call) -> dict[str, Any]:
+        """Changes that leave a call as the plan has made it, but for the plan."""
+        request = call.request
+        said = {name: getattr(request, name) for name in ("height", "width", "guidance_scale", "scheduler")}
+        return said | {"plan": None, "max_sequence_length": request.length}
+
+    def limit(self, shots: Sequence[Shot], call: Call) -> np.ndarray:
+        """Images of many steps."""
+        many = self.prepare(shots, **self.without_plan(call), num_inference_steps=limit_steps(call.request.steps))
+        solver = FlowMultistep.of(adams_coefficients(many.schedule.sigmas))
+        many = replace(many, inputs=replace(many.inputs, solver=solver))
+        return many.images(self.denoise(many)[0])[: len(shots)]
 
     def denoise(
         self, call: Call, plan: Plan | None = None, implementation: str | None = None
     ) -> tuple[np.ndarray, float]:
-        """Patchified latents, and seconds of a step, compilation apart."""
-        program = plan is None, implementation
+        """Patchified latents, and seconds, compilation apart."""
+        shapes = jax.tree.structure(call.inputs), *map(np.shape, jax.tree.leaves(call.inputs))
+        program = plan is None, implementation, shapes
         if program not in self.compiled:  # one step is a call of the same program as all steps
             run, state = call.program(plan, implementation=implementation)
             jax.block_until_ready(run(state, 0, 1))
@@ -74,7 +103,7 @@ class Sampler:
         run, state = call.program(plan, implementation=implementation)
         started = perf_counter()
         state = jax.block_until_ready(run(state, 0, call.num_steps(plan)))
-        return np.asarray(state.latents), (perf_counter() - started) / call.request.steps
+        return np.asarray(state.latents), perf_counter() - started
 
     @property
     def other_implementation(self) -> str:
@@ -84,6 +113,10 @@ class Sampler:
         return {"mosaic": "cudnn", "cudnn": "blockwise"}.get(best, "reference")
 
 
+def limit_steps(steps: int) -> int:
+    return min(LIMIT * steps, MAX_STEPS)
+
+
 class ReportTable:
     """The lines of a report, and the sampling that fills them: in the plans' dtype first, in the other one after it.
 
@@ -91,12 +124,19 @@ class ReportTable:
     """
 
     def __init__(self, plans: Mapping[str, Plan], judges: Judges, batches: list[list[Shot]], dtype: str, quick: bool):
+        self.steps = next(iter(plans.values())).setting.num_inference_steps
         self.judges, self.batches, self.quick = judges, batches, quick
         other = "bfloat16" if dtype == "float32" else "float32"
         self.wide, self.narrow = (dtype, other) if dtype == "float32" else (other, dtype)
         self.dtype, self.other_dtype, self.exact = dtype, other, list[np.ndarray]()
         self.dense, self.ceiling = Line("dense", "dense"), Line("another seed", "ceiling", "dense")
         self.plans = [Line(name, "plan", "dense", plan) for name, plan in plans.items()]
+        counts = sorted({len(plan.nodes) for plan in plans.values() if len(plan.nodes) < self.steps}, reverse=True)
+        self.solvers = [] if quick else [
+            Line(f"{count} steps of {title}", "solver", "dense", changes={"num_inference_steps": count} | other)
+            for count in counts
+            for title, other in (("Euler's", {}), ("DPM++ 2M", {"scheduler": DPM}))
+        ]  # fmt: skip
         self.reordered = {name: Line(f"{name}, sums reordered", "floor", f"{name} dense") for name in (dtype, other)}
         self.rounded = Line(f"{self.narrow} against {self.wide}", "floor", f"{self.wide} dense")
 
@@ -105,29 +145,32 @@ class ReportTable:
         if self.quick:
             return [self.dense, *self.plans]
         floor = self.reordered[self.wide], self.rounded, self.reordered[self.narrow]
-        return [self.dense, *floor, *self.plans, self.ceiling]
+        return [self.dense, *floor, *self.plans, *self.solvers, self.ceiling]
 
     def own(self, sampler: Sampler, bar: tqdm) -> None:
         """Dense and plans in turn, so that a busy machine slows both; the floor of this dtype; the ceiling."""
-        call = None
+        calls: dict[int, Call] = {}
         for shots in self.batches:
             call = sampler.prepare(shots)
-            exact = self._take(sampler, call, shots, self.dense, None, bar)
+            limit = sampler.limit(shots, call) if self.solvers else None
+            exact = self._take(sampler, call, shots, self.dense, None, bar, limit=limit)
             assert exact is not None
             if not np.isfinite(exact).all():
                 raise ValueError(
                     f"The dense image of {shots[0].prompt!r:.200} is not finite in {self.dtype}: try another."
                 )
-            for line in self.plans:
-                self._take(sampler, call, shots, line, exact, bar)
+            for line in (self.dense, *self.plans, *self.solvers):
+                changes = sampler.without_plan(call) | line.changes if line.changes else {}
+                calls[id(line)] = sampler.prepare(shots, **changes) if changes else call
+                if line is not self.dense:
+                    self._take(sampler, calls[id(line)], shots, line, exact, bar, limit=limit)
             if not self.quick:
                 self.exact.append(exact)
                 self._reorder(sampler, call, shots, self.reordered[self.dtype], exact, bar)
                 self._take(sampler, sampler.prepare(shots, OTHER_SEED), shots, self.ceiling, exact, bar)
-        assert call is not None
         for _ in range(len(self.batches), ROUNDS):
-            for line in (self.dense, *self.plans):
-                line.seconds.append(sampler.denoise(call, line.plan)[1])
+            for line in (self.dense, *self.plans, *self.solvers):
+                line.seconds.append(sampler.denoise(calls[id(line)], line.plan)[1] / self.steps)
 
     def other(self, sampler: Sampler, bar: tqdm) -> None:
         for shots, exact in zip(self.batches, self.exact, strict=True):
@@ -138,20 +181,24 @@ class ReportTable:
 
     def _take(
         self, sampler: Sampler, call: Call, shots: list[Shot], line: Line, exact: np.ndarray | None, bar: tqdm,
-        implementation: str | None = None,
+        implementation: str | None = None, limit: np.ndarray | None = None,
     ) -> np.ndarray | None:  # fmt: skip
-        """A batch's images, scored in their line; None where a line of the floor does not fit in memory."""
+        """A batch's images, scored in their line; None where a line of the floor does not fit in memory.
+
+        Args:
+            limit: images of many steps, to be compared with, too.
+        """
         if line.left_out:
             return None
         with fitting(line):
             tokens, seconds = sampler.denoise(call, line.plan, implementation)
             images = call.images(tokens)[: len(shots)]
-            if line.kind in ("dense", "plan"):
-                line.seconds.append(seconds)
+            if line.kind in ("dense", "plan", "solver"):
+                line.seconds.append(seconds / self.steps)
             if exact is not None and line is self.rounded and self.dtype == self.narrow:
                 line.add(self.judges, shots, exact, images)  # the narrow one's, against the wide one's
             else:
-                line.add(self.judges, shots, images, exact)
+                line.add(self.judges, shots, images, exact, limit)
             bar.update()
             return images
 
@@ -219,6 +266,7 @@ def quality_report(
     facts = _facts(sampler, folder, first) | {"negative_prompt": negative_prompt}
 
     table = ReportTable(plans, judges, batches, sampler.pipeline.dtype.name, quick)
+    facts["limit_steps"] = limit_steps(table.steps) if table.solvers else None
     with tqdm(total=len(batches) * len(table.lines), desc="report", disable=not progress) as bar:
         table.own(sampler, bar)
         masses = None if quick else watch(first, windows_of([*plans.values()]), progress=progress)

@@ -18,7 +18,7 @@ from dfa2_jax.report import metrics as quality
 from dfa2_jax.report.attention_maps import Masses, draw
 from dfa2_jax.report.page import page
 
-HIGHER_IS_BETTER = {"psnr": True, "ssim": True, "lpips": False, "clip": True}
+HIGHER_IS_BETTER = {"limit_psnr": True, "psnr": True, "ssim": True, "lpips": False, "clip": True}
 WORST = 5
 """Pairs shown of each plan."""
 
@@ -57,7 +57,8 @@ class Judges:
 class Line:
     """What the table says of one kind of image, filled batch by batch.
 
-    kind: "dense", "plan", "floor" or "ceiling".
+    kind: "dense", "plan", "solver", "floor" or "ceiling".
+    changes: arguments of the call that differ from the dense one's.
     against: what its images are compared with.
     scores: by metric, one number for each image.
     seconds: of a step, in each round.
@@ -69,19 +70,29 @@ class Line:
     kind: str
     against: str = ""
     plan: Plan | None = None
+    changes: dict[str, Any] = field(default_factory=dict)
     scores: dict[str, list[float]] = field(default_factory=dict)
     seconds: list[float] = field(default_factory=list)
     not_finite: int = 0
     left_out: str = ""
     worst: list[Pair] = field(default_factory=list, repr=False)
 
-    def add(self, judges: Judges, shots: Sequence[Shot], images: np.ndarray, exact: np.ndarray | None) -> None:
-        """Score a batch's images [B, H, W, 3] against the exact ones."""
+    def add(
+        self,
+        judges: Judges,
+        shots: Sequence[Shot],
+        images: np.ndarray,
+        exact: np.ndarray | None,
+        limit: np.ndarray | None = None,
+    ) -> None:
+        """Score a batch's images [B, H, W, 3] against the exact ones, and against those of many steps."""
         for i, shot in enumerate(shots):
             finite = bool(np.isfinite(images[i]).all())
             self.not_finite += not finite
             image = images[i] if finite else np.nan_to_num(images[i], posinf=0, neginf=0)
             scores = judges(image, None if exact is None else exact[i], shot.prompt)
+            if limit is not None:
+                scores["limit_psnr"] = judges.fidelity["psnr"](image, limit[i])
             for name, value in scores.items():
                 self.scores.setdefault(name, []).append(value)
             if self.kind == "plan" and exact is not None:
@@ -177,6 +188,8 @@ class Report:
             return content | {"left_out": line.left_out}
         if line.seconds:
             content["seconds_per_step"] = {"median": median(line.seconds), "rounds": line.seconds}
+        if line.kind == "solver":
+            content["speedup"] = self.speedup(line)
         if line.plan is not None:
             tiles = self.facts["tiles"]
             content |= {"digest": line.plan.digest, "speedup": self.speedup(line), "distances": self.distances(line)}

@@ -28,7 +28,7 @@ pages_module = pytest.importorskip("benchmarks.pages", reason="benchmarks/ is be
 pytestmark = pytest.mark.checkout
 
 RUN = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-PAGES = [*RUN, ROOT / "CONTRIBUTING.md"]
+PAGES = [*RUN, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
 
 FENCE = re.compile(
     r"(?P<marker>^<!-- [^\n]*? -->\n)?^(?P<indent> *)```(?P<language>\w*)[^\n]*\n(?P<code>.*?)^(?P=indent)```$",

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from report_cases import PROMPTS, SIZE, noisy, three_plans
 
-from dfa2_jax import Pipeline, quality_report
+from dfa2_jax import Pipeline, Plan, quality_report
 from dfa2_jax.report import metrics, report
 from dfa2_jax.report import table as report_table
 from dfa2_jax.report.table import Judges, Line, Report, Shot
@@ -56,6 +56,37 @@ def test_lines_are_the_plans_between_noise_and_another_seed(made):
     assert 70 > psnr["bfloat16 against float32"] > psnr["arrows"]
     assert 70 > psnr["bfloat16, sums reordered"] > psnr["broken"] > psnr["another seed"]
     assert all(len(line.scores["ssim"]) == 6 for line in made.lines[1:])
+
+
+def test_a_plan_of_steps_stands_beside_solvers_in_its_time(tiny_sd35, pipelines, tmp_path):
+    from dfa2_jax.commands.report import verdict
+    from dfa2_jax.report.report import LIMIT
+
+    pipeline = pipelines("tiny_sd35")
+    options = {"height": 64, "width": 64, "num_inference_steps": 6, "max_sequence_length": 16, "guidance_scale": 2.0}
+    every = Plan.full(pipeline.setting(prompt="", **options))
+    plans = {"steps": Plan.full(every.setting, (0, 2, 4)), "heads": every.with_method(1, 0, 0, "cached")}
+    made = quality_report(tiny_sd35, plans, PROMPTS[:1], guidance_scale=2.0, progress=False)
+    solvers = [line.name for line in made.of_kind("solver")]
+    assert solvers == ["3 steps of Euler's", "3 steps of DPM++ 2M"]
+    rows = {row["name"]: row for row in made.content()["rows"]}
+    sampled = {"prompt": PROMPTS[0], "output_type": "np", "progress": False} | options
+    dense, limit = (pipeline(**sampled | {"num_inference_steps": steps}).images[0] for steps in (6, 96))
+    for name, changes in {
+        "dense": {},
+        "steps": {"plan": plans["steps"]},
+        "3 steps of Euler's": {"num_inference_steps": 3},
+        "3 steps of DPM++ 2M": {"num_inference_steps": 3, "scheduler": "DPMSolverMultistepScheduler"},
+    }.items():
+        (image,) = pipeline(**sampled | changes).images
+        scores = rows[name]["metrics"]
+        assert scores["limit_psnr"]["mean"] == pytest.approx(metrics.psnr(image, limit), abs=1.0)
+        if name != "dense":
+            assert scores["psnr"]["mean"] == pytest.approx(metrics.psnr(image, dense), abs=0.01)
+            assert rows[name]["speedup"] > 1.2
+    assert made.content()["limit_steps"] == 6 * LIMIT
+    assert "limit_psnr" not in rows["another seed"]["metrics"] and "dB to the limit of many steps" in verdict(made)
+    assert "3 steps of DPM++ 2M" in made.save(tmp_path).read_text()
 
 
 def test_a_full_plan_is_within_the_noise_and_the_others_are_not(made):
@@ -105,7 +136,7 @@ def test_the_first_call_of_a_program_is_not_timed(no_shape_checks):
         return run, None
 
     sampler = report.Sampler(None, {}, 1)
-    call = SimpleNamespace(request=SimpleNamespace(steps=3), program=program, num_steps=lambda plan: 3)
+    call = SimpleNamespace(inputs=None, program=program, num_steps=lambda plan: 3)
     for implementation in (None, "reference", None):
         tokens, seconds = sampler.denoise(call, None, implementation)
         assert tokens == [3] and seconds < 0.1
