@@ -6,17 +6,17 @@ imported here imports no JAX, and help answers at once.
 
 import argparse
 import logging
-import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
-from io import TextIOWrapper
 from pathlib import Path
 
 from dfa2_jax import __version__
 from dfa2_jax.commands.flags import ALIASES, add_flags
 from dfa2_jax.io.arguments import Parser
+from dfa2_jax.io.errors import printable
 from dfa2_jax.io.signals import Interrupted, interruptible
+from dfa2_jax.io.terminal import answered
 from dfa2_jax.options import CALL, CalibrationOptions, Options, ReportOptions
 from dfa2_jax.weights.dtypes import FLOAT_DTYPES
 
@@ -36,17 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     - 128 and its number: a signal ended the command (Ctrl-C: 130).
     - 141: the reader of stdout has left.
     """
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, TextIOWrapper):  # None where the shell closed it; a notebook's own
-            stream.reconfigure(errors="backslashreplace")  # no prompt is beyond an ASCII terminal
-    try:
-        try:
-            return _run(_parser().parse_args(argv))
-        finally:
-            print(end="", flush=True)  # here, where a reader that left can still be answered
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python's own last flush complains
-        return 141
+    return answered(lambda: _run(_parser().parse_args(argv)))
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -58,7 +48,7 @@ def _run(args: argparse.Namespace) -> int:
     except BrokenPipeError:
         raise
     except (ValueError, NotImplementedError, OSError) as error:
-        print(f"dfa2 {args.command}: {error}", file=sys.stderr)
+        print(f"dfa2 {args.command}: {printable(str(error))}", file=sys.stderr)
         return 2
     except MemoryError as error:
         print(f"dfa2 {args.command}: not enough memory: {error}", file=sys.stderr)

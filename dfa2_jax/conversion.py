@@ -1,5 +1,6 @@
 """A diffusers folder to one of ours: Orbax checkpoints of the stacked parameters, config.json, tokenizers."""
 
+import argparse
 import asyncio
 import hashlib
 import json
@@ -29,16 +30,20 @@ from dfa2_jax.families.registry import open_checkpoint
 from dfa2_jax.io.arguments import Parser
 from dfa2_jax.io.atomic import NameTaken, appearing, check_free, remove_leftovers
 from dfa2_jax.io.digest import digest_of, file_sha256
-from dfa2_jax.io.errors import CheckpointError
+from dfa2_jax.io.errors import CheckpointError, check_file, printable
 from dfa2_jax.io.hub import find_model, is_hub_id
 from dfa2_jax.io.names import suggests_names
 from dfa2_jax.io.signals import Interrupted, interruptible
+from dfa2_jax.io.terminal import answered, print_path
 from dfa2_jax.pipeline.fit import check_fit, check_tokenizer
 from dfa2_jax.weights.checkpoint import compute_dtype
 from dfa2_jax.weights.diffusers import DiffusersCheckpoint
 from dfa2_jax.weights.dtypes import FLOAT_DTYPES
 from dfa2_jax.weights.leaf import Block, Leaf, slabs
 from dfa2_jax.weights.orbax import FORMAT, FORMAT_VERSION, StoredArray, array_name, orbax_name
+
+MAX_TOKENIZER_BYTES = 200_000_000
+"""Of a folder: T5's files take 3 MB."""
 
 HUB_FILES = ["*.json", "*/*.json", "*/*.txt", "*/*.model", "*/*.safetensors"]
 """Of a hub repository: what lies in component folders, not the single-file originals beside them."""
@@ -226,7 +231,9 @@ def write_folder(
     for name, component in arrays.items():
         save_orbax(folder / "weights" / name, component, told, stopped)
     for name in tokenizers:
-        shutil.copytree(checkpoint.tokenizer_folder(name), folder / name)
+        (folder / name).mkdir()
+        for path in tokenizer_files(checkpoint.tokenizer_folder(name)):
+            shutil.copyfile(path, folder / name / path.name)
     write_config(folder, checkpoint, arrays, tokenizers)
 
 
@@ -240,8 +247,23 @@ def fitting_tokenizers(checkpoint: DiffusersCheckpoint) -> list[str]:
     tokenizers = [encoder.replace("text_encoder", "tokenizer") for encoder in encoders]
     for name, encoder in zip(tokenizers, encoders, strict=True):
         folder = checkpoint.tokenizer_folder(name)
+        tokenizer_files(folder)
         check_tokenizer(folder, load_tokenizer(folder), encoder, checkpoint.config(encoder))
     return tokenizers
+
+
+def tokenizer_files(folder: Path) -> list[Path]:
+    """What is copied of a tokenizer's folder: its files.
+
+    Raises:
+        CheckpointError: one is no regular file, or they are larger than any tokenizer's.
+    """
+    files = sorted(path for path in folder.iterdir() if not path.is_dir())
+    for path in files:
+        check_file(path)
+    if (nbytes := sum(path.stat().st_size for path in files)) > MAX_TOKENIZER_BYTES:
+        raise CheckpointError(f"{folder} has {nbytes:,} bytes, more than {MAX_TOKENIZER_BYTES:,}: remove some files.")
+    return files
 
 
 def lazy_arrays(checkpoint: DiffusersCheckpoint, dtype: DTypeLike | None) -> dict[str, Arrays]:
@@ -345,6 +367,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--dtype", choices=FLOAT_DTYPES, help="of the weights (default: as stored)")
     parser.add_argument("--download", action="store_true", help="fetch a hub id that your cache lacks")
     args = parser.parse_args(argv)
+    return answered(lambda: _convert(args))
+
+
+def _convert(args: argparse.Namespace) -> int:
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns of what it does not do
     try:
         with interruptible(), tqdm(unit="B", unit_scale=True, desc="convert") as bar:
@@ -355,13 +381,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             convert_checkpoint(args.src, args.dst, args.dtype, progress=progress, download=args.download)
     except (CheckpointError, OSError) as error:
-        print(f"dfa2-convert: {error}", file=sys.stderr)
+        print(f"dfa2-convert: {printable(str(error))}", file=sys.stderr)
         return 2
     except Interrupted as error:  # after the name was taken, which one step does, all is there
         kept = f"{args.dst} is complete" if os.path.lexists(args.dst) else "nothing was kept"
         print(f"dfa2-convert: interrupted, {kept}", file=sys.stderr)
         return error.exit_code
-    print(args.dst)
+    print_path(args.dst)
     return 0
 
 

@@ -25,7 +25,7 @@ from dfa2_jax.calibration.resume import Checkpointed
 from dfa2_jax.calibration.search import MAX_DELTA
 from dfa2_jax.calibration.steps import StepRuns, calibrate_steps
 from dfa2_jax.io.digest import digest_of
-from dfa2_jax.io.names import suggests_names
+from dfa2_jax.io.names import natural, suggests_names
 from dfa2_jax.nn.attention import in_order
 from dfa2_jax.nn.linear import XLA_OPTIONS
 from dfa2_jax.options import CALL, CALL_FIELDS, CalibrationOptions, Options, described
@@ -128,7 +128,7 @@ def calibrate(
         ValueError: an argument out of range, or one that the pipeline refuses, or a file of another calibration.
         MemoryError: the outputs kept from step to step do not fit.
     """
-    given = locals()
+    given = {name: value if name == "prompts" else natural(value) for name, value in locals().items()}
     options = CalibrationOptions(**{argument.name: given[argument.name] for argument in fields(CalibrationOptions)})
     if options.delta is None:
         return _of_steps(pipeline, prompts, options, {name: given[name] for name in CALL})

@@ -13,10 +13,11 @@ from PIL import Image
 
 from dfa2_jax import __version__
 from dfa2_jax.commands.sample import Target
-from dfa2_jax.commands.start import print_path, start
-from dfa2_jax.io.errors import blame
+from dfa2_jax.commands.start import start
+from dfa2_jax.io.errors import blame, printable
 from dfa2_jax.io.images import SUFFIXES, read_metadata
-from dfa2_jax.pipeline.output import options_again
+from dfa2_jax.io.terminal import print_path
+from dfa2_jax.pipeline.output import faults_in, options_again
 from dfa2_jax.pipeline.pipeline import Pipeline
 from dfa2_jax.pipeline.timing import told
 from dfa2_jax.plan.plan import Plan
@@ -33,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
         options = options_again(made, plan)
     start()
     for name, then, now in changes(made):
-        print(f"{name} was {then}, and is {now}: pixels may differ", file=sys.stderr)
+        print(printable(f"{name} was {then}, and is {now}: pixels may differ"), file=sys.stderr)
     phase = nullcontext if args.quiet else told
     with phase("loading"):
         kind = {"dtype": made.get("requested_dtype"), "torch_rounding": made.get("torch_rounding", False)}
@@ -52,7 +53,8 @@ def run(args: argparse.Namespace) -> int:
         output.metadata["plan_file"] = str(plan_path(args, made).absolute())
     (path,) = output.save(target.out, format=target.kind, numbers=[made["image"]])
     print_path(path)
-    return compare(args.image, path)
+    differs = compare(args.image, path)
+    return 1 if faults_in(output.metadata, made["image"]) else differs
 
 
 def plan_path(args: argparse.Namespace, made: dict[str, Any]) -> Path:

@@ -2,15 +2,18 @@
 
 import argparse
 import os
+from contextlib import nullcontext
 from typing import Any
 
 from dfa2_jax.calibration.calibrate import calibrate
 from dfa2_jax.commands.flags import given
-from dfa2_jax.commands.start import print_path, read_prompts, start
+from dfa2_jax.commands.start import read_prompts, start
 from dfa2_jax.demo.box import warn_unseen
-from dfa2_jax.io.atomic import replaceable
+from dfa2_jax.io.atomic import alone, replaceable
+from dfa2_jax.io.terminal import print_path
 from dfa2_jax.options import CALL, CalibrationOptions, Options
 from dfa2_jax.pipeline.pipeline import Pipeline
+from dfa2_jax.pipeline.timing import told
 
 
 def run(args: argparse.Namespace) -> int:
@@ -21,11 +24,14 @@ def run(args: argparse.Namespace) -> int:
         raise PermissionError(f"--out {args.out} is not in a folder that is there and writable: choose another one.")
     replaceable(args.out)
     resume = args.out.with_name(f"{args.out.name}.progress")
-    pipeline = Pipeline.from_pretrained(args.folder, dtype=args.dtype, verify=args.verify)
+    replaceable(resume)
+    with nullcontext() if args.quiet else told("loading"):
+        pipeline = Pipeline.from_pretrained(args.folder, dtype=args.dtype, verify=args.verify)
     warn_unseen(pipeline.fingerprint, [*prompts, args.negative_prompt])
     options: dict[str, Any] = given(args, Options, CALL) | given(args, CalibrationOptions) | {"c": args.c or None}
-    plan = calibrate(pipeline, prompts, **options, progress=not args.quiet, resume=resume)
-    plan.save(args.out)
-    resume.unlink(missing_ok=True)
+    with alone(args.out):  # two processes would write one file of progress
+        plan = calibrate(pipeline, prompts, **options, progress=not args.quiet, resume=resume)
+        plan.save(args.out)
+        resume.unlink(missing_ok=True)
     print_path(args.out)
     return 0

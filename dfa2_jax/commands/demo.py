@@ -8,10 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
-from dfa2_jax.commands.start import print_path, read_prompts, ready_folder, start
+from dfa2_jax.commands.start import read_prompts, ready_folder, start
 from dfa2_jax.demo.box import FOLDER, PLAN, PROMPTS, warn_unseen
 from dfa2_jax.demo.picture import Pair, draw
 from dfa2_jax.io.images import stem_of
+from dfa2_jax.io.terminal import print_path
 from dfa2_jax.options import Options
 from dfa2_jax.pipeline.output import Output, pictures
 from dfa2_jax.pipeline.pipeline import Pipeline

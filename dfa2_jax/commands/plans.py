@@ -3,8 +3,8 @@
 import argparse
 import sys
 
-from dfa2_jax.commands.start import print_path
 from dfa2_jax.io.extras import MissingExtra
+from dfa2_jax.io.terminal import print_path
 from dfa2_jax.plan.plan import Plan
 from dfa2_jax.plan.view import draw, summary
 
@@ -12,7 +12,7 @@ from dfa2_jax.plan.view import draw, summary
 def show(args: argparse.Namespace) -> int:
     plan = Plan.load(args.plan)
     print(summary(plan))
-    picture = args.png or args.plan.with_suffix(".png")
+    picture = args.png or args.plan.with_name(f"{args.plan.name}.png")
     try:
         draw(plan, picture)
         print_path(picture)

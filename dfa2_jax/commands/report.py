@@ -4,7 +4,9 @@ import argparse
 import sys
 
 from dfa2_jax.commands.flags import given
-from dfa2_jax.commands.start import print_path, read_prompts, start
+from dfa2_jax.commands.start import read_prompts, start
+from dfa2_jax.demo.box import warn_unseen
+from dfa2_jax.io.terminal import print_path
 from dfa2_jax.options import ReportOptions
 from dfa2_jax.plan.plan import Plan
 from dfa2_jax.report.report import quality_report
@@ -23,6 +25,7 @@ def run(args: argparse.Namespace) -> int:
     limits = {"lpips": args.max_lpips, "ssim": args.min_ssim, "psnr": args.min_psnr}
     limits = {metric: limit for metric, limit in limits.items() if limit is not None}
     options = given(args, ReportOptions)
+    warn_unseen(next(iter(plans.values())).setting.weights, [*prompts, args.negative_prompt])
     report = quality_report(args.folder, plans, prompts, **options, limits=limits, progress=not args.quiet)
     path = report.save(args.out)
     print(verdict(report))

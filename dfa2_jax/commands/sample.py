@@ -11,16 +11,19 @@ from pathlib import Path
 from typing import Any
 
 from dfa2_jax.commands.flags import given
-from dfa2_jax.commands.start import print_path, read_prompts, ready_folder, start
+from dfa2_jax.commands.start import read_prompts, ready_folder, start
 from dfa2_jax.demo.box import warn_unseen
+from dfa2_jax.io.errors import printable
 from dfa2_jax.io.images import exif, numbered, read_metadata, stem_of
+from dfa2_jax.io.terminal import print_path
 from dfa2_jax.options import Options
 from dfa2_jax.pipeline.output import image_format, image_metadata, is_file_name, metadata, parameters
 from dfa2_jax.pipeline.pipeline import Pipeline
+from dfa2_jax.pipeline.request import MAX_IMAGES
 from dfa2_jax.pipeline.timing import told
 from dfa2_jax.plan.plan import Plan
 
-KNOWN_LATER = ("density",)
+KNOWN_LATER = ("density", "faults")
 """Of an image's metadata, what only its call knows."""
 
 
@@ -69,10 +72,13 @@ def run(args: argparse.Namespace) -> int:
         for number, path in enumerate(paths):
             if path is None:
                 assert output is not None
-                (path,) = output.save(target.out, format=target.kind, numbers=[number])
+                (path,) = output.save(target.out, format=target.kind, numbers=[number], overwrite=False)
                 target.taken.add(path)
             else:
                 print(f"skipped {path}: it is made already", file=sys.stderr)
+                for fault in read_metadata(path).get("faults", ()):
+                    print(printable(f"{path}: {fault}"), file=sys.stderr)
+                    is_sound = False
             print_path(path)
     if seconds and not args.quiet:
         calls = seconds.pop("calls")
@@ -100,8 +106,10 @@ def shots_of(args: argparse.Namespace) -> list[Shot]:
     seeds: Sequence[int] = args.seed if isinstance(args.seed, list) else [args.seed]
     count = args.num_images_per_prompt
     if count != 1:
-        if len(seeds) > 1 or count < 1:
-            raise ValueError(f"--num-images-per-prompt {count} must be positive, and goes with one seed: {seeds}.")
+        if len(seeds) > 1 or not 1 <= count <= MAX_IMAGES:
+            raise ValueError(
+                f"--num-images-per-prompt {count} must be 1 to {MAX_IMAGES}, and goes with one seed: {seeds!s:.100}."
+            )
         seeds = range(seeds[0], seeds[0] + count)
     if args.batch < 1:
         raise ValueError(f"--batch {args.batch} must be at least 1.")

@@ -1,4 +1,4 @@
-"""What commands begin and end with: a device, the cache of compiled programs, prompts from a file, paths on stdout."""
+"""What commands begin with: a device, the cache of compiled programs, prompts from a file, a folder to write to."""
 
 import os
 import sys
@@ -6,6 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
+
+MAX_PROMPTS = 20_000_000
+"""Characters of a file of prompts: a device has no end."""
 
 
 def devices() -> list[Any]:
@@ -43,12 +46,15 @@ def read_prompts(path: Path) -> list[str]:
     r"""One per line; empty lines are skipped. Lines end at \n, \r\n and \r; U+2028, U+0085 and \v are text.
 
     Raises:
-        ValueError: there is none, or the file is no UTF-8.
+        ValueError: there is none, the file is no UTF-8, or it has no end.
     """
     try:
-        text = path.read_text(encoding="utf-8-sig")  # the three ends become \n
+        with path.open(encoding="utf-8-sig") as file:  # the three ends of lines become \n
+            text = file.read(MAX_PROMPTS + 1)
     except UnicodeDecodeError as error:
         raise ValueError(f"--prompts {path} is not UTF-8: {error}") from error
+    if len(text) > MAX_PROMPTS:
+        raise ValueError(f"--prompts {path} holds more than {MAX_PROMPTS:,} characters: split it.")
     prompts = [line for line in text.split("\n") if line.strip()]
     if not prompts:
         raise ValueError(f"--prompts {path} holds no prompt: write one per line.")
@@ -66,12 +72,3 @@ def ready_folder(out: Path, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if not os.access(folder, os.W_OK):
         raise PermissionError(f"--out {out} is not writable: choose another folder.")
-
-
-def print_path(path: Path) -> None:
-    """On stdout, byte for byte as the file system has it, whatever stdout's encoding is."""
-    if sys.stdout is None:  # the shell closed it
-        return
-    sys.stdout.flush()
-    sys.stdout.buffer.write(os.fsencode(path) + b"\n")
-    sys.stdout.buffer.flush()

@@ -4,8 +4,8 @@ import argparse
 
 from tqdm import tqdm
 
-from dfa2_jax.commands.start import print_path
 from dfa2_jax.io.hub import find_model
+from dfa2_jax.io.terminal import print_path
 from dfa2_jax.weights.verify import verify_folder
 
 

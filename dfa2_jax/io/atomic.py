@@ -97,7 +97,7 @@ def appearing(path: Path) -> Iterator[Path]:
         OSError: the parent folder cannot be made or written to.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _alone(path) as partial:
+    with alone(path) as partial:
         check_free(path)
         partial.mkdir()
         try:
@@ -113,14 +113,20 @@ def check_free(path: Path) -> None:
     """
     Raises:
         NameTaken: something has this name, be it a dangling link.
+        OSError: there can be no such name: it is too long, or lies below a file.
     """
-    if os.path.lexists(path):
+    with suppress(FileNotFoundError):
+        os.lstat(path)
         raise NameTaken(f"{path} exists already: remove it, or choose another destination.")
 
 
 @contextmanager
-def _alone(path: Path) -> Iterator[Path]:
-    """The name of the folder to fill, while no other process fills it; what a killed one left there is gone."""
+def alone(path: Path) -> Iterator[Path]:
+    """The name of a folder to fill, while no other process makes `path`; what a killed one left there is gone.
+
+    Raises:
+        NameTaken: another process makes it.
+    """
     hidden = f".{_shortened(path.name)}.partial-dfa2"
     lock, partial = path.with_name(f"{hidden}.lock"), path.with_name(hidden)
     while True:

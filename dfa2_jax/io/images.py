@@ -111,6 +111,19 @@ def numbered(folder: Path, stem: str, kind: str) -> list[Path]:
     return sorted(path for path in folder.glob(f"{stem}-*") if number.fullmatch(path.name))
 
 
+def write_named(path: Path, data: bytes, overwrite: bool) -> None:
+    """A whole file of this name.
+
+    Raises:
+        FileExistsError: it is there, and may not be replaced.
+    """
+    with _turn(path.parent):
+        if not overwrite and os.path.lexists(path):
+            raise FileExistsError(f"{path} was made by another process meanwhile: choose another name.")
+        with replacing(path) as file:
+            file.write(data)
+
+
 def write_new(folder: Path, stem: str, kind: str, data: bytes) -> Path:
     """A file of the first number that is free, never over another nor in part: two processes take turns."""
     with _turn(folder):

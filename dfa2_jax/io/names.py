@@ -11,6 +11,13 @@ Values = TypeVar("Values")
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
+def natural(value: Any) -> Any:
+    """As Python has it: NumPy's numbers are numbers, lists and arrays of them tuples."""
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    return tuple(map(natural, value)) if isinstance(value, list) else value
+
+
 def of_names(cls: type[Values], arguments: Mapping[str, Any]) -> Values:
     """`cls(**arguments)`.
 

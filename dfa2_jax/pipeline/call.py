@@ -85,6 +85,7 @@ class Call:
             ),
         )
 
+    @jax.enable_x64(False)  # what attention remembers is of 32 bits, too
     def start(self, attend: Attend | None = None) -> State:
         """Before the first step.
 

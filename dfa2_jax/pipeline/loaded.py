@@ -16,6 +16,20 @@ from dfa2_jax.pipeline.fit import check_fit
 from dfa2_jax.pipeline.request import ModelSizes, Request
 from dfa2_jax.sampling.tokens import Grid
 from dfa2_jax.weights.checkpoint import Checkpoint
+from dfa2_jax.weights.dtypes import FLOAT_DTYPES
+
+
+def check_dtype(dtype: Any) -> None:
+    """
+    Raises:
+        ValueError: it is none of those that networks compute in.
+    """
+    try:
+        known = dtype is None or jnp.dtype(dtype).name in FLOAT_DTYPES
+    except TypeError:
+        known = False
+    if not known:
+        raise ValueError(f"dtype={dtype!r:.100} is none of {', '.join(FLOAT_DTYPES)}.")
 
 
 class Loaded:
@@ -37,6 +51,7 @@ class Loaded:
     """
 
     def __init__(self, checkpoint: Checkpoint, *, dtype: Any = None, torch_rounding: bool = False):
+        check_dtype(dtype)
         self.networks = Networks(checkpoint, dtype)
         self.folder = checkpoint.folder
         self.requested_dtype = None if dtype is None else jnp.dtype(dtype).name

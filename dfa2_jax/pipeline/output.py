@@ -11,19 +11,21 @@ import numpy as np
 from PIL import Image
 
 from dfa2_jax import __version__
-from dfa2_jax.io.atomic import replacing
 from dfa2_jax.io.hub import model_name
-from dfa2_jax.io.images import SUFFIXES, encode, stem_of, write_new
+from dfa2_jax.io.images import SUFFIXES, encode, stem_of, write_named, write_new
 from dfa2_jax.io.names import of_names, suggests_names
 from dfa2_jax.options import Options
 from dfa2_jax.pipeline.call import Call
 from dfa2_jax.pipeline.loaded import Loaded
 from dfa2_jax.pipeline.request import Request, seeds_of
 from dfa2_jax.plan.plan import Plan
-from dfa2_jax.sampling.solvers.schedulers import SAMPLERS
+from dfa2_jax.sampling.solvers.schedulers import EULER, SAMPLERS
 
 LEFT_OUT = ("progress", "output_type", "seed", "sigmas", "plan", "attend", "callback_on_step_end")
 """Arguments that metadata leaves out, or gives in another form."""
+
+UNWRITABLE = (".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".jp2", ".jxl", ".ppm", ".ico", ".svg", ".pdf")
+"""Suffixes that ask for a file, and for one that we do not write."""
 
 TEXTS = tuple(f"{side}prompt{n}" for side in ("", "negative_") for n in ("", "_2", "_3"))
 CODE = ("attend", "callback_on_step_end")
@@ -49,7 +51,12 @@ class Output:
 
     @suggests_names
     def save(
-        self, path: str | PathLike[str], *, format: str | None = None, numbers: Collection[int] | None = None
+        self,
+        path: str | PathLike[str],
+        *,
+        format: str | None = None,
+        numbers: Collection[int] | None = None,
+        overwrite: bool = True,
     ) -> list[Path]:
         """Write images that say how to make them again (`dfa2 again`), each whole or not at all.
 
@@ -58,6 +65,7 @@ class Output:
                 prompt and seed, and replace no other file.
             format: "png", "jpeg" or "webp", in a folder; None: "png".
             numbers: of the images to write; None: all.
+            overwrite: whether one file may take the place of another.
 
         Returns:
             The files, in the order of the images.
@@ -65,6 +73,7 @@ class Output:
         Raises:
             ValueError: latents are no images, one file is asked for several, a format is unknown, or JPEG has no room
                 for the metadata.
+            FileExistsError: the file is there, and may not be replaced.
             OSError: the disk.
         """
         path, shown = Path(path), pictures(self.images)
@@ -75,8 +84,7 @@ class Output:
             made = image_metadata(self.metadata, i)
             data = encode(shown[i], kind, made, parameters(made))
             if is_file_name(path):
-                with replacing(path) as file:
-                    file.write(data)
+                write_named(path, data, overwrite)
                 files.append(path)
             else:
                 path.mkdir(parents=True, exist_ok=True)
@@ -108,6 +116,8 @@ def image_format(path: Path, format: str | None, count: int) -> str:
     if format is not None and format not in kinds:
         raise ValueError(f"{format=} is not one of {kinds}.")
     if not is_file_name(path):
+        if path.suffix.lower() in UNWRITABLE and not path.is_dir():
+            raise ValueError(f"{path} has the suffix of a format that is not written: {', '.join(SUFFIXES)} are.")
         return format or "png"
     kind = SUFFIXES[path.suffix.lower()]
     if count != 1:
@@ -174,9 +184,16 @@ def image_metadata(made: Mapping[str, Any], number: int) -> dict[str, Any]:
     """
     prompt_number = number // made["num_images_per_prompt"]
     own = {name: made[name][prompt_number] for name in TEXTS if isinstance(made.get(name), list)}
+    if faults := faults_in(made, number):
+        own["faults"] = faults
     batch = {name: made[name] for name in (*TEXTS, "seed", "num_images_per_prompt") if name in made}
     seed = made["seed"][number] if isinstance(made["seed"], list) else made["seed"]
     return {**made, **own, "seed": seed, "image": number, "batch": batch}
+
+
+def faults_in(made: Mapping[str, Any], number: int) -> list[str]:
+    """What a call's metadata say is wrong with one of its images (`Output.faults`)."""
+    return [fault for fault in made.get("faults", ()) if fault.startswith(f"image {number}: ")]
 
 
 def parameters(made: Mapping[str, Any]) -> str:
@@ -188,7 +205,7 @@ def parameters(made: Mapping[str, Any]) -> str:
         lines.append(f"Negative prompt: {made['negative_prompt']}")
     settings = {
         "Steps": made["num_inference_steps"],
-        "Sampler": SAMPLERS.get(scheduler or ""),
+        "Sampler": SAMPLERS.get(scheduler or EULER),
         "CFG scale": 1 if made["cfg_scale"] is None else made["cfg_scale"],
         "Distilled CFG Scale": made["embedded_guidance"],
         "Seed": made["seed"],

@@ -153,6 +153,8 @@ class Pipeline(Loaded):
         for fault in faults:
             logger.warning("%s", fault)
         made = metadata(self, options, call.request) | {"density": density(call)}
+        if faults:
+            made["faults"] = [*faults]
         return Output(images, call.seeds, timings, made, faults)
 
     def setting(self, **arguments: Any) -> Setting:

@@ -143,7 +143,7 @@ def _statistics(metric: str, statistics: Mapping[str, Any] | None) -> str:
 
 
 def _notes(content: Mapping[str, Any]) -> str:
-    is_single, steps = len(content["prompts"]) < 2, content["limit_steps"]
+    is_single, steps = len(content["prompts"]) < 2, content.get("limit_steps")
     limit = f" The limit is of {steps} steps of second order." if steps else ""
     interval = "One prompt: an interval of the mean is not defined." if is_single else (
         "Below each mean: its 95 % interval (percentile bootstrap over prompts), and the worst image."

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from dfa2_jax.calibration.calibrate import planning_tiles
 from dfa2_jax.io.extras import need
-from dfa2_jax.io.names import suggests_names
+from dfa2_jax.io.names import natural, suggests_names
 from dfa2_jax.nn.attention import dense_implementation
 from dfa2_jax.options import Options, ReportOptions, described
 from dfa2_jax.pipeline.call import Call
@@ -251,6 +251,7 @@ def quality_report(
         PlanError: a plan is for another model, size or number of steps.
         MemoryError: what a plan keeps from step to step does not fit.
     """
+    seed, batch, guidance_scale = natural(seed), natural(batch), natural(guidance_scale)
     prompts, seeds = list(prompts), [seed] if isinstance(seed, int) else list(seed)
     limits = {} if limits is None else dict(limits)
     _check(prompts, seeds, batch, plans, limits, lpips)

@@ -35,7 +35,7 @@ def verify_folder(folder: str | PathLike[str], progress: Callable[[int, int], No
     if not (folder / "model_index.json").exists():
         _verify_converted(folder, progress)
         return []
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    files = sorted(path for path in folder.rglob("*") if path.is_file() or path.is_symlink())
     blobs = {path: blob for path in files if BLOB.fullmatch((blob := path.resolve()).name) and path.is_symlink()}
     if not blobs:
         raise CheckpointError(
@@ -43,7 +43,7 @@ def verify_folder(folder: str | PathLike[str], progress: Callable[[int, int], No
             "so has a snapshot in the hub's cache."
         )
     checks = {path: (lambda path=path, blob=blob: _check_blob(path, blob)) for path, blob in blobs.items()}
-    sizes = {path: blob.stat().st_size for path, blob in blobs.items()}
+    sizes = {path: blob.stat().st_size if blob.exists() else 0 for path, blob in blobs.items()}
     faults = _run(checks, sizes, progress)
     raise_faults(f"{folder} has changed since it was fetched; fetch these files again", {"": faults}, len(faults))
     return [str(path.relative_to(folder)) for path in files if path not in blobs]
@@ -88,6 +88,8 @@ def _run(
 
 
 def _check_blob(path: Path, blob: Path) -> None:
+    if not blob.exists():
+        raise CheckpointError(f"{path} is missing: it links to {blob.name}, which is not there")
     if len(blob.name) == 64:
         kind, digest = "sha256", file_sha256(blob)
     else:

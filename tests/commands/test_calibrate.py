@@ -22,7 +22,7 @@ def prompts(tmp_path):
 
 
 def test_from_prompts_to_a_plan_to_images(tiny_sd35, prompts, tmp_path, cache, capsys):
-    plan, out, picture = tmp_path / "plan.json", tmp_path / "images", tmp_path / "plan.png"
+    plan, out, picture = tmp_path / "plan.json", tmp_path / "images", tmp_path / "plan.json.png"
     arguments = ["calibrate", str(tiny_sd35), "--prompts", str(prompts), "--out", str(plan), *SIZE[:4], "--steps", "3"]
     arguments += ["--max-sequence-length", "16", "--delta", "3", "--c", "0", "--windows", "4", "--tiles", "16", "16"]
     assert cli.main(arguments) == 0
@@ -103,7 +103,7 @@ def test_calibrate_reports_bad_input_in_one_line(change, message, tiny_sd35, pro
     options = {"--prompts": str(prompts), "--out": str(tmp_path / "plan.json")}
     options |= {name: value.format(tmp=tmp_path) for name, value in change.items()}
     assert cli.main(["calibrate", str(tiny_sd35), *(word for pair in options.items() for word in pair)]) == 2
-    (line,) = capsys.readouterr().err.strip().splitlines()
+    line = capsys.readouterr().err.strip().splitlines()[-1]  # after "loading", where it was read
     assert line.startswith("dfa2 calibrate: ") and message in line
     assert not (tmp_path / "plan.json").exists()
 

@@ -134,7 +134,7 @@ def drawn(pipeline, monkeypatch, cache):
         (["--height", "100"], "100 x 128 must be multiples of 16"),
         (["--dtype", "float32", "--steps", "0"], "num_inference_steps=0"),
         (["--seed", "-1"], "seed=[-1] must be an integer"),
-        (["--seed", "1", "2", "--num-images-per-prompt", "2"], "--num-images-per-prompt 2 must be positive, and goes"),
+        (["--seed", "1", "2", "--num-images-per-prompt", "2"], "--num-images-per-prompt 2 must be 1 to 1000, and goes"),
         (["--prompt", "b", "--prompt", "c", "--prompt-2", "d", "--prompt-2", "e"], "2 of prompt_2 for 3 prompts"),
         (["--batch", "0"], "--batch 0 must be at least 1"),
         (["--out", "{tmp}/a.png", "--seed", "1", "2"], "a.png is one file for 2 images: give a folder"),
