@@ -71,14 +71,13 @@ def main() -> None:
     rows = {row["case"]: row for row in content["rows"]}
     counts = {name: int(count or 200) for name, _, count in (text.partition("=") for text in args.counts or NAMES)}
     for name in counts:
-        rows.setdefault(name, {"case": name, "kills": 0, "ended_before": 0, "left_something": 0, "faults": []})
+        rows.setdefault(name, {"case": name, "kills": 0, "left_something": 0, "faults": []})
     machine, rows = describe_machine(), {name: rows[name] for name in NAMES if name in rows}
     missing = {name: range(rows[name]["kills"], count) for name, count in counts.items()}
     for kill in tqdm(kills(args.models, missing, args.jobs), "kills", sum(map(len, missing.values()))):
         row = rows[kill["case"]]
         row["seconds_unbroken"] = kill["seconds_unbroken"]
         row["kills"] += 1
-        row["ended_before"] += not kill["killed"]
         row["left_something"] += kill["left"] > 0
         row["faults"] += [kill] if "fault" in kill else []
         row["machine"] = f"{machine['processor']}, {machine['cores']} cores"

@@ -174,15 +174,18 @@ class Killer:
     def kill(self) -> dict[str, Any]:
         """At one more moment: what was left, and what was wrong then or after the next run.
 
-        Half of the moments are of the whole run, half of the time in which it writes.
+        Half of the moments are of the whole run, half of the time in which it writes. A run that ended before its
+        moment is no kill: another moment is drawn.
         """
-        self._begin()
-        watched = self.rng.choice([None, self.folder])
-        moment = self.rng.uniform(0, self.seconds if watched is None else self.writing)
-        code, *_ = in_fork(lambda: self.case.run(self.folder), self.errors, moment, watched)
+        code = 0
+        while code != -9:
+            self._begin()
+            watched = self.rng.choice([None, self.folder])
+            moment = self.rng.uniform(0, self.seconds if watched is None else self.writing)
+            code, *_ = in_fork(lambda: self.case.run(self.folder), self.errors, moment, watched)
         left = len([name for name in os.listdir(self.folder) if name.startswith(".")])
         row: dict[str, Any] = {"case": self.name, "seconds": round(moment, 3), "while_writing": watched is not None}
-        row |= {"killed": code == -9, "left": left, "seconds_unbroken": round(self.seconds, 2)}
+        row |= {"left": left, "seconds_unbroken": round(self.seconds, 2)}
         try:
             complete = self._check(dict(contents(self.folder))) and self.name == "convert"
             again, *_ = in_fork(lambda: self.case.run(self.folder), self.errors)

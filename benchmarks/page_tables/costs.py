@@ -92,8 +92,8 @@ KILLED = {
 }
 
 
-@table("kills", "kills.json", "command | kills | ended before | left something for the next run | faults | machine")
+@table("kills", "kills.json", "command | kills | left something for the next run | faults | machine")
 def kills(data: Any) -> Iterator[list[str]]:
     for row in data["rows"]:
-        numbers = (row["kills"], row["ended_before"], row["left_something"], len(row["faults"]))
+        numbers = (row["kills"], row["left_something"], len(row["faults"]))
         yield [KILLED[row["case"]], *map(str, numbers), row["machine"]]
