@@ -25,6 +25,7 @@ import numpy as np
 from tqdm import tqdm
 
 from dfa2_jax.calibration.calibrate import planning_tiles
+from dfa2_jax.calibration.steps import REFINED
 from dfa2_jax.io.extras import need
 from dfa2_jax.io.names import natural, suggests_names
 from dfa2_jax.nn.attention import dense_implementation
@@ -46,9 +47,6 @@ from dfa2_jax.sampling.solvers.schedulers import DPM
 
 OTHER_SEED = 1000
 """Added to an image's seed for the ceiling."""
-
-LIMIT = 4
-"""Steps of the run that stands for the limit, for each of the dense run; of second order."""
 
 ROUNDS = 3
 """Timed at least, where there are fewer batches."""
@@ -114,7 +112,8 @@ class Sampler:
 
 
 def limit_steps(steps: int) -> int:
-    return min(LIMIT * steps, MAX_STEPS)
+    """Of the run that stands for the limit, of second order, as a calibration's."""
+    return min(REFINED * steps, MAX_STEPS)
 
 
 class ReportTable:

@@ -20,7 +20,7 @@ from dfa2_jax.options import Options
 from dfa2_jax.plan.steps import adams_coefficients
 from dfa2_jax.report import metrics, report
 from dfa2_jax.report import table as report_table
-from dfa2_jax.report.report import LIMIT
+from dfa2_jax.report.report import limit_steps
 from dfa2_jax.report.table import Judges, Line, Report, Shot
 from dfa2_jax.sampling.solvers.flow_euler import FlowMultistep
 
@@ -75,7 +75,7 @@ def test_a_plan_of_steps_stands_beside_solvers_in_its_time(tiny_sd35, pipelines,
     rows = {row["name"]: row for row in made.content()["rows"]}
     sampled = {"prompt": PROMPTS[0], "output_type": "np", "progress": False} | options
     (dense,) = pipeline(**sampled).images
-    many = pipeline.prepare(Options(**sampled | {"num_inference_steps": 6 * LIMIT}))
+    many = pipeline.prepare(Options(**sampled | {"num_inference_steps": limit_steps(6)}))
     solver = FlowMultistep.of(adams_coefficients(many.schedule.sigmas))
     many = replace(many, inputs=replace(many.inputs, solver=solver))
     (limit,) = many.images(many.run())
@@ -91,7 +91,7 @@ def test_a_plan_of_steps_stands_beside_solvers_in_its_time(tiny_sd35, pipelines,
         if name != "dense":
             assert scores["psnr"]["mean"] == pytest.approx(metrics.psnr(image, dense), abs=0.01)
             assert rows[name]["speedup"] > 1.2
-    assert made.content()["limit_steps"] == 6 * LIMIT
+    assert made.content()["limit_steps"] == 24
     assert "limit_psnr" not in rows["another seed"]["metrics"] and "dB to the limit of many steps" in verdict(made)
     assert "3 steps of DPM++ 2M" in made.save(tmp_path).read_text()
 
