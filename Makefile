@@ -11,6 +11,9 @@ BIN := $(VENV)/bin
 # Bytecode is of what is imported: pip would spend half of its time on the rest.
 INSTALL := pip install -q --no-deps --no-compile
 
+# One environment at a time: all of them write the checkout's .egg-info.
+EDITABLE = $(INSTALL) --no-build-isolation -e .
+
 # A Python of one version that can make environments: on the PATH, or among pyenv's.
 candidates = python$(1) python3 $(wildcard $(or $(PYENV_ROOT),$(HOME)/.pyenv)/versions/$(1).*/bin/python$(1))
 identify = 'import sys, ensurepip; print(sys.executable if sys.version.startswith("$(1).") else "")'
@@ -29,7 +32,7 @@ CACHE := JAX_COMPILATION_CACHE_DIR=$(CURDIR)/build/xla JAX_PERSISTENT_CACHE_MIN_
 
 PYTEST := -m pytest -q -n auto --maxprocesses 4 --dist loadfile
 
-.PHONY: demo demo-full test long lint aot versions next docs lock clean
+.PHONY: environments demo demo-full test long lint aot versions next docs lock clean
 
 # The model in the box, dense and by its plan, side by side. `make demo CUDA=13`, or 12, runs on an NVIDIA GPU.
 ifneq ($(filter demo,$(or $(MAKECMDGOALS),demo)),)
@@ -92,9 +95,8 @@ versions: $(AOT)/ready build/tiny next
 	JAX_PLATFORMS=cpu JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 DFA2_TINY=$(CURDIR)/build/tiny $(CACHE) $(AOT)/bin/python $(PYTEST) -m "not aot and not torch and not long"
 
 # What differs between versions of JAX: kernels, loops and what they compile to.
-DIFFERS := $(addprefix tests/, kernels/test_a*.py kernels/test_backends.py calibration/test_calibration.py \
-	families/test_family.py families/test_real_shapes_lower.py sampling/test_calls.py sampling/test_compile_once.py \
-	sampling/test_planned.py)
+DIFFERS := $(addprefix tests/, kernels/test_a*.py kernels/test_backends.py families/test_real_shapes_lower.py \
+	sampling/test_calls.py sampling/test_compile_once.py sampling/test_planned.py)
 next: $(NEXT)/ready build/tiny
 	JAX_PLATFORMS=cpu DFA2_TINY=$(CURDIR)/build/tiny $(CACHE) $(NEXT)/bin/python $(PYTEST) -m "not aot and not torch" $(DIFFERS)
 
@@ -102,6 +104,9 @@ next: $(NEXT)/ready build/tiny
 docs: $(DOCS)/ready
 	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict
 	@echo "Open build/site/index.html"
+
+# All that .ci/run takes: `make -j2 environments`.
+environments: $(addsuffix /ready,$(VENV) $(AOT) $(NEXT) $(DOCS) build/cuda-0.10.2 build/cuda-0.12.0.1)
 
 $(DOCS)/ready: $(LOCKS)/docs.txt
 	$(call need_python,PYTHON311,3.11)
@@ -117,7 +122,7 @@ $(VENV)/ready: $(LOCKS)/py311-jax0.10.2.txt pyproject.toml
 	$(call need_python,PYTHON311,3.11)
 	$(PYTHON311) -m venv $(VENV)
 	$(BIN)/$(INSTALL) -r $<
-	$(BIN)/$(INSTALL) --no-build-isolation -e .
+	flock pyproject.toml $(BIN)/$(EDITABLE)
 	touch $@
 
 # Without torch and the tests' packages: the first image comes sooner. JAX's CUDA packages are not locked: NVIDIA's are
@@ -127,21 +132,21 @@ $(DEMO)/ready: $(LOCKS)/demo-jax0.10.2.txt pyproject.toml
 	$(PYTHON311) -m venv $(DEMO)
 	$(DEMO)/bin/$(INSTALL) -r $<
 	$(if $(CUDA),$(DEMO)/bin/pip install -q -c $< "jax[cuda$(CUDA)]")
-	$(DEMO)/bin/$(INSTALL) --no-build-isolation -e .
+	flock pyproject.toml $(DEMO)/bin/$(EDITABLE)
 	touch $@
 
 $(AOT)/ready: $(LOCKS)/py312-jax0.11.2.txt $(LOCKS)/aot-jax0.11.2.txt pyproject.toml
 	$(call need_python,PYTHON312,3.12)
 	$(PYTHON312) -m venv $(AOT)
 	$(AOT)/bin/$(INSTALL) -r $< -r $(LOCKS)/aot-jax0.11.2.txt
-	$(AOT)/bin/$(INSTALL) --no-build-isolation -e .
+	flock pyproject.toml $(AOT)/bin/$(EDITABLE)
 	touch $@
 
 $(NEXT)/ready: $(LOCKS)/py312-jax0.12.0.1.txt pyproject.toml
 	$(call need_python,PYTHON312,3.12)
 	$(PYTHON312) -m venv $(NEXT)
 	$(NEXT)/bin/$(INSTALL) -r $<
-	$(NEXT)/bin/$(INSTALL) --no-build-isolation -e .
+	flock pyproject.toml $(NEXT)/bin/$(EDITABLE)
 	touch $@
 
 build/cuda-0.10.2/ready: $(LOCKS)/aot-jax0.10.2.txt $(VENV)/ready

@@ -18,7 +18,7 @@ from dfa2_jax.plan.method import Method
 from pallas_kernels import Layout
 
 ARGUMENTS = {
-    "prompt": "a large red circle", "height": 96, "width": 128, "num_inference_steps": 4, "max_sequence_length": 24,
+    "prompt": "a large red circle", "height": 96, "width": 128, "num_inference_steps": 3, "max_sequence_length": 24,
     "seed": 1, "output_type": "latent",
 }  # fmt: skip
 GUIDED = {"guidance_scale": 4.0}
