@@ -31,7 +31,7 @@ from dfa2_jax.calibration.baselines import SCHEMES, calibrate_scheme, sample_sch
 COEFFICIENTS = {"c none": None, "c 1": 1.0, "c 1.5": 1.5, "c 2": 2.0}
 ARROWS = "arrows only"
 THRESHOLDS = (0.1, 0.2, 0.4, 0.8, 1.6)
-"""Of DiTFastAttn's kind; the paper's are up to 0.15."""
+"""Thresholds of DiTFastAttn's kind; the paper's are up to 0.15."""
 
 Run = Callable[[float], tuple[float, np.ndarray]]
 """From a delta or threshold to a density, and the images of the prompts."""
@@ -77,7 +77,7 @@ def at_density(points: list[dict[str, Any]], density: float, metric: str) -> flo
 
 
 def earlier_points(path: Path, facts: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
-    """Of a run that was stopped, if it was made from the same facts."""
+    """The points of a run that was stopped, if that run was made from the same facts."""
     if not path.exists():
         return {}
     content = json.loads(path.read_text())

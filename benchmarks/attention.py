@@ -265,7 +265,7 @@ def measure(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[
 
 
 def clock() -> int | None:
-    """Of the GPU's multiprocessors, in MHz."""
+    """The clock of the GPU's multiprocessors, in MHz; None without nvidia-smi."""
     if not (program := shutil.which("nvidia-smi")):
         return None
     query = [program, "--query-gpu=clocks.sm", "--format=csv,noheader,nounits", "--id=0"]

@@ -46,7 +46,7 @@ class Row(NamedTuple):
     lower_seconds: float
     compile_seconds: float
     cpu_seconds: float
-    """Of lowering and compiling, over all threads: hardly moved by other work on the machine."""
+    """CPU time of lowering and compiling, over all threads. Other work on the machine hardly moves it."""
     hlo_bytes: int
     argument_bytes: int
     temp_bytes: int

@@ -46,7 +46,7 @@ CASES = [
 ]
 DTYPES = ("bfloat16", "float16", "float32")
 UNITS = {"bfloat16": 4, "float16": 4, "float32": 64}
-"""Of rounding: 16 bits are summed in float32, float32 in sums as long as the sequence."""
+"""Units of rounding that are allowed: 16 bits are summed in float32, float32 in sums as long as the sequence."""
 
 
 @partial(jax.jit, static_argnames=("layout", "dtype"))

@@ -39,7 +39,7 @@ KINDS = {
     "progress": ResumeFuzzer,
 }
 SHARE = 500
-"""Of one process at a time."""
+"""The count that one process takes at a time."""
 
 
 def damage(kind: str, seed: int, count: int) -> tuple[str, dict[str, int], dict[str, int]]:

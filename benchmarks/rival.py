@@ -43,7 +43,7 @@ def build(case: Case) -> Any:
 
 
 def arguments(case: Case, model: Any) -> dict[str, Any]:
-    """Of a forward, as diffusers' pipelines call it."""
+    """The arguments of a forward, as diffusers' pipelines give them."""
     batch, flux = 1 + case.guided, case.class_name.startswith("Flux")
     draw = partial(torch.randn, device="cuda", dtype=torch.bfloat16)
     found = {

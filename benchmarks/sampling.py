@@ -98,7 +98,7 @@ TARGETS = {"cpu": (0.6, 0.45, 0.3), "gpu": (0.69, 0.57, 0.44, 0.32)}
 
 
 def arithmetic_share(loop: Loop) -> float:
-    """Of attention in a step's multiplications: two products of T x T x D in each call, the rest by its parameters."""
+    """Attention's share of a step's multiplications: two products of T x T x D a layer, the rest by its parameters."""
     width = loop.config.num_attention_heads * loop.config.attention_head_dim
     products = sum(2 * layout.length**2 * width for layout in loop.layers.values())
     linear = loop.num_visual * sum(x.size for x in jax.tree.leaves(loop.params))  # text's weights on fewer tokens

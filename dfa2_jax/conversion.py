@@ -43,10 +43,10 @@ from dfa2_jax.weights.leaf import Block, Leaf, slabs
 from dfa2_jax.weights.orbax import FORMAT, FORMAT_VERSION, StoredArray, array_name, orbax_name
 
 MAX_TOKENIZER_BYTES = 200_000_000
-"""Of a folder: T5's files take 3 MB."""
+"""The most that the files of a tokenizer's folder may hold: T5's take 3 MB."""
 
 HUB_FILES = ["*.json", "*/*.json", "*/*.txt", "*/*.model", "*/*.safetensors"]
-"""Of a hub repository: what lies in component folders, not the single-file originals beside them."""
+"""What is fetched of a hub repository: component folders, not the single-file originals beside them."""
 
 THREADS = 3
 """Each holds one slab: two cores turn, one waits for the file system."""

@@ -144,7 +144,7 @@ CALL = (
     "guidance_scale",
     "max_sequence_length",
 )
-"""Of `Options`, what a plan is found for: `calibrate` takes them too."""
+"""The `Options` that a plan is found for: `calibrate` takes them too."""
 CALL_FIELDS = [argument for argument in fields(Options) if argument.name in CALL]
 
 

@@ -11,7 +11,7 @@ from dfa2_jax.io.errors import CheckpointError
 
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 KEY = "x_embedder.bias"
-"""Of a tensor of FLUX's transformer."""
+"""The key of a tensor of FLUX's transformer."""
 
 
 def copy_model(source, folder):

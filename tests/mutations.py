@@ -325,7 +325,7 @@ def floats(numbers: list[list[float]]) -> list[list[float]]:
 
 
 def sample_plan(seed: int, steps: int = 3) -> Plan:
-    """Of two joint layers and one that sees no text, four heads, with everything that a file can hold."""
+    """A plan of two joint layers and one that sees no text, four heads, with everything that a file can hold."""
     rng = np.random.default_rng(seed)
     layers = tuple(
         AttentionLayer(name=name, num_text=text, num_visual=64, text_first=False)
@@ -348,7 +348,7 @@ def sample_plan(seed: int, steps: int = 3) -> Plan:
 
 
 def step_plan(steps: int = 9) -> Plan:
-    """Of `sample_plan`'s call, heads in full, as a calibration of steps leaves it: four nodes."""
+    """A plan of `sample_plan`'s call, heads in full, as a calibration of steps leaves it: four nodes."""
     setting = sample_plan(0, steps).setting
     time, generator = np.linspace(0, 1, steps), np.random.default_rng(0)
     basis = np.stack([np.cos(number * 2 * time) for number in range(4)], axis=1)

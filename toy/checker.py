@@ -24,7 +24,7 @@ from toy.scenes import (
 BORDER = 0.06
 """Width of the frame whose colour is the background's: no object reaches it far."""
 SMALLEST = 0.004
-"""Of the image: less of a colour is no object. The smallest drawn, a small ring or star, covers 0.016."""
+"""The least share of the image that counts as an object. The smallest drawn, a small ring or star, covers 0.016."""
 SLACK = 0.02
 """How far outside the drawn range of places and radii an object may still lie."""
 
@@ -52,7 +52,7 @@ def most_common(labels: np.ndarray) -> int:
 
 
 def score(image: np.ndarray, scene: Scene) -> Score:
-    """Of a square image [H, H, 3] in [0, 1]."""
+    """The score of a square image [H, H, 3] in [0, 1]."""
     labels = nearest_colours(image)
     size = len(labels)
     centres = pixel_centres(size)
@@ -100,7 +100,7 @@ def nearest_place(mask: np.ndarray, centres: np.ndarray) -> str:
 
 @cache
 def areas() -> tuple[float, ...]:
-    """Of each shape of radius 1."""
+    """The area of each shape of radius 1."""
     centres = pixel_centres(800) - np.float32(0.5)
     inside = signed_distances(centres[None, :], centres[:, None], np.float32(0.3), np)
     return tuple(float((distance < 0).mean()) / 0.3**2 for distance in inside)

@@ -15,7 +15,7 @@ ADAM = optax.scale_by_adam(b1=0.9, b2=0.99)
 
 
 class Weights(NamedTuple):
-    """Of one phase's networks, by name: what is trained, its running average, and Adam's moments."""
+    """The weights of one phase's networks, by name: what is trained, its running average, and Adam's moments."""
 
     params: Any
     ema: Any

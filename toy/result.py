@@ -23,7 +23,7 @@ from toy.checkpoint import Progress, State, named
 from toy.stages import PHASES
 
 RESULT_BYTES = 15 * 2**20
-"""Of one file of a result, which then passes where files may have 16 MB."""
+"""The size of one file of a result, at most. The file then passes where files may have 16 MB."""
 
 
 def read_result(folder: Path) -> dict[str, np.ndarray]:

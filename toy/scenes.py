@@ -57,7 +57,8 @@ PLACES = tuple(name for name in SLOTS if name not in RELATIONS)
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 
 RADII = {"small": (0.12, 0.012), "large": (0.20, 0.015), "": (0.15, 0.02)}
-"""Of an object of each size: the middle, and how far from it a seed may move it. "" is that of two objects."""
+"""The radius of an object of each size: the middle, and how far from it a seed may move it. "" is that of two
+objects."""
 
 SLOT_TABLE = np.array(list(SLOTS.values()), np.float32)
 RADIUS_TABLE = np.array(list(RADII.values()), np.float32)
@@ -141,7 +142,7 @@ def held_out() -> list[Scene]:
 
 
 def signed_distances(x: Any, y: Any, radius: Any, xp: ModuleType = jnp) -> list[Any]:
-    """Of points relative to the centre, to every shape's edge: negative inside. Near the edge they are exact.
+    """Distances of points, relative to the centre, to every shape's edge: negative inside, and exact near the edge.
 
     Every shape's centre of mass is its centre, so that the checker can find it.
     """

@@ -6,7 +6,7 @@ from typing import Any
 from benchmarks.page_tables.base import span, table, title
 
 SHARES = ("0.69", "0.57", "0.44", "0.32")
-"""Of the query-key pairs, that the plans of benchmarks/sampling.py keep on a GPU."""
+"""Shares of the query-key pairs that the plans of benchmarks/sampling.py keep on a GPU."""
 
 
 @table("speedups", "sampling_h100.json", "model | size | dense step, ms | step by a plan, ms | speedup")

@@ -12,7 +12,7 @@ PROMPTS = FOLDER.with_name("prompts.txt")
 """Held out from training and from the plan's calibration."""
 
 FINGERPRINT = "512d45f7647e6122c7ff2865adb3a7dc62304213dddf31827db6114b728c76a3"
-"""Of the model's weights. A converted folder keeps it."""
+"""The fingerprint of the model's weights. A converted folder keeps it."""
 
 logger = logging.getLogger("dfa2_jax")
 

@@ -32,7 +32,7 @@ class Pair:
     seconds: tuple[float, float]
 
     def difference(self) -> np.ndarray:
-        """Of the pixels, float32 [H, W, 3], from -255 to 255."""
+        """The planned pixels less the dense ones, float32 [H, W, 3], from -255 to 255."""
         dense, planned = (np.asarray(image, np.float32) for image in self.images)
         return planned - dense
 

@@ -13,7 +13,7 @@ NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_t
 TOKEN_FIELDS = ("content", "lstrip", "rstrip", "normalized", "single_word", "special")
 
 Fields = dict[str, Any]
-"""Of tokenizer_config.json, without nulls; its special tokens are strings or `AddedToken`."""
+"""Fields of tokenizer_config.json, without nulls; its special tokens are strings or `AddedToken`."""
 
 
 def read_fields(folder: Path) -> tuple[Fields, list[AddedToken]]:

@@ -2,7 +2,7 @@
 
 from dfa2_jax.weights.rules import Rule, dense, norm
 
-# Of a whole CLIPModel, whose text half a CLIPTextModel is; transformers passes over the rest.
+# Keys of a whole CLIPModel, whose text half a CLIPTextModel is; transformers passes over the rest.
 CLIP_REST = Rule(r"vision_model\..*|visual_projection\.weight|logit_scale", None)
 
 CLIP_LAYER = r"encoder\.layers\.(?P<layer>\d+)\."

@@ -17,7 +17,7 @@ KINDS = {"p": "FIFO", "s": "socket", "c": "device", "b": "device", "d": "folder"
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 LARGEST_SIZE = 2**20
-"""Of a width or vocabulary in a config: Gemma's vocabulary of 262,144 is the largest that a text encoder has."""
+"""The largest width or vocabulary of a config. Gemma's vocabulary of 262,144 is the largest that a text encoder has."""
 
 
 class CheckpointError(ValueError):

@@ -97,7 +97,7 @@ def read_metadata(path: Path) -> dict[str, Any]:
 
 
 def stem_of(prompt: str, seed: int | None) -> str:
-    """Of a file name: what is left of the prompt in this file system's encoding, and the seed."""
+    """The stem of a file name: what is left of the prompt in this file system's encoding, and the seed."""
     encoding = sys.getfilesystemencoding()
     slug = re.sub(r"\W+", "-", prompt.lower()).encode(encoding, "ignore")[:SLUG_BYTES].decode(encoding, "ignore")
     stem = slug.strip("-") or "image"

@@ -30,7 +30,7 @@ class AttentionCall:
     name: str
     """The plan's key: "attn2.7"."""
     block: int
-    """Of the network: 7."""
+    """The block's number in the network: 7."""
     stack: str
     """Whose blocks it is stacked with: "segments.0.attn2"; memory and plans of the call lie under this name."""
     place: int
@@ -228,5 +228,5 @@ def in_order(calls: tuple[AttentionCall, ...], x: dict[str, Any]) -> np.ndarray:
 
 
 def dense_plans(calls: tuple[AttentionCall, ...], step: Int[Array, ""] | int = 0) -> dict[str, LayerPlan]:
-    """Of every stack: its layers' places and the step; all heads dense."""
+    """The plan of every stack: its layers' places and the step; all heads dense."""
     return {name: LayerPlan.of_stack(len(numbers), step) for name, numbers in stacks(calls).items()}

@@ -29,7 +29,7 @@ class Context:
 
     @property
     def visual_alone(self) -> Layout:
-        """Of an attention that sees no text."""
+        """The layout of an attention that sees no text."""
         return Layout(num_text=0, num_visual=self.layout.num_visual, text_first=self.layout.text_first)
 
     def rotated(self, qkv: JointQKV) -> JointQKV:
@@ -78,7 +78,7 @@ class Stream(nnx.Module):
     """One side of a joint block: modulate, attend, write back, feed forward."""
 
     branches = 2
-    """Of the modulation: attention and MLP."""
+    """Branches of the modulation: attention and MLP."""
 
     def __init__(self, width: int, num_heads: int, *, qk_norm: bool, dtype: DTypeLike, rngs: nnx.Rngs):
         self.norm = AdaLN(width, type(self).branches, dtype=dtype, rngs=rngs)

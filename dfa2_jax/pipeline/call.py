@@ -58,7 +58,7 @@ class Call:
 
     @property
     def batch(self) -> int:
-        """Of the transformer: twice the images under guidance."""
+        """The transformer's batch: twice the images under guidance."""
         return self.request.batch * self.inputs.guidance.sides
 
     @cached_property
@@ -104,7 +104,7 @@ class Call:
         return State(latents, solver, empty_memory(attend, shapes, images=self.request.batch))
 
     def num_steps(self, plan: Plan | None) -> int:
-        """Of the loop: times that the network runs."""
+        """Steps of the loop: times that the network runs."""
         return self.request.steps if plan is None else len(plan.nodes)
 
     def inputs_for(self, plan: Plan | None) -> Inputs:
@@ -178,7 +178,7 @@ class Call:
         return self.pipeline.given_tokens(returned.get("latents", shown["latents"]), self.request, self.grid)
 
     def images(self, tokens: np.ndarray) -> Any:
-        """Of patchified latents [B, V, P], in the form that the call asks for."""
+        """Images of patchified latents [B, V, P], in the form that the call asks for."""
         pipeline, output_type = self.pipeline, self.request.output_type
         if output_type == "latent":
             return pipeline.family.output_latents(tokens, self.grid)

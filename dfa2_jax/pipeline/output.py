@@ -107,7 +107,7 @@ def is_file_name(path: Path) -> bool:
 
 
 def image_format(path: Path, format: str | None, count: int) -> str:
-    """Of `count` images that are to be written to `path`.
+    """The format of `count` images that are to be written to `path`.
 
     Raises:
         ValueError: an unknown format, or suffix and format, or file and count, disagree.
@@ -144,7 +144,7 @@ def density(call: Call) -> float | None:
 
 
 def metadata(pipeline: Loaded, options: Options, request: Request) -> dict[str, Any]:
-    """Of a call: options as resolved; arrays only by their shape, code only by its name."""
+    """What a call says of itself: options as resolved; arrays only by their shape, code only by its name."""
     values = {argument.name: getattr(options, argument.name) for argument in fields(options)}
     given = {
         name: f"array{list(np.shape(value))}" if name.endswith(("embeds", "latents")) else plain(value)
@@ -178,7 +178,7 @@ def metadata(pipeline: Loaded, options: Options, request: Request) -> dict[str, 
 
 
 def image_metadata(made: Mapping[str, Any], number: int) -> dict[str, Any]:
-    """Of one image of a call: its own prompts and seed, its number, and under "batch" those of the whole call.
+    """One image's metadata: its own prompts and seed, its number, and under "batch" those of the whole call.
 
     Sums of another batch size have another order, so an image is made again within its batch.
     """

@@ -15,7 +15,8 @@ MAX_SEQUENCE_LENGTH = 512
 MAX_SIDE, MAX_STEPS, MAX_IMAGES = 16384, 1000, 1000
 """Bounds of a call, looked at before anything is made of its size. Models are trained with 1,000 noise levels."""
 MAX_SCALE = 1e4
-"""Of guidance: FLUX embeds 1,000 times the scale, whose sinusoid loses its phase in float32 far above."""
+"""The largest scale of guidance. FLUX embeds 1,000 times the scale, and far above, the sinusoid loses its phase in
+float32."""
 
 OUTPUT_TYPES = ("pil", "np", "latent")
 
@@ -34,7 +35,7 @@ class Prompts:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSizes:
-    """Of the loaded model, what a request is checked against.
+    """Sizes of the loaded model that a request is checked against.
 
     vae_scale: image pixels along a side of one latent pixel.
     multiple: image pixels along a side of one token.

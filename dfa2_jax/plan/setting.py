@@ -69,12 +69,12 @@ class StepCalibration(Record):
     """How the steps of a plan were found, and all that is needed to find others without a model."""
 
     prompts_sha256: str
-    """Of prompts and negative prompt."""
+    """The sha256 of prompts and negative prompt."""
     num_prompts: Positive
     seed: int
     guidance_scale: Number
     dtype: str
-    """Of the transformer."""
+    """The transformer's dtype."""
     versions: dict[str, str]
     target: Literal["dense", "converged"] = "dense"
     """What the plan comes near to: the run of every step, or the limit of many more."""
@@ -105,12 +105,12 @@ class CalibrationRecord(Record):
     """How a plan was found."""
 
     prompts_sha256: str
-    """Of prompts and negative prompt."""
+    """The sha256 of prompts and negative prompt."""
     num_prompts: Positive
     seed: int
     guidance_scale: Number
     dtype: str
-    """Of the transformer."""
+    """The transformer's dtype."""
     delta: NotNegative
     c: NotNegative | None
     candidates: Annotated[tuple[str, ...], Field(strict=False)]

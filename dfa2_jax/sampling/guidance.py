@@ -38,7 +38,7 @@ class Guidance(Protocol):
     sides: ClassVar[int]
 
     def at(self, nodes: Int[np.ndarray, " nodes"]) -> "Guidance":
-        """Of these steps alone, in their order."""
+        """The guidance of these steps alone, in their order."""
         ...
 
     def extra_pairs(self, calls: Sequence[AttentionCall]) -> int:

@@ -28,7 +28,7 @@ class Inputs:
     solver: Any
 
     def at(self, nodes: Int[np.ndarray, " nodes"], solver: Any) -> "Inputs":
-        """Of these steps alone, in their order, with the solver that goes from each to the next."""
+        """The inputs of these steps alone, in their order, with the solver that goes from each to the next."""
         timesteps = pad_steps(np.asarray(self.timesteps)[nodes])
         return Inputs(self.conditions, timesteps, self.guidance.at(nodes), solver)
 

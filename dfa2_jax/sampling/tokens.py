@@ -30,7 +30,7 @@ class Tokens(Protocol):
     """How latents [B, C, F, h, w] become tokens [B, V, P], and back."""
 
     def grid(self, frames: int, height: int, width: int) -> Grid:
-        """Of latents of this size, in latent pixels."""
+        """The grid of latents of this size, in latent pixels."""
         ...
 
     def pack(self, latents: Float[np.ndarray, "B C F h w"]) -> Float[np.ndarray, "B V P"]: ...

@@ -20,7 +20,7 @@ from dfa2_jax.weights.safetensors import DTYPES, Tensor, open_weights
 from dfa2_jax.weights.spec import PipelineSpec, class_names
 
 FINGERPRINT_BYTES = 4096
-"""Of each end of each tensor. All of FLUX's 1,160 tensors take 9 MB of reading so, and any fine-tuning shows."""
+"""Bytes that are read of each end of each tensor. FLUX's 1,160 tensors take 9 MB so, and any fine-tuning shows."""
 
 
 class DiffusersCheckpoint(Checkpoint):

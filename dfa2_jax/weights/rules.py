@@ -162,7 +162,7 @@ def shape_fault(piece: Piece, expected: tuple[int, ...]) -> str | None:
 
 
 BLOCK_BYTES = 2**26
-"""Of a parameter that is no stack of layers: T5-XXL's embeddings (263 MB) go in blocks of rows, too."""
+"""Bytes of a block of rows, where a parameter is no stack of layers. T5-XXL's embeddings (263 MB) go in blocks, too."""
 
 
 def make_leaf(shape: tuple[int, ...], pieces: list[Piece]) -> Leaf:

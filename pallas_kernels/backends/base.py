@@ -59,7 +59,7 @@ class Device:
 
     @property
     def generation(self) -> str | None:
-        """Of an NVIDIA GPU: "hopper", "ampere", or None for another one; None for every other device."""
+        """The generation of an NVIDIA GPU: "hopper", "ampere", or None for another one. None for every other device."""
         if not self.is_nvidia:
             return None
         of_capability = GENERATIONS.get(int(self.capability or 0))

@@ -88,7 +88,7 @@ def test_latents_equal_diffusers_with_the_plan_as_its_scheduler(name, heads, pla
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_plan_to_the_limit_is_nearer_to_it_than_the_dense_run(name, pipelines, compilations):
-    """Of all steps: a random network turns too much for fewer. The limit is of Euler's steps, 16 for one."""
+    """The plan has all steps: a random network turns too much for fewer. The limit is of Euler's steps, 16 for one."""
     pipeline = pipelines(name)
     dense = latents(pipeline, **CALL, **CASES[name])
     compilations.clear()
@@ -297,7 +297,7 @@ def test_growth_is_that_of_the_flow(no_shape_checks):
 
 @pytest.mark.parametrize("first", [2, 5, 8])
 def test_a_promise_has_a_margin(first, no_shape_checks):
-    """Of plans whose PSNR is 20 dB and 3 for each node: 7 nodes for 38 dB, wherever the search begins."""
+    """Plans have a PSNR of 20 dB and 3 for each node: 7 nodes for 38 dB, wherever the search begins."""
     search = SimpleNamespace(num_steps=9, paths=range(1, 10), nodes=lambda count: count)
     tried = lambda count: SimpleNamespace(  # noqa: E731
         nodes=range(count), step_calibration=SimpleNamespace(psnr=20.0 + 3 * count)

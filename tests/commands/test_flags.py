@@ -17,7 +17,7 @@ from dfa2_jax.io.names import of_names
 
 
 def cpu_seconds():
-    """Of all processes that this one has started and waited for."""
+    """Seconds of all processes that this process has started and waited for."""
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
     return usage.ru_utime + usage.ru_stime
 

@@ -111,7 +111,7 @@ class Session:
 
 
 def commands(code):
-    """Of a block of shell: one a line, which may go on after a backslash."""
+    """The commands of a block of shell: one a line, which may go on after a backslash."""
     lines = (line.strip() for line in code.replace("\\\n", " ").splitlines())
     return [line for line in lines if line and not line.startswith("#")]
 
@@ -239,8 +239,8 @@ def test_the_box_holds_a_transformer_of_5_million_parameters():
 
 
 def sentences(text):
-    """Of paragraphs, items of lists and captions; without code, tables, headings and comments. Code and links count as
-    the words that a reader sees; colons and semicolons do not end a sentence."""
+    """Sentences of paragraphs, items of lists and captions; without code, tables, headings and comments. Code and links
+    count as the words that a reader sees; colons and semicolons do not end a sentence."""
     for pattern in (r"^ *```.*?^ *```$", r"<!-- table: .*?<!-- end of table -->", r"<!--.*?-->"):
         text = re.sub(pattern, "\n", text, flags=re.DOTALL | re.MULTILINE)
     text = re.sub(r"^(#|\||:::).*$", "", text, flags=re.MULTILINE)

@@ -18,7 +18,7 @@ LONGEST = 25
 
 HEADING = re.compile(r"(Args|Returns|Raises|Yields|Attributes):")
 ENTRY = re.compile(r"(?:    )?[\w*.`]+(?:, [\w*.`]+)*: (?=\S)")
-"""Of a table of arguments, errors or attributes: the names, which are no words of the sentence."""
+"""The names in a table of arguments, errors or attributes; they are no words of the sentence."""
 ITEM = re.compile(r"\s*(?:- |\d+\. )")
 
 

@@ -51,7 +51,7 @@ SHARED = {
     "dfa2_jax.families": {"base", "registry"},
     "pallas_kernels.backends": {"base", "registry", "kernel_types", "triton"},  # jax_triton has Triton's tiles
 }
-"""Of wings with rooms beside each other, those that all may enter, or that enter all: a family imports no other one."""
+"""Rooms of a wing that all other rooms may enter, or that enter all: a family imports no other family."""
 
 
 def modules():

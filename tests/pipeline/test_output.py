@@ -38,7 +38,7 @@ def output():
 
 
 def comment(path):
-    """Of an image, the text that other tools read."""
+    """The text of an image that other tools read."""
     with Image.open(path) as image:
         if image.format == "PNG":
             return image.text["parameters"]

@@ -27,7 +27,7 @@ def test_share_of_sd35_is_that_of_its_layers(guided, pipelines):
     width = pipeline.config.num_attention_heads * pipeline.config.attention_head_dim
     layers = call.setting.layers
     attention = sum(2 * (layer.num_text + layer.num_visual) ** 2 * width for layer in layers)
-    # Of each token in each attention: q, k, v and the output; in each block's MLP twice a fourfold width. The last
+    # Each token has q, k, v and the output in each attention; in each block's MLP, twice a fourfold width. The last
     # block's text takes q, k and v alone.
     joint = [layer for layer in layers if layer.name.startswith("joint")]
     rest = sum(4 * width**2 * (layer.num_text + layer.num_visual) for layer in layers)

@@ -50,7 +50,7 @@ def made(plans, tiny_sd35):
 
 
 def line_of(made, name):
-    """Of the report's table."""
+    """The line of this name in the report's table."""
     return next(line for line in made.lines if line.name == name)
 
 

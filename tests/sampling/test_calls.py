@@ -23,7 +23,7 @@ def config_of(name):
 
 
 def names(config):
-    """Of every call in order, after a look at where each lies."""
+    """The names of all attention layers in order, after a look at where each lies."""
     calls = config.calls(5, 64)
     for stack, numbers in stacks(calls).items():
         assert [calls[number].place for number in numbers] == list(range(len(numbers)))

@@ -67,7 +67,7 @@ def test_the_reading_of_hlo_sees_what_it_must():
 
 
 def copied_share(compiled, params):
-    """Of the weights, in one step."""
+    """The share of the weights that one step copies."""
     copied = sum(copy.num_bytes * copy.times for copy in weight_copies(compiled.hlo, unknown=1) if copy.in_loop)
     return copied / sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
 

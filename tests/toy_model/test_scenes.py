@@ -39,7 +39,7 @@ def test_ground_truth_under_the_noise_of_a_good_sampler_still_scores_everything(
 
 
 def test_shuffled_captions_score_what_guessing_would():
-    """Of 8 colours; a thing must also be at its place, and its shape is one of 6."""
+    """A guess is right for one of 8 colours. A thing must also be at its place, and its shape is one of 6."""
     images = drawn(scenes.split()[2], 64)
     shuffled = np.random.RandomState(0).permutation(len(images))
     mean = checker.mean_score(images[shuffled], scenes.held_out())

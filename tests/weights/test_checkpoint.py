@@ -62,7 +62,7 @@ def test_it_draws_what_it_never_saw(pipeline):
 
 @pytest.mark.long
 def test_a_plan_of_it_keeps_the_scene(pipeline):
-    """Of random weights no plan can be wrong: here much is left out, and what was asked for is there."""
+    """No plan of random weights can be wrong. Here much is left out, and what was asked for is there."""
     learned = (ASSETS / "calibration_prompts.txt").read_text().splitlines()[:2]
     plan = calibrate(pipeline, learned, delta=0.1, tiles=(16, 16), progress=False, **OPTIONS)
     assert plan.density() < 0.8

@@ -17,7 +17,7 @@ from dfa2_jax.weights.open import open_folder
 from dfa2_jax.weights.verify import verify_folder
 
 ARRAY, OTHER = "layers.mlp.up.weight.kernel", "layers.mlp.down.weight.kernel"
-"""Of the smallest text encoder: it loads in no time."""
+"""Arrays of the smallest text encoder: it loads in no time."""
 
 
 @pytest.fixture(scope="module")

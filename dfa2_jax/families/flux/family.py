@@ -43,7 +43,7 @@ class Flux:
         self.config = config
         self.tokens = Patches(config.patch_size, CHANNEL_ROW_COLUMN)
         self.latent_channels = config.in_channels // config.patch_size**2
-        # Of the published models, schnell alone has a fixed shift. A fine-tune without guidance keeps dev's scheduler.
+        # Only schnell of the published models has a fixed shift. A fine-tune without guidance keeps dev's scheduler.
         is_schnell = not config.guidance_embeds and not scheduler.get("use_dynamic_shifting", False)
         steps, scale, length = (4, 0.0, 256) if is_schnell else (28, 3.5, 512)
         self.defaults = Defaults(steps, scale, length, latent_size=128)

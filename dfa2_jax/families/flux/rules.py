@@ -7,12 +7,12 @@ from dfa2_jax.weights.rules import Rule, dense, norm
 
 
 def attention_columns(x: np.ndarray) -> np.ndarray:
-    """Of FLUX's `proj_out`, [D, D + 4 D], the part that reads the attention."""
+    """The part of FLUX's `proj_out`, [D, D + 4 D], that reads the attention: a kernel [D, D]."""
     return x[:, : x.shape[0]].T
 
 
 def mlp_columns(x: np.ndarray) -> np.ndarray:
-    """Of FLUX's `proj_out`, [D, D + 4 D], the part that reads the MLP."""
+    """The part of FLUX's `proj_out`, [D, D + 4 D], that reads the MLP: a kernel [4 D, D]."""
     return x[:, x.shape[0] :].T
 
 

@@ -62,7 +62,7 @@ class SD3Config:
 
     @property
     def patch_shape(self) -> tuple[int, int, int]:
-        """Of one visual token's numbers: patch rows, patch columns, channels."""
+        """The shape of one visual token's numbers: patch rows, patch columns, channels."""
         return self.patch_size, self.patch_size, self.in_channels
 
     @property

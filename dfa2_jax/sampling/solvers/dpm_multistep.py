@@ -44,7 +44,7 @@ class FlowDPM:
 
     @classmethod
     def of(cls, sigmas: Float[np.ndarray, " levels"]) -> "FlowDPM":
-        """Of noise levels in (0, 1) and a final 0. The first and the last step are of the first order."""
+        """The solver for noise levels in (0, 1) and a final 0. The first and the last step are of the first order."""
         now, after = sigmas[:-1].astype(np.float64), sigmas[1:].astype(np.float64)
         changes = np.zeros(len(now))
         if len(now) > 2:

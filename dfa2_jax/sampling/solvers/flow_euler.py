@@ -32,7 +32,7 @@ class FlowMultistep:
     """
 
     coefficients: Float[Array | np.ndarray, "padded_steps 2"]
-    """Of this step's velocity and of the last one's."""
+    """Coefficients of this step's velocity and of the last step's."""
 
     @classmethod
     def euler(cls, sigmas: Float[np.ndarray, " steps_plus_1"]) -> "FlowMultistep":
