@@ -4,10 +4,10 @@
         [--deltas 0.2 0.4 0.6 0.8 1.0] [--points ROW=THRESHOLD ...] [--out PREFIX] ...
 
 One prompt per line: the first ones calibrate, the others are sampled, dense and compressed, from equal seeds. Quality
-is SSIM and PSNR against the dense images; every point goes to PREFIX.json, the curves of quality over density to
-PREFIX.png; a run that was stopped goes on from the points in PREFIX.json. Thresholds of schemes that decide by layers
-are another quantity than delta: they are swept until their densities span those of the plans, and tables compare at
-equal density, between neighbours by a straight line.
+is SSIM and PSNR against the dense images. Every point goes to PREFIX.json, the curves of quality over density to
+PREFIX.png. A run that was stopped goes on from the points in PREFIX.json. Thresholds of schemes that decide by layers
+are another quantity than delta. They are swept until their densities span those of the plans. Tables compare at equal
+density, between neighbours by a straight line.
 """
 
 import argparse

@@ -2,11 +2,12 @@
 
     JAX_PLATFORMS=cpu python3.12 -m benchmarks.aot [--out benchmarks/results/aot.json]
 
-For every shipped configuration, and for the other tiles that were considered: registers, spills, shared memory, blocks
-per multiprocessor, asynchronous instructions, copies and aliasing in the program, instructions per score element of the
-loops without and with masks. `pallas_kernels.cost` turns them into seconds; `predicted` is the time of FLUX (head_dim
-128) or SD3 (64) at 2048 px with every head full, and with V/64 tokens on each side. Writes JSON and a Markdown table.
-`pallas_kernels.inspect.aot` says what must be installed. About five minutes.
+Rows are the shipped configurations, and the other tiles that were considered. A row holds registers, spills, shared
+memory, blocks per multiprocessor, asynchronous instructions, and the program's copies and aliasing. It also holds
+instructions per score element of the loops without and with masks. `pallas_kernels.cost` turns them into seconds.
+`predicted` is the time of FLUX (head_dim 128) or SD3 (64) at 2048 px: with every head full, and with V/64 tokens on
+each side. Writes JSON and a Markdown table. `pallas_kernels.inspect.aot` says what must be installed. About five
+minutes.
 
 `python3.12 -m benchmarks.attention --aot` sets the implementations side by side instead (`compare`): half a minute.
 """

@@ -3,12 +3,19 @@
     python -m benchmarks.attention [--rounds 5] [--only 1K] [--out benchmarks/results/attention_cpu.json]
     JAX_PLATFORMS=cpu python3.12 -m benchmarks.attention --aot [--out benchmarks/results/attention_aot.json]
 
-Every result is first compared with float64 over some of the queries; nothing wrong is timed. Rows: dense; all heads at
-V/16, V/32 and V/64 tokens on each side; a third of the heads each full, 1/8 and 1/32; all cached; and a nested call
-that gives full attention and four windows at once. Contenders are timed in turn, medians are taken. `efficiency` is the
-speedup over a dense contender times the exact density, `tile_efficiency` (on a GPU) times the share of tiles that the
-kernel visits: 1 where cost follows the kept pairs, or the tiles. `tflops` counts these tiles; `ceilings` are what the
-same machine reaches in the same rounds in a product of square matrices and in a copy (bytes read and written).
+Every result is first compared with float64 over some of the queries; nothing wrong is timed. Contenders are timed in
+turn, medians are taken. The rows are:
+
+- dense;
+- all heads at V/16, V/32 and V/64 tokens on each side;
+- a third of the heads each full, 1/8 and 1/32;
+- all cached;
+- a nested call that gives full attention and four windows at once.
+
+`efficiency` is the speedup over a dense contender times the exact density: 1 where cost follows the kept pairs.
+`tile_efficiency` (on a GPU) takes the share of tiles that the kernel visits: 1 where cost follows the tiles. `tflops`
+counts these tiles. `ceilings` are what the same machine reaches in the same rounds: in a product of square matrices,
+and in a copy (bytes read and written).
 
 On a GPU each burst of calls follows a rest, at the clock that a cool card has (`clock_mhz`, after the last). Without
 rests an H100 lowers it to stay within its power limit, from 1,980 to 1,455 MHz under full attention at 2048 px.
@@ -28,7 +35,7 @@ from statistics import median
 from typing import Any, NamedTuple
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch needs a share of the GPU
-# Else torch's workers spin for milliseconds after each call, on the cores of whoever is timed next: arrows in full,
+# Else torch's workers spin for milliseconds after each call, on the cores of whoever is timed next. Arrows in full,
 # which come after torch, then took 1.16 times the time of the same tiles in dense attention (1.03 without).
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
@@ -239,8 +246,8 @@ def wait(out: Any) -> None:
 
 
 def measure(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of a call, contenders in turn; short calls are repeated within a round, and waited for once, so that a
-    GPU works while Python prepares the next."""
+    """Seconds of a call, contenders in turn. Short calls are repeated within a round, and waited for once: a GPU works
+    while Python prepares the next."""
     on_gpu = jax.default_backend() == "gpu"
 
     def seconds(call: Callable[[], Any], repeats: int) -> float:

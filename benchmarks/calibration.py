@@ -2,10 +2,15 @@
 
     python -m benchmarks.calibration [CASE ...] [--rounds 5] [--out FILE]
 
-Cases are those of benchmarks/sampling.py whose attention takes most of a step, and one of 24 heads. One step of each,
-interleaved: dense; without attention; calibration (every candidate in one nested pass, the choice in the program); the
-official scheme (a dense pass, one per window, the choice, and a pass of the chosen mix). Also the exact choice alone,
-for all layers, and memory.
+Cases are those of benchmarks/sampling.py whose attention takes most of a step, and one of 24 heads. One step of each is
+timed, interleaved:
+
+- dense;
+- without attention;
+- calibration: every candidate in one nested pass, the choice in the program;
+- the official scheme: a dense pass, one per window, the choice, and a pass of the chosen mix.
+
+Also the exact choice alone, for all layers, and memory.
 """
 
 import argparse

@@ -3,8 +3,8 @@
     python -m benchmarks.convert [--rounds 3] [--blocks 5,9 10,18] [--folder DIR] [--out results.json]
 
 The folders are made on the spot: FLUX.1-dev's true shapes in bfloat16, fewer blocks, normal values. Every measurement
-is a process of its own, watched from outside (RssAnon of /proc/PID/status every 20 ms; pages of mapped files can be
-dropped at any time and do not count). Its source has just been read, so lies in the page cache as far as it fits, and
+is a process of its own, watched from outside: RssAnon of /proc/PID/status every 20 ms. Pages of mapped files can be
+dropped at any time and do not count. Its source has just been read, so lies in the page cache as far as it fits, and
 everything written before has been synced. Contenders take turns, round by round:
 
     plain write         as many bytes from one buffer to one file, and fsync: what the disk gives at that moment

@@ -4,8 +4,8 @@ one is wrong.
     python -m benchmarks.correct [--only FLUX] [--out benchmarks/results/correct_gpu.json]
 
 Six heads each: full, V/16, V/64, 0 and 10 V tokens on each side, and a cached one. Inputs are drawn anew for each case;
-what the heads that compute find in the cache is NaN. Right is: no more than twice the error of plain XLA attention
-in the same dtype, and `UNITS` in the last place of the head's largest output; the cached head to the bit; and every
+what the heads that compute find in the cache is NaN. A head may have twice the error of plain XLA attention in
+the same dtype, and `UNITS` in the last place of its largest output. The cached head must be right to the bit, and every
 position written. Nested calls: each of five outputs.
 """
 

@@ -2,9 +2,9 @@
 
     python -m benchmarks.forward [--rounds 5] [--tokens 256 1024 4096] [--out benchmarks/results/forward.json]
 
-Each pair of outputs is verified first; then the contenders are timed in turn, round by round, and a row holds their
-medians and the ratio of diffusers' time to ours. Weights are random. Depth is cut and FLUX's width halved, so that a
-step at 4,096 visual tokens takes seconds on two cores: all blocks are alike, so a ratio of steps is that of the models.
+Each pair of outputs is verified first. Then the contenders are timed in turn, round by round. A row holds their medians
+and the ratio of diffusers' time to ours. Weights are random. Depth is cut and FLUX's width halved, so that a step at
+4,096 visual tokens takes seconds on two cores. All blocks are alike, so a ratio of steps is that of the models.
 """
 
 import argparse

@@ -2,11 +2,11 @@
 
     python -m benchmarks.leave_out [--rounds 7] [--out benchmarks/results/leave_out_h100.json]
 
-For heads that are all V/16, V/32 or V/64: the kernel as shipped, without masks, without the tiles of text queries, and
-with its jobs dealt out in turn instead of drawn. The two in the middle are wrong on purpose; the others are checked.
-`by steps` is what the shipped kernel would take if every step of 128 keys took what it takes when all heads are full:
-what is left of the time over that is masks, the start and end of jobs, and blocks that wait for the last one. Hopper
-and jax 0.11 or newer. Bursts with rests, as benchmarks/attention.py.
+Heads are all V/16, V/32 or V/64. The kernel runs as shipped, without masks, without the tiles of text queries, and with
+its jobs dealt out in turn instead of drawn. The two in the middle are wrong on purpose; the others are checked.
+`by steps` is what the shipped kernel would take if every step of 128 keys took what it takes when all heads are full.
+The time over that is masks, the start and end of jobs, and blocks that wait for the last one. Hopper and jax 0.11 or
+newer. Bursts with rests, as benchmarks/attention.py.
 """
 
 import argparse

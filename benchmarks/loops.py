@@ -114,9 +114,15 @@ class Loop:
         return state.latents, state.memory
 
     def plan(self, target: float, *, reuse: float) -> Plan:
-        """Keeps this share of all query-key pairs after the first step; `reuse` is the share of the saving that is by
-        cached heads, the rest is by arrows: heads drawn anew at each step from those of all layers, so that layers
-        differ (at 0.32 by reuse a layer of 24 caches 9 to 22), as many full ones as possible."""
+        """A plan that keeps a share of all query-key pairs after the first step, with as many full heads as possible.
+
+        Heads are drawn anew at each step from those of all layers, so that layers differ. At 0.32 by reuse a layer of
+        24 caches 9 to 22.
+
+        Args:
+            target: the share of pairs that is kept.
+            reuse: the share of the saving that is by cached heads; the rest is by arrows.
+        """
         layers = tuple(
             AttentionLayer(name=name, num_text=x.num_text, num_visual=x.num_visual, text_first=x.text_first)
             for name, x in self.layers.items()
@@ -172,8 +178,8 @@ def random_like(shapes: Any) -> Any:
 
 
 REST = 0.5
-"""Seconds before each call on a GPU. Without it a step's time is that of the power left by the steps before: on an H100
-FLUX.1-dev's at 1024 px took 125 ms rested and 132 in a row, but 142 in the company of programs that need more power."""
+"""Seconds before each call on a GPU. Without it a step's time is that of the power left by the steps before. On an H100
+FLUX.1-dev's at 1024 px took 125 ms rested and 132 in a row. Beside programs that need more power, it took 142."""
 
 
 def interleaved(runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:

@@ -3,7 +3,7 @@
     python -m benchmarks.profile [CASE ...] [--rounds 5] [--out benchmarks/results/profile_gpu.json]
 
 Cases are those of benchmarks/sampling.py. The step is timed with attention by cuDNN, as it is shipped otherwise, and
-without these options, in turn; then each is traced once more, for the milliseconds of its kernels.
+without these options, in turn. Then each is traced once more, for the milliseconds of its kernels.
 """
 
 import argparse

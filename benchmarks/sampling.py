@@ -2,13 +2,13 @@
 
     python -m benchmarks.sampling [CASE ...] [--rounds 5] [--steps 2] [--unrolled] [--out FILE]
 
-A case is a model of random weights at one size: on a CPU, cut-down SD3.5-medium whose attention takes the share of the
-arithmetic that it takes in SD3.5-medium at 1024 or 2048 px (0.38 and 0.70); on a GPU, SD3.5 and FLUX.1-dev at true
-shapes. Plans keep a share of the query-key pairs: half of the saving comes from cached heads and half from arrows,
-mixed in every layer, or all of it from arrows ("arrows"), or from cached heads ("reuse"). The first step, always dense,
-is not timed. The ceiling is 1 / (1 - s (1 - kept)), where s is the measured share of attention: the time of a step less
-that of one without it. It can be passed, because cached heads skip their projections too: the last plan caches all.
-A GPU's peak memory is the process's so far.
+A case is a model of random weights at one size. On a GPU, cases are SD3.5 and FLUX.1-dev at true shapes. On a CPU, they
+are a cut-down SD3.5-medium. Its attention takes the share of the arithmetic that it takes in SD3.5-medium at 1024 or
+2048 px (0.38 and 0.70). Plans keep a share of the query-key pairs. Half of the saving comes from cached heads and half
+from arrows, mixed in every layer. Or all of it comes from arrows ("arrows"), or from cached heads ("reuse"). The first
+step, always dense, is not timed. The ceiling is 1 / (1 - s (1 - kept)), where s is the measured share of attention.
+Attention's time is that of a step less that of one without attention. The ceiling can be passed, because cached heads
+skip their projections too: the last plan caches all. A GPU's peak memory is the process's so far.
 """
 
 import argparse

@@ -2,8 +2,8 @@
 
     python -m benchmarks.steps_carried [--speedups 2 2.5] [--out benchmarks/results/steps_carried.json]
 
-Plans are calibrated at 256 px and guidance 4, and judged on held-out captions under other guidance and at other sizes,
-each against the dense images there. `own` is a plan that was calibrated there.
+Plans are calibrated at 256 px and guidance 4. They are judged on held-out captions under other guidance and at other
+sizes, each against the dense images there. `own` is a plan that was calibrated there.
 """
 
 import argparse

@@ -26,7 +26,7 @@ DRAWN = {
     "mosaic": {"longest": 500, "batches": 2, "dtypes": DTYPES[1:]},
     "jax_triton": {"longest": 300, "batches": 1, "sizes": (32, 64)},
 }
-"""What `calls` draws for each. Mosaic's interpret mode takes seconds a call, Triton's 3 ms for a tile of any size; left
+"""What `calls` draws for each. Mosaic's interpret mode takes seconds a call, Triton's 3 ms for a tile of any size. Left
 out are the longer ones, and Mosaic has no float32."""
 
 

@@ -31,7 +31,7 @@ def said(path: Path) -> Any:
 
 
 class FolderFuzzer:
-    """Damages one file of a folder at a time, in its bytes or, half of the time, in a number or a piece of its JSON."""
+    """Damages one file of a folder at a time: its bytes or, half of the time, a number or a piece of its JSON."""
 
     def __init__(self, folder: Path, seed: int):
         self.rng, self.folder = random.Random(seed), folder

@@ -52,7 +52,7 @@ def assert_highest_precision(lowered: Any) -> None:
 def largest_intermediate(function: Any, *args: Any) -> int:
     """Elements of the largest array that `function` computes, before any fusion; loop bodies included.
 
-    For memory bounds this is firmer than a CPU's `memory_analysis`, which counts nothing inside YNN fusions: dense
+    For memory bounds this is firmer than a CPU's `memory_analysis`, which counts nothing inside YNN fusions. Dense
     attention over 16,384 tokens reports 0 bytes there and takes 1 GiB.
     """
     return max(variable.aval.size for variable in outputs(jax.make_jaxpr(function)(*args).jaxpr))

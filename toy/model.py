@@ -32,7 +32,7 @@ def words() -> list[str]:
 def clip_vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
     """Vocabulary and merges of byte-level BPE in CLIP's order; every word of a caption is one token.
 
-    The merges are a file because learning them is not reproducible: tokenizers' `BpeTrainer`, from which they come,
+    The merges are a file because learning them is not reproducible. They come from tokenizers' `BpeTrainer`, which
     breaks ties by a hash that differs from process to process.
     """
     lines = (ASSETS / "clip_merges.txt").read_text(encoding="utf-8").splitlines()

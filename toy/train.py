@@ -4,7 +4,7 @@
 
 does one slice and stops; the same command again goes on from the last checkpoint. All work of a call (drawing scenes,
 encoding them, noise, the optimizer's steps) is one program on the device. The learning rate and the changes of stage
-follow the share of the total that is spent: a faster machine makes more steps in the same time.
+follow the share of the total that is spent. So a faster machine makes more steps in the same time.
 Same machine, same steps (`--total-steps` in place of `--total-seconds`): same weights, bit for bit on CPU.
 """
 

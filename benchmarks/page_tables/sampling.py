@@ -126,8 +126,8 @@ def xla_options(data: Any) -> Iterator[list[str]]:
 
 @table("predicted", "profile_h100.json", "FLUX.1-dev | products, ms | attention, ms | the rest, ms | step, ms")
 def predicted(data: Any) -> Iterator[list[str]]:
-    """Predicted from 24 x 57 x 3072^2 x N operations in products and 4 x 57 x 3072 x N^2 in attention, at rates that
-    were assumed before the kernels were written: 0.70 and 0.68 to 0.70 PFLOP/s, and 3.9 us a token for the rest."""
+    """Predicted from 24 x 57 x 3072^2 x N operations in products and 4 x 57 x 3072 x N^2 in attention. The rates were
+    assumed before the kernels were written: 0.70 and 0.68 to 0.70 PFLOP/s, and 3.9 us a token for the rest."""
     for pixels, attention_rate in ((1024, 0.68e15), (2048, 0.70e15)):
         tokens = 512 + (pixels // 16) ** 2
         parts = [24 * 57 * 3072**2 * tokens / 0.70e15, 4 * 57 * 3072 * tokens**2 / attention_rate, 3.9e-6 * tokens]

@@ -38,8 +38,8 @@ ACTIVATIONS: dict[str, Callable[[Any], Any]] = {
     "gelu_pytorch_tanh": gelu_tanh,
 }
 
-# transformers' config class once had 2 as its default, and the published checkpoints keep it although their tokenizers
-# end a prompt with 49407: with 2, `pooled` is taken at the largest id (transformers PR 24773).
+# transformers' config class once had 2 as its default. The published checkpoints keep it, although their tokenizers end
+# a prompt with 49407. With 2, `pooled` is taken at the largest id (transformers PR 24773).
 LEGACY_EOS_TOKEN_ID = 2
 
 # A whole CLIPModel's config.json holds the text encoder's own in `text_config`, where transformers 4 left these out.

@@ -60,7 +60,7 @@ def test_heads_that_share_as_plans_do_give_the_plan_s_latents(name, pipelines):
 
 
 def test_residuals_undo_a_window_where_nothing_changed(sd35):
-    """A window with what it left out at the last full step is nearer to full attention than alone, and right after that
+    """A window with what it left out at the last full step is nearer to full attention than alone. Right after that
     step, on the same tokens, it is full attention."""
     window = Option(Method.arrow(8), band=True)
     residual = Option(Method.arrow(8), band=True, residual=True)

@@ -56,7 +56,7 @@ def model(name: str, dtype: Any = jnp.float32) -> CLIPTextModel:
 
 
 def token_ids(name: str) -> np.ndarray:
-    """Prompts of 9 and 75 words, padded as CLIP-L (end of text) or bigG (0); the end-of-text id is the largest only
+    """Prompts of 9 and 75 words, padded as CLIP-L (end of text) or bigG (0). The end-of-text id is the largest only
     where the legacy rule needs it."""
     largest = EOS - 1 if MODELS[name]["eos_token_id"] == 2 else VOCAB - 1
     words = np.random.default_rng(0).integers(1, EOS - 1, (2, 75))

@@ -1,17 +1,24 @@
-"""Sentences of docstrings are short, as those of pages (CONTRIBUTING.md). The source is parsed, not imported."""
+"""Sentences of docstrings and comments are short, as those of pages (CONTRIBUTING.md).
+
+The source is parsed, not imported.
+"""
 
 import ast
+import io
 import re
+import tokenize
 from inspect import cleandoc
 from pathlib import Path
 
 import pytest
+from checkout import ROOT
 
 import dfa2_jax
 import pallas_kernels
 
 FOLDERS = [Path(package.__file__).parent for package in (dfa2_jax, pallas_kernels)]
-FILES = sorted(path for folder in (*FOLDERS, FOLDERS[0].parent / "convert") for path in folder.rglob("*.py"))
+FOLDERS += [FOLDERS[0].parent / "convert", ROOT / "benchmarks", ROOT / "toy", ROOT / "tests"]
+FILES = [path for folder in FOLDERS for path in sorted(folder.rglob("*.py"))]
 
 LONGEST = 25
 """Words a sentence."""
@@ -27,6 +34,20 @@ def docstrings(source):
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
             yield node.lineno, cleandoc(node.value.value)
+
+
+def comments(source):
+    """First line and text of every comment; comments on lines that follow each other are one."""
+    column, found = None, []
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            text, (line, start) = token.string.lstrip("# "), token.start
+            if found and (line, start) == (found[-1][0] + len(found[-1][1]), column):
+                found[-1][1].append(text)
+            else:
+                found.append((line, [text]))
+            column = start if token.line.strip().startswith("#") else None
+    return [(line, " ".join(texts)) for line, texts in found]
 
 
 def paragraphs(text):
@@ -54,9 +75,10 @@ def sentences(text):
                 yield count, sentence.strip()
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(FOLDERS[0].parent).as_posix())
-def test_sentences_of_docstrings_are_short(path):
-    for line, text in docstrings(path.read_text()):
+@pytest.mark.parametrize("path", FILES, ids=lambda path: "/".join(path.parts[-3:]))
+def test_docstrings_and_comments_are_prose(path):
+    source = path.read_text()
+    for line, text in (*docstrings(source), *comments(source)):
         long = [sentence for words, sentence in sentences(text) if words > LONGEST]
         assert not long, f"{path.name}:{line}: more than {LONGEST} words: {long}"
 
@@ -70,7 +92,10 @@ four five: six.
 - an item
 - another item of five words
 """
-def f():
+# One two three. Four
+# five.
+def f():  # six
+    # seven
     """Seven.
 
     Args:
@@ -87,3 +112,4 @@ def f():
 def test_words_are_counted():
     counts = [[words for words, _ in sentences(text)] for _, text in docstrings(EXAMPLE)]
     assert counts == [[2, 4, 2, 5], [1, 3, 1, 3, 1]]
+    assert [[words for words, _ in sentences(text)] for _, text in comments(EXAMPLE)] == [[3, 2], [1], [1]]

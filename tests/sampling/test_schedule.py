@@ -131,8 +131,8 @@ def test_sinusoid_equals_diffusers():
     t = np.concatenate([np.linspace(0, 1000, 57), [3500.0, 859.375]]).astype(np.float32)
     theirs = get_timestep_embedding(torch.tensor(t), 256, flip_sin_to_cos=True, downscale_freq_shift=0).numpy()
     difference = np.abs(sinusoid(t) - theirs)
-    # torch's float32 exp is an ulp off for some frequencies, which ones depends on the CPU: 0.9 % of the values
-    # seen, by up to an ulp of the angle (2.4e-4 at 3500). Float64 frequencies or angles move 15 to 25 % of them.
+    # torch's float32 exp is an ulp off for some frequencies; which ones depends on the CPU. 0.9 % of the values
+    # seen differ, by up to an ulp of the angle (2.4e-4 at 3500). Float64 frequencies or angles move 15 to 25 % of them.
     assert difference.max() < 2.5e-4
     assert np.mean(difference > 1e-6) < 0.03
 
