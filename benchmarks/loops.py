@@ -77,7 +77,7 @@ class Loop:
         )
         self.inputs = jax.device_put(inputs)
         self.calls = self.config.calls(num_text, self.num_visual)
-        self.layers = {call.name: call.layout for call in self.calls}
+        self.layers = {layer.name: layer.layout for layer in self.calls}
 
     def conditions(self, draw: Any, side: int, *, flux: bool) -> Any:
         config, num_text = self.config, self.num_text

@@ -5,7 +5,7 @@
 
 Plans are calibrated on assets/calibration_prompts.txt with seed 0 (`--learn`: and on other captions), and judged on
 captions that the model never saw. Each row is compared with the dense image, and with a converged one of many more
-steps. `cost` is the share of the dense run's network calls. For heads it is the density, as if attention were all.
+steps. `cost` is the share of the dense run's forwards. For heads it is the density, as if attention were all.
 Results are kept after every row.
 """
 

@@ -26,7 +26,7 @@ class PlannedProcessor:
 
     Args:
         inner: the processor that is replaced.
-        layer: number of the attention call, in order of execution.
+        layer: number of the attention layer, in order of execution.
         text: positions of the text tokens, a slice.
     """
 
@@ -57,7 +57,7 @@ def follow_plan(pipeline, half_windows, layouts):
 
     Args:
         half_windows: int [steps, layers, heads].
-        layouts: of each attention call in order of execution, with a slice `text`.
+        layouts: of each attention layer in order of execution, with a slice `text`.
 
     Returns:
         The run: its `next_step` must be the call's `callback_on_step_end`.

@@ -84,7 +84,7 @@ def learn(data: Any) -> Iterator[list[str]]:
             yield [f"{one['cost'] * count:.0f} of {count}", f"{1 / one['cost']:.2f}x", *cells]
 
 
-LIMIT = "network calls | speedup | plan to the limit | plan to the dense run | Euler's steps | DPM++ 2M"
+LIMIT = "forwards | speedup | plan to the limit | plan to the dense run | Euler's steps | DPM++ 2M"
 
 
 @table("limit-50", "steps_50.json", LIMIT)

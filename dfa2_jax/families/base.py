@@ -93,7 +93,7 @@ class Config(Protocol):
     joint_attention_dim: int
 
     def calls(self, num_text: int, num_visual: int) -> tuple[AttentionCall, ...]:
-        """Every attention call in order of execution: what plans are made of."""
+        """Every attention layer in order of execution: what plans are made of."""
         ...
 
 

@@ -25,14 +25,14 @@ QKV = tuple[Heads, Heads, Heads]
 
 @dataclass(frozen=True)
 class AttentionCall:
-    """One attention call of a network; in order of execution they are the layers of a plan."""
+    """One attention layer of a network, which a forward calls once. A plan has the layers in order of execution."""
 
     name: str
     """The plan's key: "attn2.7"."""
     block: int
     """The block's number in the network: 7."""
     stack: str
-    """Whose blocks it is stacked with: "segments.0.attn2"; memory and plans of the call lie under this name."""
+    """Whose blocks it is stacked with: "segments.0.attn2"; memory and plans of the layer lie under this name."""
     place: int
     """In the stack's leading axis."""
     layout: Layout
@@ -93,10 +93,10 @@ class Attend(Protocol):
 
 
 class BlockAttention:
-    """The attention calls of one block: hands each its memory and its plan, and keeps what it remembers.
+    """The attention layers of one block: hands each its memory and its plan, and keeps what it remembers.
 
     Args:
-        prefix: of the block's stacks ("segments.0."); a call's name in the block follows it.
+        prefix: of the block's stacks ("segments.0."); a layer's name in the block follows it.
     """
 
     def __init__(self, attend: Attend, prefix: str, memory: dict[str, Any], plans: dict[str, Any]):
@@ -210,23 +210,23 @@ class Planned:
         return memory[plan.place], memory
 
 
-def stacks(calls: tuple[AttentionCall, ...]) -> dict[str, np.ndarray]:
-    """By stack, the numbers of its calls in order of execution."""
-    names = dict.fromkeys(call.stack for call in calls)
-    return {name: np.array([i for i, call in enumerate(calls) if call.stack == name]) for name in names}
+def stacks(layers: tuple[AttentionCall, ...]) -> dict[str, np.ndarray]:
+    """By stack, the numbers of its layers in order of execution."""
+    names = dict.fromkeys(layer.stack for layer in layers)
+    return {name: np.array([i for i, layer in enumerate(layers) if layer.stack == name]) for name in names}
 
 
-def by_stack(calls: tuple[AttentionCall, ...], x: Any, axis: int = 0) -> dict[str, Any]:
-    """An array of all calls, cut along `axis` into one for each stack."""
-    return {name: np.take(np.asarray(x), numbers, axis) for name, numbers in stacks(calls).items()}
+def by_stack(layers: tuple[AttentionCall, ...], x: Any, axis: int = 0) -> dict[str, Any]:
+    """An array of all layers, cut along `axis` into one for each stack."""
+    return {name: np.take(np.asarray(x), numbers, axis) for name, numbers in stacks(layers).items()}
 
 
-def in_order(calls: tuple[AttentionCall, ...], x: dict[str, Any]) -> np.ndarray:
+def in_order(layers: tuple[AttentionCall, ...], x: dict[str, Any]) -> np.ndarray:
     """The inverse of `by_stack`, along the first axis."""
-    numbers = stacks(calls)
+    numbers = stacks(layers)
     return np.concatenate([np.asarray(x[name]) for name in numbers])[np.argsort(np.concatenate([*numbers.values()]))]
 
 
-def dense_plans(calls: tuple[AttentionCall, ...], step: Int[Array, ""] | int = 0) -> dict[str, LayerPlan]:
+def dense_plans(layers: tuple[AttentionCall, ...], step: Int[Array, ""] | int = 0) -> dict[str, LayerPlan]:
     """The plan of every stack: its layers' places and the step; all heads dense."""
-    return {name: LayerPlan.of_stack(len(numbers), step) for name, numbers in stacks(calls).items()}
+    return {name: LayerPlan.of_stack(len(numbers), step) for name, numbers in stacks(layers).items()}

@@ -48,12 +48,12 @@ def run_segment(
     skipped: Bool[Array, " L"] | None = None,
     unroll: int | bool = 1,
 ) -> tuple[Any, dict[str, Any]]:
-    """`streams` after a stack of blocks, and the memory of all stacks after their attention calls.
+    """`streams` after a stack of blocks, and the memory of all stacks after their attention layers.
 
     Args:
-        name: of the stack of blocks; those of its attention calls start with it (`nn.attention.AttentionCall.stack`).
+        name: of the stack of blocks; those of its attention layers start with it (`nn.attention.AttentionCall.stack`).
         step: `step(block, streams, attention)` gives the next streams.
-        memory, plans: by stack; the entries of this segment's calls are used, a layer at a time.
+        memory, plans: by stack; the entries of this segment's layers are used, a layer at a time.
         skipped: blocks to leave out; traced, so that another choice compiles nothing.
     """
     ours = name + "."

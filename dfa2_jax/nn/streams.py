@@ -44,7 +44,7 @@ class Context:
 
 
 class Projections(nnx.Module):
-    """A stream's projections around an attention call.
+    """A stream's projections before and after attention.
 
     qk_norm: RMS norms of queries and keys (not in SD3-medium).
     writes: an output projection; without one the stream is only read.

@@ -53,7 +53,7 @@ class Call:
 
     @cached_property
     def layers(self) -> tuple[AttentionCall, ...]:
-        """Every attention call, in order of execution."""
+        """Every attention layer, in order of execution."""
         return self.pipeline.config.calls(self.num_text, self.grid.num_visual)
 
     @property
@@ -76,12 +76,12 @@ class Call:
             num_heads=pipeline.config.num_attention_heads,
             layers=tuple(
                 AttentionLayer(
-                    name=call.name,
-                    num_text=call.layout.num_text,
-                    num_visual=call.layout.num_visual,
-                    text_first=call.layout.text_first,
+                    name=layer.name,
+                    num_text=layer.layout.num_text,
+                    num_visual=layer.layout.num_visual,
+                    text_first=layer.layout.text_first,
                 )
-                for call in self.layers
+                for layer in self.layers
             ),
         )
 

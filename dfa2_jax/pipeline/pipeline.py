@@ -70,10 +70,10 @@ class Pipeline(Loaded):
 
     def __repr__(self) -> str:
         parts = ", ".join(name for name in self.networks.configs if name != "scheduler")
-        calls = len(self.config.calls(1, 1))
+        layers = len(self.config.calls(1, 1))
         return (
             f"Pipeline({self.pipeline_class}, {self.dtype.name}, weights {self.fingerprint[:12]})\n"
-            f"  transformer: {calls} attention calls of {self.config.num_attention_heads} heads, "
+            f"  transformer: {layers} attention layers of {self.config.num_attention_heads} heads, "
             f"head_dim {self.config.attention_head_dim}\n"
             f"  components: {parts}; images of {self.sizes.image} px, sides by {self.sizes.multiple}"
         )

@@ -20,7 +20,7 @@ class Record(BaseModel):
 
 
 class AttentionLayer(Record):
-    """One attention call of the network."""
+    """One attention layer of the network."""
 
     name: Annotated[str, Field(max_length=100)]
     num_text: Count

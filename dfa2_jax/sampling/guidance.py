@@ -41,7 +41,7 @@ class Guidance(Protocol):
         """The guidance of these steps alone, in their order."""
         ...
 
-    def extra_pairs(self, calls: Sequence[AttentionCall]) -> int:
+    def extra_pairs(self, layers: Sequence[AttentionCall]) -> int:
         """Query-key pairs of an image's further forwards over all steps; these are dense, whatever the plan says."""
         ...
 
@@ -59,7 +59,7 @@ class NoGuidance:
     def at(self, nodes: Int[np.ndarray, " nodes"]) -> "NoGuidance":
         return self
 
-    def extra_pairs(self, calls: Sequence[AttentionCall]) -> int:
+    def extra_pairs(self, layers: Sequence[AttentionCall]) -> int:
         return 0
 
     def __call__(self, model: Model, x: Latents, i: Int[Array, ""] | int, memory: Any, rounded: Round) -> tuple:
@@ -80,7 +80,7 @@ class ClassifierFree:
     def at(self, nodes: Int[np.ndarray, " nodes"]) -> "ClassifierFree":
         return ClassifierFree(pad_steps(np.asarray(self.scale)[nodes]))
 
-    def extra_pairs(self, calls: Sequence[AttentionCall]) -> int:
+    def extra_pairs(self, layers: Sequence[AttentionCall]) -> int:
         return 0
 
     def sides_of(self, model: Model, x: Latents, memory: Any) -> tuple[Latents, Latents, Any]:
@@ -110,8 +110,8 @@ class SkipLayer:
     def at(self, nodes: Int[np.ndarray, " nodes"]) -> "SkipLayer":
         return replace(self, base=self.base.at(nodes), active=pad_steps(np.asarray(self.active)[nodes]))
 
-    def extra_pairs(self, calls: Sequence[AttentionCall]) -> int:
-        pairs = sum(call.layout.length**2 for call in calls if not self.blocks[call.block])
+    def extra_pairs(self, layers: Sequence[AttentionCall]) -> int:
+        pairs = sum(layer.layout.length**2 for layer in layers if not self.blocks[layer.block])
         return int(np.sum(self.active)) * pairs
 
     def __call__(self, model: Model, x: Latents, i: Int[Array, ""] | int, memory: Any, rounded: Round) -> tuple:

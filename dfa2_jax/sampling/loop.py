@@ -168,7 +168,7 @@ def denoise_planned(
     """As `denoise`, with each head's attention by a plan (DiTFastAttnV2, arXiv 2503.22796, section 3).
 
     Args:
-        state: its memory holds every attention call's last output (`memory.empty_memory`).
+        state: its memory holds every attention layer's last output (`memory.empty_memory`).
         plans: data: another plan of the shape compiles nothing.
         skip_projections: do not compute q, k, v of cached heads where that is faster. False: keep the summation order
             of a step that computes every head.

@@ -12,17 +12,17 @@ from dfa2_jax.nn.attention import Attend, AttentionCall, stacks
 
 
 def stack_shapes(
-    calls: tuple[AttentionCall, ...], batch: int, heads: tuple[int, int], dtype: DTypeLike
+    layers: tuple[AttentionCall, ...], batch: int, heads: tuple[int, int], dtype: DTypeLike
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """By stack, the outputs of its attention calls: [L, B, T, N, H].
+    """By stack, the outputs of its attention layers: [L, B, T, N, H].
 
     Args:
         batch: of the transformer, twice the images under classifier-free guidance.
         heads: their number and their size.
     """
     return {
-        name: jax.ShapeDtypeStruct((len(numbers), batch, calls[numbers[0]].layout.length, *heads), dtype)
-        for name, numbers in stacks(calls).items()
+        name: jax.ShapeDtypeStruct((len(numbers), batch, layers[numbers[0]].layout.length, *heads), dtype)
+        for name, numbers in stacks(layers).items()
     }
 
 

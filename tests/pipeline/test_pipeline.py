@@ -181,7 +181,7 @@ def test_sd3_without_t5_uses_zeros(tiny_sd35, tmp_path):
 def test_a_pipeline_says_what_it_is_in_three_lines(pipelines):
     first, second, third = repr(pipelines("tiny_sd35")).splitlines()
     assert first.startswith("Pipeline(StableDiffusion3Pipeline, float32, weights ")
-    assert "attention calls of 4 heads" in second and third.startswith("  components: text_encoder")
+    assert "attention layers of 4 heads" in second and third.startswith("  components: text_encoder")
 
 
 def test_output_says_how_the_images_were_made(pipelines):

@@ -1,4 +1,4 @@
-"""Sizes of a FLUX.1 transformer, and the order of its attention calls."""
+"""Sizes of a FLUX.1 transformer, and the order of its attention layers."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -59,7 +59,7 @@ class FluxConfig:
         return self.in_channels
 
     def calls(self, num_text: int, num_visual: int) -> tuple[AttentionCall, ...]:
-        """Every attention call in order of execution: double-stream blocks, then single-stream ones."""
+        """Every attention layer in order of execution: double-stream blocks, then single-stream ones."""
         layout = Layout(num_text, num_visual, text_first=True)
         stacks = (
             ("double", "transformer_blocks.attn", self.num_layers),

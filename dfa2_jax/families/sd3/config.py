@@ -1,4 +1,4 @@
-"""Sizes of an SD3 transformer, and the order of its attention calls."""
+"""Sizes of an SD3 transformer, and the order of its attention layers."""
 
 import math
 from collections import Counter
@@ -76,18 +76,18 @@ class SD3Config:
         return tuple(Segment(*kind, len(list(run))) for kind, run in groupby(kinds))
 
     def calls(self, num_text: int, num_visual: int) -> tuple[AttentionCall, ...]:
-        """Every attention call in order of execution; the second one of a dual block follows its joint one."""
+        """Every attention layer in order of execution; the second one of a dual block follows its joint one."""
         joint = Layout(num_text, num_visual, text_first=False)
         alone = Layout(0, num_visual, text_first=False)
-        calls, filled = [], Counter[str]()
+        layers, filled = [], Counter[str]()
         for block in range(self.num_layers):
             segment, _ = self.place("segments.", block)
             for plan_name, name, layout in (("joint", "attn", joint), ("attn2", "attn2", alone)):
                 if name == "attn" or block in self.dual_attention_layers:
                     stack = segment + name
-                    calls.append(AttentionCall(f"{plan_name}.{block}", block, stack, filled[stack], layout))
+                    layers.append(AttentionCall(f"{plan_name}.{block}", block, stack, filled[stack], layout))
                     filled[stack] += 1
-        return tuple(calls)
+        return tuple(layers)
 
     def place(self, path: str, block: int) -> tuple[str, int]:
         """Path, with its segment, and place there of a parameter of diffusers' `transformer_blocks.{block}`."""
