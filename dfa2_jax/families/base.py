@@ -9,7 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Real
 
 from dfa2_jax.nn.attention import Attend, AttentionCall
 from dfa2_jax.nn.carrier import carrier
@@ -61,10 +61,12 @@ class Schedule:
     """The steps of a call.
 
     sigmas: noise levels, the last one 0.
+    timesteps: the scheduler's own, as diffusers hands them to callbacks.
     times: their sinusoids are what the transformer takes.
     """
 
     sigmas: Float[np.ndarray, " levels"]
+    timesteps: Real[np.ndarray, " steps"]
     times: Float[np.ndarray, " steps"]
     solver: Solver
 

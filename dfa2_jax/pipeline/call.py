@@ -169,7 +169,7 @@ class Call:
     def _watched(self, watcher: Callable[..., Any], i: int, tokens: np.ndarray) -> np.ndarray:
         """The latents after a callback, which may return others or change them in place."""
         step = i if self.options.plan is None else self.options.plan.nodes[i]
-        family, timestep = self.pipeline.family, float(self.schedule.sigmas[step] * 1000)
+        family, timestep = self.pipeline.family, self.schedule.timesteps[step].item()
         shown = {"latents": np.array(family.output_latents(tokens, self.grid))}
         returned = watcher(self.pipeline, i, timestep, shown)
         returned = shown if returned is None else returned

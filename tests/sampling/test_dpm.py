@@ -71,6 +71,28 @@ def test_latents_equal_diffusers(name, pipelines, request):
     assert error(pipelines(name)(**options).images, want) > 1e-3
 
 
+@OLD_NUMPY
+@pytest.mark.torch
+@pytest.mark.parametrize("scheduler", [EULER, DPM])
+@pytest.mark.parametrize("name", CASES)
+def test_callbacks_are_told_the_timesteps_of_diffusers(name, scheduler, pipelines, request):
+    """DPM's are integers, below 1,000 sigma."""
+    import diffusers
+
+    theirs, told = load_theirs(request.getfixturevalue(name)), {"ours": [], "theirs": []}
+    config = named_config(scheduler, dict(theirs.scheduler.config))
+    theirs.scheduler = getattr(diffusers, scheduler).from_config(config)
+
+    def watcher(whose):
+        return lambda pipeline, step, timestep, values: told[whose].append(timestep) or values
+
+    run_theirs(theirs, prompt=PROMPTS[0], **CALL, **CASES[name], callback_on_step_end=watcher("theirs"))
+    options = CALL | CASES[name] | {"callback_on_step_end": watcher("ours"), "progress": False}
+    pipelines(name)(PROMPTS[0], scheduler=scheduler, **options)
+    want = [timestep.item() for timestep in told["theirs"]]
+    assert told["ours"] == want and [*map(type, told["ours"])] == [*map(type, want)]
+
+
 def test_steps_and_schedulers_are_data(pipelines, compilations):
     """A solver is a program; its levels and steps are not."""
     run = pipelines("tiny_sd35")

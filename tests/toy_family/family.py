@@ -94,7 +94,7 @@ class ToyFamily:
     def schedule(self, scheduler, sigmas, steps, num_visual, dtype):
         levels = np.linspace(1, 0, steps + 1, dtype=np.float32) if sigmas is None else np.append(sigmas, 0)
         levels = levels.astype(np.float32)
-        return Schedule(levels, 1000 * levels[:-1], TwoStep(pad_steps(np.diff(levels))))
+        return Schedule(levels, 1000 * levels[:-1], 1000 * levels[:-1], TwoStep(pad_steps(np.diff(levels))))
 
     def output_latents(self, tokens, grid):
         return self.tokens.unpack(tokens, grid)[:, :, 0]

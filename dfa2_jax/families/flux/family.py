@@ -102,9 +102,9 @@ class Flux:
         dtype: DTypeLike,
     ) -> Schedule:
         """diffusers divides times by 1000 in the pipeline and multiplies in the model, both in the model's dtype."""
-        levels, times, solver = flow_steps(scheduler, sigmas, np.linspace(1.0, 1 / steps, steps), num_visual)
-        thousandths = times.astype(dtype) / np.asarray(1000, dtype)
-        return Schedule(levels, embedded_scalar(thousandths, dtype), solver)
+        levels, timesteps, solver = flow_steps(scheduler, sigmas, np.linspace(1.0, 1 / steps, steps), num_visual)
+        thousandths = timesteps.astype(dtype) / np.asarray(1000, dtype)
+        return Schedule(levels, timesteps, embedded_scalar(thousandths, dtype), solver)
 
     def output_latents(self, tokens: np.ndarray, grid: Grid) -> np.ndarray:
         """Packed, [B, V, 64]."""

@@ -123,8 +123,9 @@ class SD3:
         num_visual: int,
         dtype: DTypeLike,
     ) -> Schedule:
-        """Times are 1000 sigma in float32, whatever the model's dtype is."""
-        return Schedule(*flow_steps({"max_shift": 1.16, **scheduler}, sigmas, steps, num_visual))
+        """Times are timesteps in float32, whatever the model's dtype is."""
+        levels, timesteps, solver = flow_steps({"max_shift": 1.16, **scheduler}, sigmas, steps, num_visual)
+        return Schedule(levels, timesteps, timesteps.astype(np.float32), solver)
 
     def output_latents(self, tokens: np.ndarray, grid: Grid) -> np.ndarray:
         """[B, C, h, w]."""

@@ -65,7 +65,7 @@ class FlowDPM:
 
 def dpm_levels(
     config: Mapping[str, Any], steps: int, num_visual: int
-) -> tuple[Float[np.ndarray, " levels"], Float[np.ndarray, " steps"]]:
+) -> tuple[Float[np.ndarray, " levels"], Int[np.ndarray, " steps"]]:
     """Noise levels and times, as diffusers' `set_timesteps` makes them: times are whole numbers.
 
     Raises:
@@ -82,7 +82,7 @@ def dpm_levels(
         shift = positive(config, "flow_shift", 1.0)
     even = 1 - np.linspace(1, 1 / train, steps + 1)
     levels = np.flip(shift * even / (1 + (shift - 1) * even))
-    times = (levels[:-1] * train).astype(np.int64).astype(np.float32)
+    times = (levels[:-1] * train).astype(np.int64)
     levels = levels.astype(np.float32)
     if not (np.diff(levels) < 0).all() or not levels[0] < 1:
         raise ValueError(f"scheduler_config.json: its {steps} noise levels {levels!s:.100} do not fall from below 1.")

@@ -4,15 +4,15 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Real
 
 from dfa2_jax.sampling.solvers.base import Solver
 from dfa2_jax.sampling.solvers.dpm_multistep import FLOW, FlowDPM, dpm_levels
 from dfa2_jax.sampling.solvers.flow_euler import FlowMultistep, flow_match_sigmas
 
 Levels = Sequence[float] | np.ndarray
-Steps = tuple[Float[np.ndarray, " levels"], Float[np.ndarray, " steps"], Solver]
-"""Noise levels, times out of 1,000, and the solver."""
+Steps = tuple[Float[np.ndarray, " levels"], Real[np.ndarray, " steps"], Solver]
+"""Noise levels, times out of 1,000 as diffusers has them (DPM's are integers), and the solver."""
 
 
 def _euler(config: Mapping[str, Any], sigmas: Levels | None, default: Levels | int, num_visual: int) -> Steps:
