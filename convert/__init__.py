@@ -3,5 +3,16 @@
 An installed dfa2-jax has the same as `dfa2-convert` and `dfa2_jax.convert_checkpoint`.
 """
 
-from dfa2_jax.conversion import convert_checkpoint as convert_checkpoint
-from dfa2_jax.conversion import main as main
+from typing import Any
+
+import dfa2_jax
+from dfa2_jax import cli
+
+main = cli.convert
+
+
+def __getattr__(name: str) -> Any:
+    """`convert_checkpoint`, imported when it is asked for: Ctrl-C ends the script while JAX is imported, too."""
+    if name != "convert_checkpoint":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return dfa2_jax.convert_checkpoint

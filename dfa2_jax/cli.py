@@ -1,4 +1,4 @@
-"""`dfa2`: sample images, find plans and judge them from a shell, and say what this machine can do.
+"""`dfa2`: sample images, find plans and judge them from a shell, and say what this machine can do. `dfa2-convert`.
 
 Flags are fields of `dfa2_jax.options`. A command is a module of `dfa2_jax.commands`, imported when it runs: what is
 imported here imports no JAX, and help answers at once.
@@ -15,7 +15,7 @@ from dfa2_jax import __version__
 from dfa2_jax.commands.flags import ALIASES, add_flags
 from dfa2_jax.io.arguments import Parser
 from dfa2_jax.io.errors import printable
-from dfa2_jax.io.signals import Interrupted, interruptible
+from dfa2_jax.io.signals import Interrupted, exiting, interruptible
 from dfa2_jax.io.terminal import answered
 from dfa2_jax.options import CALL, CalibrationOptions, Options, ReportOptions
 from dfa2_jax.weights.dtypes import FLOAT_DTYPES
@@ -36,25 +36,44 @@ def main(argv: Sequence[str] | None = None) -> int:
     - 128 and its number: a signal ended the command (Ctrl-C: 130).
     - 141: the reader of stdout has left.
     """
-    return answered(lambda: _run(_parser().parse_args(argv)))
+
+    def run() -> int:
+        args = _parser().parse_args(argv)
+        return _run(f"dfa2 {args.command}", args)
+
+    return answered(run)
 
 
-def _run(args: argparse.Namespace) -> int:
+def convert(argv: Sequence[str] | None = None) -> int:
+    """`dfa2-convert`. Exit codes: 0, or 2 with one line on stderr, or 128 and its number where a signal ended it."""
+    parser = Parser(prog="dfa2-convert", description="Convert a diffusers folder to Orbax.")
+    parser.set_defaults(run=("convert", "run"))
+    parser.add_argument("src", metavar="SRC", help="a diffusers folder, or a hub id such as owner/name")
+    parser.add_argument("dst", metavar="DST", help="the folder to write; must not exist")
+    parser.add_argument("--dtype", choices=FLOAT_DTYPES, help="of the weights (default: as stored)")
+    parser.add_argument("--download", action="store_true", help="fetch a hub id that your cache lacks")
+    args = parser.parse_args(argv)
+    return answered(lambda: _run(parser.prog, args))
+
+
+def _run(name: str, args: argparse.Namespace) -> int:
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
     module, function = args.run
     try:
         with interruptible():
-            return getattr(import_module(f"dfa2_jax.commands.{module}"), function)(args)
+            with exiting(f"{name}: interrupted"):
+                command = getattr(import_module(f"dfa2_jax.commands.{module}"), function)
+            return command(args)
     except BrokenPipeError:
         raise
     except (ValueError, NotImplementedError, OSError) as error:
-        print(f"dfa2 {args.command}: {printable(str(error))}", file=sys.stderr)
+        print(f"{name}: {printable(str(error))}", file=sys.stderr)
         return 2
     except MemoryError as error:
-        print(f"dfa2 {args.command}: not enough memory: {error}", file=sys.stderr)
+        print(f"{name}: not enough memory: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as error:
-        print(f"dfa2 {args.command}: interrupted", file=sys.stderr)
+        print(f"{name}: interrupted", file=sys.stderr)
         return error.exit_code if isinstance(error, Interrupted) else 130
 
 

@@ -1,13 +1,10 @@
 """A diffusers folder to one of ours: Orbax checkpoints of the stacked parameters, config.json, tokenizers."""
 
-import argparse
 import asyncio
 import hashlib
 import json
-import logging
 import os
 import shutil
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -23,22 +20,17 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
 from jax.typing import DTypeLike
-from tqdm import tqdm
 
 from dfa2_jax.encoders.tokenizers import load_tokenizer
 from dfa2_jax.families.registry import open_checkpoint
-from dfa2_jax.io.arguments import Parser
 from dfa2_jax.io.atomic import NameTaken, appearing, check_free, remove_leftovers
 from dfa2_jax.io.digest import digest_of, file_sha256
-from dfa2_jax.io.errors import CheckpointError, check_file, printable
+from dfa2_jax.io.errors import CheckpointError, check_file
 from dfa2_jax.io.hub import find_model, is_hub_id
 from dfa2_jax.io.names import suggests_names
-from dfa2_jax.io.signals import Interrupted, interruptible
-from dfa2_jax.io.terminal import answered, print_path
 from dfa2_jax.pipeline.fit import check_fit, check_tokenizer
 from dfa2_jax.weights.checkpoint import compute_dtype
 from dfa2_jax.weights.diffusers import DiffusersCheckpoint
-from dfa2_jax.weights.dtypes import FLOAT_DTYPES
 from dfa2_jax.weights.leaf import Block, Leaf, slabs
 from dfa2_jax.weights.orbax import FORMAT, FORMAT_VERSION, StoredArray, array_name, orbax_name
 
@@ -357,39 +349,3 @@ def write_config(
     }
     content |= {"digest": digest_of(content)}
     (folder / "config.json").write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Exit codes: 0, or 2 with one line on stderr, or 128 and its number where a signal ended it (Ctrl-C: 130)."""
-    parser = Parser(prog="dfa2-convert", description="Convert a diffusers folder to Orbax.")
-    parser.add_argument("src", metavar="SRC", help="a diffusers folder, or a hub id such as owner/name")
-    parser.add_argument("dst", metavar="DST", help="the folder to write; must not exist")
-    parser.add_argument("--dtype", choices=FLOAT_DTYPES, help="of the weights (default: as stored)")
-    parser.add_argument("--download", action="store_true", help="fetch a hub id that your cache lacks")
-    args = parser.parse_args(argv)
-    return answered(lambda: _convert(args))
-
-
-def _convert(args: argparse.Namespace) -> int:
-    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns of what it does not do
-    try:
-        with interruptible(), tqdm(unit="B", unit_scale=True, desc="convert") as bar:
-
-            def progress(done: int, total: int) -> None:
-                bar.total = total
-                bar.update(done - bar.n)
-
-            convert_checkpoint(args.src, args.dst, args.dtype, progress=progress, download=args.download)
-    except (CheckpointError, OSError) as error:
-        print(f"dfa2-convert: {printable(str(error))}", file=sys.stderr)
-        return 2
-    except Interrupted as error:  # after the name was taken, which one step does, all is there
-        kept = f"{args.dst} is complete" if os.path.lexists(args.dst) else "nothing was kept"
-        print(f"dfa2-convert: interrupted, {kept}", file=sys.stderr)
-        return error.exit_code
-    print_path(args.dst)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -29,7 +29,7 @@ import numpy as np
 from mutations import sample_plan
 from PIL import Image
 
-from dfa2_jax import cli, conversion
+from dfa2_jax import cli, conversion  # noqa: F401 (forks find it imported)
 from dfa2_jax.io.digest import digest_of
 from dfa2_jax.plan.plan import Plan
 from dfa2_jax.weights.verify import verify_folder
@@ -67,7 +67,7 @@ def cases(models: Path, work: Path) -> dict[str, Case]:
     reported = [*found, "--plan", str(plan), "--seed", "0"]
     return {
         "plan": Case(lambda folder: save_plans(folder / "plan.json"), compiled=False),
-        "convert": Case(lambda folder: conversion.main([str(work / "source"), str(folder / "model")]), compiled=False),
+        "convert": Case(lambda folder: cli.convert([str(work / "source"), str(folder / "model")]), compiled=False),
         "sample": Case(lambda folder: cli.main(["sample", flux, *given, "--out", str(folder), *SIZE])),
         "calibrate": Case(lambda folder: calibrate(folder, *HEADS), transient=("plan.json.progress",)),
         "calibrate steps": Case(lambda folder: calibrate(folder, "--speedup", "2"), transient=("plan.json.progress",)),

@@ -1,10 +1,12 @@
 """Signals that end a program: all of them as Ctrl-C does, so that what is half-made is removed."""
 
+import gc
+import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from types import FrameType
 
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -23,22 +25,53 @@ def interruptible() -> Iterator[None]:
 
     Signals that are ignored already stay so (nohup), and other threads than the main one cannot be interrupted.
     """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
     ended = False
-    before = {each: signal.getsignal(each) for each in ENDING if signal.getsignal(each) is not signal.SIG_IGN}
 
-    def end(signum: int, frame: Any) -> None:
+    def end(signum: int, frame: FrameType | None) -> None:
         nonlocal ended
-        if not ended:
+        if not ended and _is_collecting(frame):  # Python drops what is raised there, and JAX has a callback there
+            threading.Timer(0.01, os.kill, (os.getpid(), signum)).start()
+        elif not ended:
             ended = True
             raise Interrupted(signum)
 
+    with _handled_by(end):
+        yield
+
+
+@contextmanager
+def exiting(line: str) -> Iterator[None]:
+    """The first of `ENDING` ends the process within, with a line on stderr.
+
+    It is for imports, which leave nothing behind: there tensorstore makes an ImportError of what is raised.
+    """
+
+    def end(signum: int, frame: FrameType | None) -> None:
+        os.write(2, f"{line}\n".encode())  # print may be what was interrupted
+        os._exit(128 + signum)
+
+    with _handled_by(end):
+        yield
+
+
+@contextmanager
+def _handled_by(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {each: signal.getsignal(each) for each in ENDING if signal.getsignal(each) is not signal.SIG_IGN}
     try:
         for each in before:
-            signal.signal(each, end)
+            signal.signal(each, handler)
         yield
     finally:
-        for each, handler in before.items():
-            signal.signal(each, handler)
+        for each, handler_before in before.items():
+            signal.signal(each, handler_before)
+
+
+def _is_collecting(frame: FrameType | None) -> bool:
+    """Whether a callback of the garbage collector runs."""
+    callbacks = {getattr(callback, "__code__", None) for callback in gc.callbacks}
+    while frame is not None and frame.f_code not in callbacks:
+        frame = frame.f_back
+    return frame is not None

@@ -11,7 +11,7 @@ from importlib.metadata import version
 import pytest
 
 import dfa2_jax
-from dfa2_jax import Output, Pipeline, Plan, calibrate, cli, conversion, convert_checkpoint, options, quality_report
+from dfa2_jax import Output, Pipeline, Plan, calibrate, cli, convert_checkpoint, options, quality_report
 from dfa2_jax.commands import flags
 from dfa2_jax.io.names import of_names
 
@@ -180,7 +180,7 @@ def test_a_prompt_may_look_like_a_flag():
 
 def test_convert_takes_no_abbreviation(capsys):
     with pytest.raises(SystemExit):
-        conversion.main(["a", "b", "--dt", "float16"])
+        cli.convert(["a", "b", "--dt", "float16"])
     assert "unrecognized arguments: --dt (did you mean --dtype?)" in capsys.readouterr().err
 
 

@@ -1,8 +1,12 @@
 """Signals end a program as Ctrl-C does, once."""
 
+import gc
 import os
 import signal
+import subprocess
+import sys
 import threading
+import time
 
 import pytest
 
@@ -55,3 +59,48 @@ def test_other_threads_are_let_be():
     thread.start()
     thread.join()
     assert ended == [signal.getsignal(signal.SIGTERM)]
+
+
+@pytest.mark.usefixtures("nothing_ignored")
+def test_a_signal_within_a_callback_of_the_garbage_collector_is_not_lost():
+    """JAX has such a callback, and Python drops what is raised there."""
+
+    sent = []
+
+    def interrupted(phase, info):
+        if not sent:
+            sent.append(os.kill(os.getpid(), signal.SIGINT))
+
+    gc.callbacks.append(interrupted)
+    try:
+        with pytest.raises(Interrupted), interruptible():
+            gc.collect()
+            time.sleep(10)
+    finally:
+        gc.callbacks.remove(interrupted)
+
+
+IMPORTING = """
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background it is ignored, and stays so
+from dfa2_jax import cli
+class Finder:
+    def find_spec(self, name, *_):
+        if name == "jax":
+            try:
+                signal.raise_signal(signal.SIGINT)
+            except BaseException as error:  # as tensorstore does
+                raise ImportError("initialization failed") from error
+sys.meta_path.insert(0, Finder())
+sys.exit(getattr(cli, sys.argv[1])(sys.argv[2:]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "told"),
+    [("convert", ["src", "dst"], "dfa2-convert: interrupted\n"), ("main", ["doctor"], "dfa2 doctor: interrupted\n")],
+)
+def test_ctrl_c_while_jax_is_imported_ends_in_one_line(command, arguments, told, tmp_path):
+    line = [sys.executable, "-c", IMPORTING, command, *arguments]
+    run = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 130 and run.stderr == told

@@ -21,7 +21,8 @@ from damage import copy_model
 from flax import nnx
 
 from dfa2_jax import conversion as convert_module
-from dfa2_jax.conversion import convert_checkpoint, main
+from dfa2_jax.cli import convert as main
+from dfa2_jax.conversion import convert_checkpoint
 from dfa2_jax.families.registry import networks, open_checkpoint
 from dfa2_jax.io.errors import CheckpointError
 from dfa2_jax.weights import leaf as leaf_module
@@ -194,13 +195,13 @@ def test_a_hub_id_is_fetched_into_the_cache(tiny_flux_schnell, tmp_path, monkeyp
 SLOW = """
 import signal, sys, time
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored, and stays so
-import dfa2_jax.conversion as conversion
+from dfa2_jax import cli, conversion
 write_chunk = conversion.write_chunk
 def slow(*args):
     time.sleep(0.05)
     return write_chunk(*args)
 conversion.write_chunk = slow
-sys.exit(conversion.main(sys.argv[1:]))
+sys.exit(cli.convert(sys.argv[1:]))
 """
 
 
@@ -384,7 +385,7 @@ def test_arrays_on_the_host_are_not_copied(tiny_flux_dev, monkeypatch):
 def test_a_convert_py_of_the_user_is_not_run(tmp_path):
     """`python -c` looks in the working directory first, as `python -m` and an editor do."""
     (tmp_path / "convert.py").write_text("raise SystemExit('the wrong convert')")
-    code = "from dfa2_jax.conversion import main; main(['absent', 'out'])"
+    code = "from dfa2_jax.cli import convert; convert(['absent', 'out'])"
     run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert "dfa2-convert: absent is not a folder" in run.stderr and run.returncode == 0
 
