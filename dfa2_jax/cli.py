@@ -97,6 +97,7 @@ def _parser() -> Parser:
     )
     sample.add_argument("--format", choices=("png", "webp", "jpeg"), help="of the images in a folder (default: png)")
     add_flags(sample, Options)
+    _add_verify(sample)
     _add_dtype(sample)
 
     _add_again(
@@ -115,6 +116,7 @@ def _parser() -> Parser:
     calibrate.add_argument("--out", type=Path, required=True, metavar="PLAN.json")
     add_flags(calibrate, CalibrationOptions)
     add_flags(calibrate, Options, CALL)
+    _add_verify(calibrate)
     _add_dtype(calibrate)
 
     report = commands.add_parser(
@@ -145,6 +147,7 @@ def _add_again(again: argparse.ArgumentParser) -> None:
     _add_folder(again, nargs="?", words="of the model (default: the one that the image names)")
     again.add_argument("--plan", type=Path, metavar="FILE", help="default: the one that the image names")
     again.add_argument("--out", type=Path, metavar="DIR", help="default: the image's folder")
+    _add_verify(again)
 
 
 def _add_report(report: argparse.ArgumentParser) -> None:
@@ -158,6 +161,7 @@ def _add_report(report: argparse.ArgumentParser) -> None:
     report.add_argument("--max-lpips", type=float, metavar="X", help="a limit of a plan's mean")
     report.add_argument("--min-ssim", type=float, metavar="X")
     report.add_argument("--min-psnr", type=float, metavar="X", help="in dB")
+    _add_verify(report)
     add_flags(report, ReportOptions)
 
 
@@ -196,10 +200,13 @@ def _add_prompts(parser: argparse.ArgumentParser, required: bool = True) -> None
     parser.add_argument("--prompts", type=Path, required=required, metavar="FILE", help="one prompt per line")
 
 
-def _add_dtype(parser: argparse.ArgumentParser) -> None:
+def _add_verify(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--no-verify", dest="verify", action="store_false", help="load converted weights without their checksums"
     )
+
+
+def _add_dtype(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", *ALIASES["dtype"], choices=FLOAT_DTYPES, help="default: the checkpoint's; float32 on CPU"
     )

@@ -216,6 +216,7 @@ class ReportOptions:
     )
     image_reward: Any = option(None, "not supported: says why", flag=True, metavar="FOLDER")
     quick: bool = option(False, "no noise floor and no heads, for a gate", flag=True)
+    verify: bool = option(True, "compare a converted folder's weights with their checksums as they are read")
     progress: bool = option(True, "show a bar")
 
 

@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
     phase = nullcontext if args.quiet else told
     with phase("loading"):
         kind = {"dtype": made.get("requested_dtype"), "torch_rounding": made.get("torch_rounding", False)}
-        pipeline = Pipeline.from_pretrained(folder, **kind)
+        pipeline = Pipeline.from_pretrained(folder, **kind, verify=args.verify)
     if pipeline.fingerprint != made.get("fingerprint"):
         raise ValueError(
             f"{args.image} was made with weights {made.get('fingerprint')}, and {folder} holds {pipeline.fingerprint}: "

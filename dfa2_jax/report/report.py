@@ -235,6 +235,7 @@ def quality_report(
     clip: str | PathLike[str] | None = None,
     image_reward: str | PathLike[str] | None = None,
     quick: bool = False,
+    verify: bool = True,
     progress: bool = True,
 ) -> Report:
     """Measure plans against dense sampling. `Report.save` writes it, `Report.failures` is the gate.
@@ -260,7 +261,7 @@ def quality_report(
     batches = [shots[i : i + batch] for i in range(0, len(shots), batch)]
     arguments = {"negative_prompt": negative_prompt, "guidance_scale": guidance_scale}
     arguments["plan"] = next(iter(plans.values()))
-    sampler = Sampler(Pipeline.from_pretrained(folder, dtype=dtype), arguments, batch)
+    sampler = Sampler(Pipeline.from_pretrained(folder, dtype=dtype, verify=verify), arguments, batch)
     first = replace(sampler, batch=1).prepare(shots[:1])
     _check_plans(plans, first.setting)
     facts = _facts(sampler, folder, first) | {"negative_prompt": negative_prompt}
@@ -273,7 +274,7 @@ def quality_report(
         del sampler, first  # two sets of weights need not fit
         if not quick:
             with fitting(table.rounded, table.reordered[table.other_dtype]):
-                pipeline = Pipeline.from_pretrained(folder, dtype=table.other_dtype)
+                pipeline = Pipeline.from_pretrained(folder, dtype=table.other_dtype, verify=verify)
                 table.other(Sampler(pipeline, arguments, batch), bar)
     return Report(tuple(table.lines), tuple(prompts), tuple(seeds), limits, masses, facts)
 

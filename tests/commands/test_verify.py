@@ -2,8 +2,10 @@
 
 import numpy as np
 import pytest
+from mutations import sample_plan
 
-from dfa2_jax import cli, convert_checkpoint
+from dfa2_jax import Pipeline, cli, convert_checkpoint
+from dfa2_jax.commands import again
 from dfa2_jax.pipeline.loaded import Loaded
 
 SIZES = ["--height", "64", "--width", "64", "--steps", "1", "--max-sequence-length", "16", "--quiet"]
@@ -40,3 +42,31 @@ def test_what_is_whole_is_verified(tiny_flux_schnell, tmp_path, capsys):
     folder = convert_checkpoint(tiny_flux_schnell, tmp_path / "converted")
     assert cli.main(["verify", str(folder), "--quiet"]) == 0
     assert capsys.readouterr().out == f"{folder}\n"
+
+
+LOADS = {
+    "sample": ["--prompt", "red", "--out", "out"],
+    "calibrate": ["--prompts", "prompts.txt", "--out", "plan.json"],
+    "report": ["--prompts", "prompts.txt", "--plan", "plan.json", "--out", "out"],
+    "again": [],
+}
+
+
+@pytest.mark.usefixtures("cache")
+@pytest.mark.parametrize("command", LOADS)
+def test_every_command_that_loads_a_folder_can_leave_out_its_checksums(command, tmp_path, monkeypatch):
+    loads = []
+
+    def load(folder, *, verify=True, **options):
+        loads.append((folder, verify))
+        raise ValueError("enough")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Pipeline, "from_pretrained", load)
+    monkeypatch.setattr(again, "read_metadata", lambda image: {})
+    monkeypatch.setattr(again, "options_again", lambda made, plan: None)
+    (tmp_path / "prompts.txt").write_text("red")
+    sample_plan(0).save(tmp_path / "plan.json")
+    words = [command, *(["image.png"] if command == "again" else []), "folder", *LOADS[command]]
+    assert cli.main(words) == 2 and cli.main([*words, "--no-verify"]) == 2
+    assert loads == [("folder", True), ("folder", False)]

@@ -123,6 +123,8 @@ FAULTS = {
         "io/test_signals.py::test_ctrl_c_while_jax_is_imported_ends_in_one_line",
     "a signal within the garbage collector was lost":
         "io/test_signals.py::test_a_signal_within_a_callback_of_the_garbage_collector_is_not_lost",
+    "dfa2 report and dfa2 again took no --no-verify":
+        "commands/test_verify.py::test_every_command_that_loads_a_folder_can_leave_out_its_checksums",
     # use
     "generator= and other arguments of diffusers were unknown":
         "commands/test_flags.py::test_an_argument_of_diffusers_that_has_another_form_is_answered",
