@@ -27,6 +27,7 @@ from tqdm import tqdm
 from benchmarks.machine import describe_machine
 from dfa2_jax import Pipeline, calibrate
 from dfa2_jax.calibration.baselines import SCHEMES, calibrate_scheme, sample_scheme
+from dfa2_jax.io.atomic import replacing, write_whole
 
 COEFFICIENTS = {"c none": None, "c 1": 1.0, "c 1.5": 1.5, "c 2": 2.0}
 ARROWS = "arrows only"
@@ -105,7 +106,8 @@ def draw(result: dict[str, list[dict[str, Any]]], path: Path) -> None:
         axes.legend(fontsize=8)
     left.set_ylabel("SSIM against the dense image")
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    with replacing(path) as file:
+        figure.savefig(file, format=path.suffix[1:], dpi=110)
 
 
 def parse() -> argparse.Namespace:
@@ -172,7 +174,7 @@ def main() -> None:
         points.append({"threshold": threshold, "density": density} | quality(images, exact))
         tqdm.write(f"{name} {threshold}: density {density:.3f}, SSIM {np.mean(points[-1]['ssim']):.4f}")
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(facts | {"rows": result}, indent=1) + "\n")
+        write_whole(path, json.dumps(facts | {"rows": result}, indent=1) + "\n")
     draw(result, args.out.with_suffix(".png"))
     compare(result)
 

@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from benchmarks.machine import describe_machine
 from benchmarks.tiles import CANDIDATES
+from dfa2_jax.io.atomic import write_whole
 from pallas_kernels import FULL, Layout, arrow_attention, cost, nested_arrow_attention, register
 from pallas_kernels.backends.triton.backend import Triton
 from pallas_kernels.backends.triton.tiles import TABLE, Tiles
@@ -227,8 +228,8 @@ def main() -> None:
 
 
 def save(out: Path, rows: list[dict[str, Any]], table: str) -> None:
-    out.write_text(json.dumps({"machine": describe_machine(), "kernels": rows}, indent=1) + "\n")
-    out.with_suffix(".md").write_text(table)
+    write_whole(out, json.dumps({"machine": describe_machine(), "kernels": rows}, indent=1) + "\n")
+    write_whole(out.with_suffix(".md"), table)
 
 
 if __name__ == "__main__":

@@ -46,6 +46,7 @@ from tqdm import tqdm
 
 from benchmarks.machine import describe_machine
 from benchmarks.torch_attention import add_torch
+from dfa2_jax.io.atomic import write_whole
 from pallas_kernels import CACHED, FULL, Device, Layout, arrow_attention, arrow_implementation, nested_arrow_attention
 from pallas_kernels.backends.registry import interpretable_names
 from pallas_kernels.backends.triton.tiles import TABLE
@@ -383,7 +384,7 @@ def main() -> None:
         tqdm.write("  " + ", ".join(f"{name} {row['efficiency']}" for name, row in last["rows"].items()))
         tqdm.write(f"  {last['not_run'] or ''}")
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps({"shapes": list(results.values())}, indent=1) + "\n")
+        write_whole(args.out, json.dumps({"shapes": list(results.values())}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

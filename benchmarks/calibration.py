@@ -33,6 +33,7 @@ from dfa2_jax import Method
 from dfa2_jax.calibration import attends
 from dfa2_jax.calibration import calibrate as calibration
 from dfa2_jax.calibration.search import choose
+from dfa2_jax.io.atomic import write_whole
 from dfa2_jax.nn.attention import arrow_attention, in_order
 from dfa2_jax.nn.linear import XLA_OPTIONS
 from dfa2_jax.sampling.loop import denoise
@@ -167,7 +168,7 @@ def main() -> None:
         shown = {key: row[key] for key in ("attention_share", "in_dense_runs", "in_dense_attention", "memory")}
         print(f"{name}: {json.dumps(shown | {key: row[key] for key in ('choices_share', 'same_picks')})}", flush=True)
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(result, indent=1) + "\n")
+        write_whole(args.out, json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from typing import Any
 
 from benchmarks.convert import measure, write_folder
 from benchmarks.machine import describe_machine
+from dfa2_jax.io.atomic import write_whole
 
 DIGESTS: dict[str, Callable[[bytes], Any]] = {
     "crc32": zlib.crc32,
@@ -63,7 +64,7 @@ def main() -> None:
             for name, found in rows.items()
         },
     }
-    args.out.write_text(json.dumps(content, indent=1) + "\n")
+    write_whole(args.out, json.dumps(content, indent=1) + "\n")
     print(json.dumps(content, indent=1))
 
 

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import jax
 
 from benchmarks.machine import describe_machine
+from dfa2_jax.io.atomic import write_whole
 from dfa2_jax.sampling.loop import denoise
 from pallas_kernels.inspect import aot
 from pallas_kernels.inspect.hlo import weight_copies
@@ -114,7 +115,7 @@ def write(out: Path, rows: list[Row]) -> None:
     record: dict[str, Any] = {"target": GPU, "machine": describe_machine(), "plugins": plugins}
     record["rows"] = [row._asdict() for row in rows]
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
+    write_whole(out.with_suffix(".json"), json.dumps(record, indent=1) + "\n")
     notes = NOTES.format(
         gpu="NVIDIA H200",
         jax=jax.__version__,
@@ -124,7 +125,7 @@ def write(out: Path, rows: list[Row]) -> None:
         largest=max(row.largest_copy for row in rows) / 1e6,
     )
     ordered = sorted(rows, key=lambda row: (list(PUBLISHED).index(row.model), row.pixels, row.layers))
-    out.with_suffix(".md").write_text("\n".join([notes, HEADER, *(row.markdown() for row in ordered)]) + "\n")
+    write_whole(out.with_suffix(".md"), "\n".join([notes, HEADER, *(row.markdown() for row in ordered)]) + "\n")
 
 
 def main() -> None:

@@ -39,6 +39,7 @@ import ml_dtypes
 import numpy as np
 
 from benchmarks.machine import describe_machine
+from dfa2_jax.io.atomic import replacing, write_whole
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 SHARD_BYTES = 5_000_000_000
@@ -102,10 +103,10 @@ def write_folder(folder: Path, double: int, single: int) -> int:
     config = {"num_layers": double, "num_single_layers": single, "num_attention_heads": WIDTH // HEAD}
     config |= {"attention_head_dim": HEAD, "joint_attention_dim": TEXT, "pooled_projection_dim": POOLED}
     config |= {"in_channels": CHANNELS, "patch_size": 1, "guidance_embeds": True, "axes_dims_rope": [16, 56, 56]}
-    (folder / "model_index.json").write_text(json.dumps(index))
-    (folder / "transformer" / "config.json").write_text(json.dumps(config))
-    (folder / "scheduler" / "scheduler_config.json").write_text(
-        json.dumps({"shift": 3.0, "use_dynamic_shifting": True})
+    write_whole(folder / "model_index.json", json.dumps(index))
+    write_whole(folder / "transformer" / "config.json", json.dumps(config))
+    write_whole(
+        folder / "scheduler" / "scheduler_config.json", json.dumps({"shift": 3.0, "use_dynamic_shifting": True})
     )
 
     shards: list[dict[str, tuple[int, ...]]] = [{}]
@@ -123,7 +124,7 @@ def write_folder(folder: Path, double: int, single: int) -> int:
         write_safetensors(folder / "transformer" / name, shard, source)
         weight_map |= dict.fromkeys(shard, name)
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / "transformer" / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
+    write_whole(folder / "transformer" / "diffusion_pytorch_model.safetensors.index.json", json.dumps(index))
     return total
 
 
@@ -134,7 +135,7 @@ def write_safetensors(path: Path, shapes: dict[str, tuple[int, ...]], source: It
         header[key] = {"dtype": "BF16", "shape": shape, "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
+    with replacing(path) as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for shape in shapes.values():
             for part in fill(math.prod(shape), source):
@@ -288,7 +289,7 @@ def report(results: dict[tuple[str, int], list[dict[str, Any]]], out: Path) -> N
     layer = max(math.prod(shape) * BFLOAT16.itemsize for shape in shapes_of(1, 1).values())
     content = {"machine": describe_machine(), "page_cache": "warm", "largest_layer_gb": layer / 1e9, "rows": rows}
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(content, indent=1) + "\n")
+    write_whole(out, json.dumps(content, indent=1) + "\n")
     print(f"\nmedians; largest layer {layer / 1e9:.3f} GB\n{'':20}     GB  seconds   GB/s  peak GB  above arrays GB")
     for row in rows:
         above = f"{row['peak_above_arrays_gb']:.3f}" if "peak_above_arrays_gb" in row else ""

@@ -22,6 +22,7 @@ import numpy as np
 from tqdm import tqdm
 
 from benchmarks.machine import describe_machine
+from dfa2_jax.io.atomic import write_whole
 from pallas_kernels import CACHED, FULL, Layout, arrow_attention, dense_mask, nested_arrow_attention
 from pallas_kernels.backends.registry import BACKENDS
 
@@ -148,7 +149,7 @@ def main() -> int:
         rows += results(Truth(case, dtype, seed), args.implementation)
         content = {"machine": describe_machine(), "device": jax.devices()[0].device_kind, "rows": rows}
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(content, indent=1) + "\n")
+        write_whole(args.out, json.dumps(content, indent=1) + "\n")
     wrong = [row for row in rows if row.get("right") is False]
     ran = [row for row in rows if "right" in row]
     print(f"{len(ran) - len(wrong)} of {len(ran)} right; {len(rows) - len(ran)} refused.")

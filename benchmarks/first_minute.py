@@ -16,6 +16,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from dfa2_jax.io.atomic import write_whole
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -69,7 +71,7 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         content = measure(Path(folder))
-    args.out.write_text(json.dumps(content, indent=1) + "\n")
+    write_whole(args.out, json.dumps(content, indent=1) + "\n")
     print(json.dumps(content, indent=1))
 
 

@@ -28,6 +28,7 @@ from dfa2_jax.families.flux.positions import rope_table
 from dfa2_jax.families.registry import open_checkpoint
 from dfa2_jax.families.sd3.positions import crop_positions
 from dfa2_jax.families.sd3.transformer import PositionTable
+from dfa2_jax.io.atomic import write_whole
 from dfa2_jax.sampling.sinusoid import sinusoid
 from dfa2_jax.sampling.tokens import CHANNEL_ROW_COLUMN, ROW_COLUMN_CHANNEL, patchify
 
@@ -63,7 +64,7 @@ def save_pipeline(folder: Path, pipeline: str, model: Any) -> None:
     FlowMatchEulerDiscreteScheduler().save_pretrained(folder / "scheduler")
     index = {"_class_name": pipeline, "transformer": ["diffusers", type(model).__name__]}
     index["scheduler"] = ["diffusers", "FlowMatchEulerDiscreteScheduler"]
-    (folder / "model_index.json").write_text(json.dumps(index))
+    write_whole(folder / "model_index.json", json.dumps(index))
 
 
 def load_ours(folder: Path) -> tuple[Any, Any, np.ndarray | None]:
@@ -159,7 +160,7 @@ def main() -> None:
             ratios = ", ".join(f"{rival} / ours {ratio:.2f}" for rival, ratio in row["diffusers_over_ours"].items())
             print(f"{name}, {tokens} visual tokens: {row['seconds']['ours']:.2f} s; {ratios} {row['failed'] or ''}")
             args.out.parent.mkdir(parents=True, exist_ok=True)
-            args.out.write_text(json.dumps({"machine": describe_machine(), "rows": rows}, indent=1) + "\n")
+            write_whole(args.out, json.dumps({"machine": describe_machine(), "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ import numpy as np
 
 from benchmarks.attention import Shape, check, clock, measure, shapes, visited, windows
 from benchmarks.machine import describe_machine
+from dfa2_jax.io.atomic import write_whole
 from pallas_kernels import arrow_attention
 from pallas_kernels.backends.mosaic import block
 from pallas_kernels.backends.mosaic import jobs as mosaic_jobs
@@ -109,7 +110,7 @@ def main() -> None:
             parts = ", ".join(f"{name} {measured['milliseconds'][f'{name} {row}']:.3f}" for name in VARIANTS)
             print(f"  {row}: by steps {measured['by_steps'][row]:.3f} ms, {parts}", flush=True)
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(result, indent=1) + "\n")
+        write_whole(args.out, json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

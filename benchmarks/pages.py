@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.page_tables import TABLES, Table
+from dfa2_jax.io.atomic import write_whole
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -92,7 +93,7 @@ def main() -> int:
     stale = {page: text for page in pages() if (text := written(page)) != page.read_text()}
     for page, text in stale.items():
         if not check:
-            page.write_text(text)
+            write_whole(page, text)
         print(f"{page.relative_to(ROOT)} {'is stale: run `python -m benchmarks.pages`' if check else 'is written'}")
     return 1 if check and stale else 0
 

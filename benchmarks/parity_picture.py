@@ -14,6 +14,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image, ImageDraw
 
 from dfa2_jax import Pipeline
+from dfa2_jax.io.atomic import replacing
 
 PROMPT, SEED, SIZE = "a large red circle on the left of a blue background", 7, 192
 AMPLIFIED = 1_000_000
@@ -42,7 +43,8 @@ def main() -> None:
     for column, label in enumerate(labels):
         ImageDraw.Draw(picture).text((column * SIZE + 6, 5), label, fill="black")
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    picture.save(args.out)
+    with replacing(args.out) as file:
+        picture.save(file, "PNG")
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ import jax
 from benchmarks.loops import Loop, interleaved, ratio
 from benchmarks.machine import describe_machine
 from benchmarks.sampling import GPU
+from dfa2_jax.io.atomic import write_whole
 from dfa2_jax.sampling.loop import denoise
 
 KINDS = {
@@ -108,7 +109,7 @@ def main() -> None:
             kinds = ", ".join(f"{kind} {ms:.1f}" for kind, ms in found["ms"].items())
             print(f"  {program}: {kinds}, gaps {found['gaps_ms']:.1f}", flush=True)
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(result, indent=1) + "\n")
+        write_whole(args.out, json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ import torch
 from benchmarks.loops import interleaved, ratio
 from benchmarks.machine import describe_machine
 from benchmarks.sampling import GPU, Case
+from dfa2_jax.io.atomic import write_whole
 
 
 def build(case: Case) -> Any:
@@ -116,7 +117,7 @@ def main() -> None:
         ratios = ", ".join(f"{rival} / ours {value:.2f}" for rival, value in row["diffusers_over_ours"].items())
         print(f"{name}: {row['ms_per_step']['ours']:.1f} ms a step; {ratios} {row['failed'] or ''}", flush=True)
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
+        write_whole(args.out, json.dumps({"rows": rows}, indent=1) + "\n")
         torch._dynamo.reset()
         torch.cuda.empty_cache()
 

@@ -14,6 +14,7 @@ import numpy as np
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from dfa2_jax.io.atomic import replacing
 from pallas_kernels import FULL, Layout, cost
 
 RESULTS = Path(__file__).parent / "results"
@@ -80,7 +81,8 @@ def main() -> None:
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     draw_intensity(axes[0])
     draw_predictions(axes[1])
-    figure.savefig(args.out, dpi=110)
+    with replacing(args.out) as file:
+        figure.savefig(file, format=args.out.suffix[1:], dpi=110)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ import jax.numpy as jnp
 
 from benchmarks.loops import Loop, interleaved, kept, ratio
 from benchmarks.machine import describe_machine
+from dfa2_jax.io.atomic import write_whole
 from pallas_kernels import dense_implementation
 
 
@@ -186,7 +187,7 @@ def main() -> None:
         for plan, found in row["plans"].items():
             print("  " + plan.ljust(13) + ", ".join(f"{key} {value:.3f}" for key, value in found.items()), flush=True)
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
+        write_whole(args.out, json.dumps({"rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 
 from benchmarks.machine import describe_machine
 from dfa2_jax.calibration.search import choose
+from dfa2_jax.io.atomic import write_whole
 
 SAVED = (4000, 3400, 3000, 2500, 2000)
 DELTA = 0.4
@@ -71,7 +72,7 @@ def main() -> None:
         result["rows"].append(row := measure(heads, methods, args.rounds))
         print(row, flush=True)
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(result, indent=1) + "\n")
+    write_whole(args.out, json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,8 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from dfa2_jax.io.atomic import replacing
+
 RESULTS = Path(__file__).parent / "results"
 KINDS = {
     "steps": ("step plan", "#20124d"),
@@ -56,7 +58,8 @@ def main() -> None:
     panel(left, "dense", ["steps", "steps, resolved", "fewer Euler steps", "DPM++ 2M", "heads"])
     panel(right, "converged", ["steps to the limit", "steps", "fewer Euler steps", "DPM++ 2M"])
     figure.suptitle("20 steps; squares: 28 steps; triangles: 50 steps", fontsize=9)
-    figure.savefig(args.out)
+    with replacing(args.out) as file:
+        figure.savefig(file, format=args.out.suffix[1:])
     print(args.out)
 
 

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from benchmarks.attention import measure, shapes, windows
 from benchmarks.machine import describe_machine
+from dfa2_jax.io.atomic import write_whole
 from pallas_kernels import arrow_attention, register
 from pallas_kernels.backends.triton.backend import Triton
 from pallas_kernels.backends.triton.tiles import Tiles
@@ -53,7 +54,7 @@ def main() -> None:
         results.append({"shape": shape.name, "milliseconds": times})
         tqdm.write(f"{shape.name}: " + ", ".join(f"{name} {ms:.3f}" for name, ms in times.items()))
     content = {"machine": describe_machine(), "device": jax.devices()[0].device_kind, "shapes": results}
-    args.out.write_text(json.dumps(content, indent=1) + "\n")
+    write_whole(args.out, json.dumps(content, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from dfa2_jax.io.atomic import write_whole
+
 CASES = ("FLUX.1-dev 2048", "SD3.5-medium 2048")
 RESULTS = Path(__file__).parent / "results" / "versions_h200.json"
 
@@ -78,7 +80,7 @@ def main() -> None:
         ]
         content[case] = {"runs": runs, "after_over_before": ratios(runs, *folders)}
         print(case, json.dumps(content[case]["after_over_before"]), flush=True)
-        args.out.write_text(json.dumps(content, indent=1) + "\n")
+        write_whole(args.out, json.dumps(content, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,8 @@ import ast
 from collections import Counter
 from pathlib import Path
 
+from dfa2_jax.io.atomic import replacing
+
 ROOT = Path(__file__).parent.parent
 FLOORS = (
     {"cli": 0.5},
@@ -63,7 +65,8 @@ def draw(path: Path) -> None:
     axes.set_xlim(-0.05, 1)
     axes.set_ylim(0, 1)
     axes.axis("off")
-    figure.savefig(path, dpi=110)
+    with replacing(path) as file:
+        figure.savefig(file, format=path.suffix[1:], dpi=110)
 
 
 def main() -> None:

@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from safetensors import safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save as serialize
 
+from dfa2_jax.io.atomic import replacing
 from toy.optimizer import Weights, fresh_weights
 from toy.stages import PHASES, Part, Stage
 
@@ -60,10 +61,9 @@ def named(tree: Any) -> dict[str, Any]:
 
 def save(folder: Path, state: State, progress: Progress) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    partial_file = folder / ".checkpoint.partial"
     arrays = {name: np.asarray(leaf) for name, leaf in named(state).items()}
-    save_file(arrays, partial_file, metadata={"progress": json.dumps(asdict(progress))})
-    partial_file.replace(folder / "checkpoint.safetensors")
+    with replacing(folder / "checkpoint.safetensors") as file:
+        file.write(serialize(arrays, metadata={"progress": json.dumps(asdict(progress))}))
 
 
 def restore(folder: Path, state: State) -> tuple[State, Progress] | None:

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from dfa2_jax import Pipeline
 from dfa2_jax.families.registry import open_checkpoint
+from dfa2_jax.io.atomic import replacing
 from toy import checker
 from toy.checker import Score
 from toy.result import ResultCheckpoint
@@ -99,7 +100,8 @@ def main() -> None:
     scores = [checker.score(image, scene) for image, scene in zip(images, scenes, strict=True)]
     if args.sheet:
         args.sheet.parent.mkdir(parents=True, exist_ok=True)
-        sheet(images[:64], scenes[:64], scores[:64]).save(args.sheet)
+        with replacing(args.sheet) as file:
+            sheet(images[:64], scenes[:64], scores[:64]).save(file, "PNG")
     where = {"device": jax.devices()[0].device_kind, "jax": jax.__version__, "dtype": pipeline.dtype.name}
     settings = {"size": args.size, **options, "seconds": round(seconds, 1), **where}
     print(json.dumps(settings | summary(scores, scenes), indent=1))

@@ -9,6 +9,7 @@ Needs torch, diffusers and transformers (the `test` extra). Keys and layouts com
 import argparse
 import json
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import diffusers
@@ -19,6 +20,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 from transformers import CLIPTextConfig, CLIPTokenizer, T5Config, T5TokenizerFast
 
 from dfa2_jax.families.registry import networks
+from dfa2_jax.io.atomic import replacing
 from dfa2_jax.weights.rules import pieces_of
 from dfa2_jax.weights.safetensors import Tensor
 from toy import model
@@ -81,7 +83,13 @@ def export(result: Path, folder: Path, dtype: torch.dtype = torch.float16) -> Pa
     )
     if dtype != torch.float32:
         pipeline.to(dtype)
-    pipeline.save_pretrained(folder)
+    with TemporaryDirectory() as temporary:
+        pipeline.save_pretrained(temporary)
+        for path in (path for path in Path(temporary).rglob("*") if path.is_file()):
+            target = folder / path.relative_to(temporary)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(target) as file:
+                file.write(path.read_bytes())
     return folder
 
 

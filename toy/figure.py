@@ -17,6 +17,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
+from dfa2_jax.io.atomic import replacing
 from dfa2_jax.io.images import read_metadata
 
 AMPLIFIED = 4
@@ -75,7 +76,8 @@ def draw(dense: Path, plans: dict[str, Path], report: dict[str, Any], out: Path)
     )
     figure.suptitle(f"{report['model']['folder']}, {shape}, on {report['machine']['cores']} cores", fontsize=8)
     out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out)
+    with replacing(out) as file:
+        figure.savefig(file, format=out.suffix[1:])
 
 
 def main() -> None:

@@ -11,6 +11,7 @@ import tokenizers
 from tokenizers import models, pre_tokenizers, processors
 
 from dfa2_jax.encoders.tokenizers import Tokenizer
+from dfa2_jax.io.atomic import write_whole
 from toy.scenes import scenes
 
 ASSETS = Path(__file__).parents[1] / "assets"
@@ -67,15 +68,15 @@ def write_tokenizer(folder: Path, name: str) -> Path:
     folder = folder / name
     folder.mkdir()
     if name == "tokenizer_3":
-        t5_backend().save(str(folder / "tokenizer.json"))
+        write_whole(folder / "tokenizer.json", t5_backend().to_str(pretty=True))
         settings: dict[str, Any] = {"pad_token": "<pad>", "model_max_length": 512}
     else:
         vocabulary, merges = clip_vocabulary()
-        (folder / "vocab.json").write_text(json.dumps(vocabulary))
-        (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *(f"{a} {b}" for a, b in merges)]) + "\n")
+        write_whole(folder / "vocab.json", json.dumps(vocabulary))
+        write_whole(folder / "merges.txt", "\n".join(["#version: 0.2", *(f"{a} {b}" for a, b in merges)]) + "\n")
         settings = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": CLIP_PADDING[name]}
         settings |= {"model_max_length": CLIP_LENGTH}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    write_whole(folder / "tokenizer_config.json", json.dumps(settings))
     return folder
 
 

@@ -12,9 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save
 
 from dfa2_jax.families.sd3.family import SD3
+from dfa2_jax.io.atomic import replacing, write_whole
 from dfa2_jax.weights.checkpoint import Checkpoint
 from dfa2_jax.weights.leaf import Block, Leaf
 from dfa2_jax.weights.spec import class_names
@@ -87,12 +88,13 @@ def write_result(folder: Path, state: State, progress: Progress) -> None:
             files.append({})
         files[-1][name] = array
     for number, content in enumerate(files):
-        save_file(content, folder / f"weights-{number}.safetensors")
+        with replacing(folder / f"weights-{number}.safetensors") as file:
+            file.write(save(content))
     steps = {phase: int(getattr(state, phase).step) for phase in PHASES}
     device = jax.devices()[0].device_kind
     log = asdict(progress) | {"steps": steps, "device": device, "devices": jax.device_count()}
-    (folder / "log.json").write_text(json.dumps(log, indent=1) + "\n")
-    (folder / "summary.json").write_text(json.dumps(in_short(log), indent=1) + "\n")
+    write_whole(folder / "log.json", json.dumps(log, indent=1) + "\n")
+    write_whole(folder / "summary.json", json.dumps(in_short(log), indent=1) + "\n")
 
 
 def in_short(log: dict[str, Any]) -> dict[str, Any]:

@@ -53,6 +53,12 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
     sync(target.parent)
 
 
+def write_whole(path: Path, text: str) -> None:
+    """A file of text, by `replacing`."""
+    with replacing(path) as file:
+        file.write(text.encode())
+
+
 def replaceable(path: Path) -> Path:
     """The file that `replacing(path)` would write: `path`, or what it links to.
 
