@@ -53,7 +53,7 @@ class ResultCheckpoint(Checkpoint):
         self._tokenizers = Path(tempfile.mkdtemp())
         weakref.finalize(self, shutil.rmtree, self._tokenizers)
         configs = {name: config(name, self._arrays) for name in model.configs()} | {"scheduler": model.SCHEDULER}
-        super().__init__(folder, SD3, class_names(SD3), configs)
+        super().__init__(folder, SD3, {name: names[0] for name, names in class_names(SD3).items()}, configs)
 
     @property
     def fingerprint(self) -> str:
