@@ -97,7 +97,6 @@ def _parser() -> Parser:
     )
     sample.add_argument("--format", choices=("png", "webp", "jpeg"), help="of the images in a folder (default: png)")
     add_flags(sample, Options)
-    _add_verify(sample)
     _add_dtype(sample)
 
     _add_again(
@@ -116,7 +115,6 @@ def _parser() -> Parser:
     calibrate.add_argument("--out", type=Path, required=True, metavar="PLAN.json")
     add_flags(calibrate, CalibrationOptions)
     add_flags(calibrate, Options, CALL)
-    _add_verify(calibrate)
     _add_dtype(calibrate)
 
     report = commands.add_parser(
@@ -207,6 +205,7 @@ def _add_verify(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_dtype(parser: argparse.ArgumentParser) -> None:
+    _add_verify(parser)
     parser.add_argument(
         "--dtype", *ALIASES["dtype"], choices=FLOAT_DTYPES, help="default: the checkpoint's; float32 on CPU"
     )

@@ -193,7 +193,7 @@ class CalibrationOptions:
         nargs=2,
         metavar=("QUERIES", "KEYS"),
     )
-    progress: bool = option(True, "show a bar")
+    progress: bool = option(True, "show phases with their times, and a bar")
     resume: str | PathLike[str] | None = option(None, "a file that keeps findings after every step, to go on from")
 
 
@@ -217,7 +217,7 @@ class ReportOptions:
     image_reward: Any = option(None, "not supported: says why", flag=True, metavar="FOLDER")
     quick: bool = option(False, "no noise floor and no heads, for a gate", flag=True)
     verify: bool = option(True, "compare a converted folder's weights with their checksums as they are read")
-    progress: bool = option(True, "show a bar")
+    progress: bool = option(True, "show phases with their times, and a bar")
 
 
 def described(*groups: type | Iterable[Field[Any]]) -> Callable[[Function], Function]:

@@ -85,6 +85,27 @@ def cache(tmp_path, monkeypatch):
         jax.config.update(name, value)
 
 
+@pytest.fixture
+def bars(compilations, monkeypatch):
+    """Of each bar that has been closed: its title, and the programs that were compiled while it stood."""
+    from tqdm import tqdm
+
+    seen, begin, end = [], tqdm.__init__, tqdm.close
+
+    def begun(self, *args, **options):
+        begin(self, *args, **options)
+        self.before = len(compilations)
+
+    def ended(self):
+        if not self.disable:
+            seen.append((self.desc.removesuffix(": "), len(compilations) - self.before))
+        end(self)
+
+    monkeypatch.setattr(tqdm, "__init__", begun)
+    monkeypatch.setattr(tqdm, "close", ended)
+    return seen
+
+
 def _tiny(name):
     @pytest.fixture(scope="session")
     def folder(tmp_path_factory):

@@ -31,6 +31,7 @@ from dfa2_jax.nn.linear import XLA_OPTIONS
 from dfa2_jax.options import CALL, CALL_FIELDS, CalibrationOptions, Options, described
 from dfa2_jax.pipeline.call import Call
 from dfa2_jax.pipeline.pipeline import Pipeline
+from dfa2_jax.pipeline.timing import told
 from dfa2_jax.plan.method import CACHED_METHOD, FULL_METHOD, Method
 from dfa2_jax.plan.plan import Plan
 from dfa2_jax.plan.setting import CalibrationRecord, Density, Setting
@@ -154,7 +155,7 @@ def _of_steps(pipeline: Pipeline, prompts: list[str], options: CalibrationOption
     _check_prompts(prompts, options.seed)
     if options.target not in ("dense", "converged"):
         raise ValueError(f"target={options.target!r} is neither 'dense' nor 'converged'.")
-    call = prepared(pipeline, prompts, options.seed, arguments)
+    call = prepared(pipeline, prompts, options, arguments)
     if not isinstance(call.inputs.solver, FlowMultistep):
         scheduler = call.setting.scheduler or type(call.inputs.solver).__name__
         raise ValueError(f"{scheduler}: a plan of steps moves x as Euler's steps do. Pass delta=, for heads alone.")
@@ -193,7 +194,7 @@ class CalibrationRun:
         tiles = options.tiles or planning_tiles(pipeline.config.attention_head_dim)
         _check_prompts(prompts, options.seed)
         _check_heads(options, tiles)
-        call = prepared(pipeline, prompts, options.seed, arguments)
+        call = prepared(pipeline, prompts, options, arguments)
         chunk = options.attention_chunk
         if chunk is not None and (chunk < 1 or call.batch % chunk):
             raise ValueError(
@@ -225,7 +226,6 @@ class CalibrationRun:
         done, steps, transformer = 1 + checkpointed.steps, self.call.request.steps, self.pipeline.transformer
         # The dense step and those of an earlier run, with the sums of the steps that found them.
         run, state = self.call.program(checkpointed.filled(self.empty), skip_projections=False)
-        state = run(state, 0, done)
         assert self.options.delta is not None
         step = partial(
             calibrate_step,
@@ -238,6 +238,10 @@ class CalibrationRun:
             chunk=self.options.attention_chunk,
             rounding=self.pipeline.rounding,
         )
+        with told("compiling", self.options.progress):
+            state = run(state, 0, 0)
+            step.func.lower(*step.args, **step.keywords, state=state, i=done).compile()
+        state = run(state, 0, done)
         for i in tqdm(range(done, steps), "calibrate", steps, initial=done, disable=not self.options.progress):
             state, chosen = step(state=state, i=i)
             picks, errors = ({stack: pair[n] for stack, pair in chosen.items()} for n in (0, 1))
@@ -276,13 +280,14 @@ def _warn_idle(candidates: tuple[Method, ...], setting: Setting, tiles: tuple[in
         )  # fmt: skip
 
 
-def prepared(pipeline: Pipeline, prompts: list[str], seed: int, arguments: dict[str, Any]) -> Call:
+def prepared(pipeline: Pipeline, prompts: list[str], options: CalibrationOptions, arguments: dict[str, Any]) -> Call:
     """All prompts in one batch, encoded.
 
     Raises:
         ValueError: as in a call, or a negative prompt has no effect.
     """
-    call = pipeline.prepare(Options(prompt=prompts, seed=seed, output_type="latent", **arguments))
+    with told("encoding", options.progress):
+        call = pipeline.prepare(Options(prompt=prompts, seed=options.seed, output_type="latent", **arguments))
     negative, guidance_scale = arguments["negative_prompt"], arguments["guidance_scale"]
     if negative is not None and call.request.cfg_scale is None:
         raise ValueError(f"negative_prompt={negative:.100} has no effect: no guidance at {guidance_scale=}.")

@@ -21,7 +21,9 @@ from jaxtyping import Float
 from tqdm import tqdm
 
 from dfa2_jax.calibration.journal import Journal
+from dfa2_jax.pipeline.ahead import compile_decoder
 from dfa2_jax.pipeline.call import Call
+from dfa2_jax.pipeline.timing import told
 from dfa2_jax.plan.plan import MARGIN, Plan
 from dfa2_jax.plan.setting import StepCalibration
 from dfa2_jax.plan.steps import Nodes, StepSearch, adams_coefficients, count_for
@@ -52,6 +54,10 @@ class StepRuns:
     def __init__(self, call: Call, journal: Journal, progress: bool):
         self.call, self.journal = call, journal
         self.inputs = cache(self._inputs)
+        if progress:  # the bar starts after compilation
+            with told("compiling"):
+                self._run(np.asarray(call.start().latents), 0, 0)
+                compile_decoder(call)
         self.bar = tqdm(desc="calibrate", unit="step", disable=not progress)
 
     def _inputs(self, part: int) -> Inputs:
@@ -71,17 +77,17 @@ class StepRuns:
         key = hashlib.sha256((REFINED * step + part).to_bytes(4, "little") + x.tobytes()).digest()
         result = self.journal.get(key)
         if result is None:
-            pipeline = self.call.pipeline
-            transformer, options = pipeline.transformer, {"rounding": pipeline.rounding}
-            state = State(x, np.zeros_like(x))
-            with jax.enable_x64(False):
-                run = denoise(
-                    transformer.graph, transformer.params, state, self.inputs(part), step, step + 1, **options
-                )
+            run = self._run(x, step, step + 1, part)
             result = np.stack([run.latents, run.solver])
             self.journal.add(key, result)
         self.bar.update()
         return result[0], result[1]
+
+    def _run(self, x: Latents, start: int, stop: int, part: int = 0) -> State:
+        pipeline, state = self.call.pipeline, State(x, np.zeros_like(x))
+        transformer, options = pipeline.transformer, {"rounding": pipeline.rounding}
+        with jax.enable_x64(False):
+            return denoise(transformer.graph, transformer.params, state, self.inputs(part), start, stop, **options)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 import argparse
 import os
-from contextlib import nullcontext
 from typing import Any
 
 from dfa2_jax.calibration.calibrate import calibrate
@@ -25,7 +24,7 @@ def run(args: argparse.Namespace) -> int:
     replaceable(args.out)
     resume = args.out.with_name(f"{args.out.name}.progress")
     replaceable(resume)
-    with nullcontext() if args.quiet else told("loading"):
+    with told("loading", not args.quiet):
         pipeline = Pipeline.from_pretrained(args.folder, dtype=args.dtype, verify=args.verify)
     warn_unseen(pipeline.fingerprint, [*prompts, args.negative_prompt])
     options: dict[str, Any] = given(args, Options, CALL) | given(args, CalibrationOptions) | {"c": args.c or None}

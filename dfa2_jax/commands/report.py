@@ -26,7 +26,9 @@ def run(args: argparse.Namespace) -> int:
     limits = {metric: limit for metric, limit in limits.items() if limit is not None}
     options = given(args, ReportOptions)
     warn_unseen(next(iter(plans.values())).setting.weights, [*prompts, args.negative_prompt])
-    report = quality_report(args.folder, plans, prompts, **options, limits=limits, verify=args.verify, progress=not args.quiet)
+    report = quality_report(
+        args.folder, plans, prompts, **options, limits=limits, verify=args.verify, progress=not args.quiet
+    )
     path = report.save(args.out)
     print(verdict(report))
     print_path(path)

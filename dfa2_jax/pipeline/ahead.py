@@ -16,8 +16,13 @@ def compile_ahead(call: Call) -> None:
     """
     run, state = call.program(call.options.plan)
     jax.block_until_ready(run(state, 0, 0).latents)  # no step: the same program as all steps
-    if call.request.output_type == "latent":
-        return
+    if call.request.output_type != "latent":
+        compile_decoder(call)
+
+
+@jax.enable_x64(False)
+def compile_decoder(call: Call) -> None:
+    """`pipeline.decode` of the call's images then compiles nothing."""
     pipeline, vae = call.pipeline, call.pipeline.networks["vae"]
     latents = pipeline.family.tokens.unpack(call.tokens[:1], call.grid)[:, :, 0]
     channels, rows, columns = latents.shape[1:]

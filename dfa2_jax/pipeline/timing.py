@@ -36,8 +36,11 @@ class Clock:
 
 
 @contextmanager
-def told(name: str) -> Iterator[None]:
-    """Says on stderr what goes on, then how long it took, and how much of that XLA compiled."""
+def told(name: str, shown: bool = True) -> Iterator[None]:
+    """Says on stderr what goes on, then how long it took, and how much of that XLA compiled; nothing if not `shown`."""
+    if not shown:
+        yield
+        return
     clock = Clock()
     print(f"{name} ...", end="", file=sys.stderr, flush=True)
     try:

@@ -14,6 +14,7 @@ from tqdm import trange
 from dfa2_jax.io.errors import printable
 from dfa2_jax.nn.attention import Heads, LayerPlan, Project, arrow_attention, in_order
 from dfa2_jax.pipeline.call import Call
+from dfa2_jax.pipeline.timing import told
 from dfa2_jax.plan.canvas import new_figure
 from dfa2_jax.plan.plan import Plan
 from dfa2_jax.plan.view import ranked
@@ -101,6 +102,8 @@ def watch(call: Call, half_windows: Sequence[int], *, progress: bool = True) -> 
     """
     watched = replace(call, options=replace(call.options, plan=None, attend=Watching(tuple(half_windows))))
     run, state = watched.program()
+    with told("compiling", progress):
+        state = jax.block_until_ready(run(state, 0, 0))
     by_step = []
     for i in trange(call.request.steps, desc="heads", disable=not progress):
         state = run(state, i, i + 1)

@@ -13,11 +13,10 @@ import platform
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from importlib.metadata import version
 from os import PathLike, cpu_count
 from pathlib import Path
-from time import perf_counter
 from typing import Any
 
 import jax
@@ -25,24 +24,21 @@ import numpy as np
 from tqdm import tqdm
 
 from dfa2_jax.calibration.calibrate import planning_tiles
-from dfa2_jax.calibration.steps import REFINED
 from dfa2_jax.io.extras import need
 from dfa2_jax.io.names import natural, suggests_names
-from dfa2_jax.nn.attention import dense_implementation
-from dfa2_jax.options import Options, ReportOptions, described
+from dfa2_jax.options import ReportOptions, described
+from dfa2_jax.pipeline.ahead import compile_decoder
 from dfa2_jax.pipeline.call import Call
-from dfa2_jax.pipeline.pipeline import Pipeline
-from dfa2_jax.pipeline.request import MAX_STEPS
+from dfa2_jax.pipeline.timing import told
 from dfa2_jax.plan.canvas import import_matplotlib
 from dfa2_jax.plan.method import PlanError
 from dfa2_jax.plan.plan import Plan
 from dfa2_jax.plan.setting import Setting
-from dfa2_jax.plan.steps import adams_coefficients
 from dfa2_jax.report import metrics as quality
 from dfa2_jax.report.attention_maps import watch, windows_of
 from dfa2_jax.report.attention_share import attention_share
+from dfa2_jax.report.sampler import Sampler, limit_steps
 from dfa2_jax.report.table import Judges, Line, Report, Shot
-from dfa2_jax.sampling.solvers.flow_euler import FlowMultistep
 from dfa2_jax.sampling.solvers.schedulers import DPM
 
 OTHER_SEED = 1000
@@ -52,79 +48,18 @@ ROUNDS = 3
 """Timed at least, where there are fewer batches."""
 
 
-@dataclass
-class Sampler:
-    """A pipeline's images in batches of one size, and the seconds of a step that they take.
-
-    arguments: of the pipeline, the same for all; a plan among them says size and steps.
-    """
-
-    pipeline: Pipeline
-    arguments: dict[str, Any]
-    batch: int
-    compiled: set[Any] = field(default_factory=set)
-
-    def prepare(self, shots: Sequence[Shot], offset: int = 0, **changes: Any) -> Call:
-        """Of `batch` images; the last prompt fills up: another size would compile anew.
-
-        Args:
-            offset: added to the seeds.
-            changes: to the arguments.
-        """
-        filled = [*shots, *[shots[-1]] * (self.batch - len(shots))]
-        prompts, seeds = [shot.prompt for shot in filled], [shot.seed + offset for shot in filled]
-        return self.pipeline.prepare(Options(prompt=prompts, seed=seeds, output_type="np", **self.arguments | changes))
-
-    def without_plan(self, call: Call) -> dict[str, Any]:
-        """Changes that leave a call as the plan has made it, but for the plan."""
-        request = call.request
-        said = {name: getattr(request, name) for name in ("height", "width", "guidance_scale", "scheduler")}
-        return said | {"plan": None, "max_sequence_length": request.length}
-
-    def limit(self, shots: Sequence[Shot], call: Call) -> np.ndarray:
-        """Images of many steps."""
-        many = self.prepare(shots, **self.without_plan(call), num_inference_steps=limit_steps(call.request.steps))
-        solver = FlowMultistep.of(adams_coefficients(many.schedule.sigmas))
-        many = replace(many, inputs=replace(many.inputs, solver=solver))
-        return many.images(self.denoise(many)[0])[: len(shots)]
-
-    def denoise(
-        self, call: Call, plan: Plan | None = None, implementation: str | None = None
-    ) -> tuple[np.ndarray, float]:
-        """Patchified latents, and seconds, compilation apart."""
-        shapes = jax.tree.structure(call.inputs), *map(np.shape, jax.tree.leaves(call.inputs))
-        program = plan is None, implementation, shapes
-        if program not in self.compiled:  # one step is a call of the same program as all steps
-            run, state = call.program(plan, implementation=implementation)
-            jax.block_until_ready(run(state, 0, 1))
-            self.compiled.add(program)
-        run, state = call.program(plan, implementation=implementation)
-        started = perf_counter()
-        state = jax.block_until_ready(run(state, 0, call.num_steps(plan)))
-        return np.asarray(state.latents), perf_counter() - started
-
-    @property
-    def other_implementation(self) -> str:
-        """Another one of dense attention than the best: the same sums in another order."""
-        config = self.pipeline.config
-        best = dense_implementation(self.pipeline.dtype, config.attention_head_dim).implementation
-        return {"mosaic": "cudnn", "cudnn": "blockwise"}.get(best, "reference")
-
-
-def limit_steps(steps: int) -> int:
-    """Of the run that stands for the limit, of second order, as a calibration's."""
-    return min(REFINED * steps, MAX_STEPS)
-
-
 class ReportTable:
     """The lines of a report, and the sampling that fills them: in the plans' dtype first, in the other one after it.
 
     exact: the dense images by batch, kept for the other dtype: 13 MB each at 1024 px.
     """
 
-    def __init__(self, plans: Mapping[str, Plan], judges: Judges, batches: list[list[Shot]], dtype: str, quick: bool):
+    def __init__(
+        self, plans: Mapping[str, Plan], judges: Judges, batches: list[list[Shot]], dtype: str, quick: bool,
+        progress: bool,
+    ):  # fmt: skip
         self.steps = next(iter(plans.values())).setting.num_inference_steps
-        self.judges, self.batches, self.quick = judges, batches, quick
+        self.judges, self.batches, self.quick, self.progress, self.done = judges, batches, quick, progress, 0
         other = "bfloat16" if dtype == "float32" else "float32"
         self.wide, self.narrow = (dtype, other) if dtype == "float32" else (other, dtype)
         self.dtype, self.other_dtype, self.exact = dtype, other, list[np.ndarray]()
@@ -146,12 +81,49 @@ class ReportTable:
         floor = self.reordered[self.wide], self.rounded, self.reordered[self.narrow]
         return [self.dense, *floor, *self.plans, *self.solvers, self.ceiling]
 
+    def fill(self, sampler: Sampler, call: Call) -> None:
+        """The lines of a pipeline's dtype, compiled before the bar starts.
+
+        Args:
+            call: of the first batch.
+        """
+        own = sampler.pipeline.dtype.name == self.dtype
+        with told("compiling", self.progress):
+            compile_decoder(call)
+            (self.compile_own if own else self.compile_other)(sampler, call)
+        total, off = len(self.batches) * len(self.lines), not self.progress
+        with tqdm(desc="report", total=total, initial=self.done, disable=off) as bar:
+            (self.own if own else self.other)(sampler, bar)
+            self.done = bar.n
+
+    def compile_own(self, sampler: Sampler, call: Call) -> None:
+        shots = self.batches[0]
+        for line in (self.dense, *self.plans, *self.solvers):
+            sampler.compile(self.call_of(sampler, shots, call, line), line.plan)
+        if self.solvers:
+            sampler.compile(sampler.limit(shots, call))
+        if not self.quick:
+            with fitting(self.reordered[self.dtype]):
+                sampler.compile(call, None, sampler.other_implementation)
+
+    def compile_other(self, sampler: Sampler, call: Call) -> None:
+        with fitting(self.rounded):
+            sampler.compile(call)
+        with fitting(self.reordered[self.other_dtype]):
+            sampler.compile(call, None, sampler.other_implementation)
+
+    @staticmethod
+    def call_of(sampler: Sampler, shots: list[Shot], call: Call, line: Line) -> Call:
+        """A line's, where the dense one's is `call`."""
+        return sampler.prepare(shots, **sampler.without_plan(call) | line.changes) if line.changes else call
+
     def own(self, sampler: Sampler, bar: tqdm) -> None:
         """Dense and plans in turn, so that a busy machine slows both; the floor of this dtype; the ceiling."""
         calls: dict[int, Call] = {}
         for shots in self.batches:
             call = sampler.prepare(shots)
-            limit = sampler.limit(shots, call) if self.solvers else None
+            many = sampler.limit(shots, call) if self.solvers else None
+            limit = None if many is None else many.images(sampler.denoise(many)[0])[: len(shots)]
             exact = self._take(sampler, call, shots, self.dense, None, bar, limit=limit)
             assert exact is not None
             if not np.isfinite(exact).all():
@@ -159,8 +131,7 @@ class ReportTable:
                     f"The dense image of {shots[0].prompt!r:.200} is not finite in {self.dtype}: try another."
                 )
             for line in (self.dense, *self.plans, *self.solvers):
-                changes = sampler.without_plan(call) | line.changes if line.changes else {}
-                calls[id(line)] = sampler.prepare(shots, **changes) if changes else call
+                calls[id(line)] = self.call_of(sampler, shots, call, line)
                 if line is not self.dense:
                     self._take(sampler, calls[id(line)], shots, line, exact, bar, limit=limit)
             if not self.quick:
@@ -259,23 +230,24 @@ def quality_report(
     shots = [Shot(prompt, number) for prompt in prompts for number in seeds]
     batch = min(batch, len(shots))
     batches = [shots[i : i + batch] for i in range(0, len(shots), batch)]
-    arguments = {"negative_prompt": negative_prompt, "guidance_scale": guidance_scale}
-    arguments["plan"] = next(iter(plans.values()))
-    sampler = Sampler(Pipeline.from_pretrained(folder, dtype=dtype, verify=verify), arguments, batch)
-    first = replace(sampler, batch=1).prepare(shots[:1])
-    _check_plans(plans, first.setting)
+    arguments = dict(negative_prompt=negative_prompt, guidance_scale=guidance_scale, plan=next(iter(plans.values())))
+    sampler = Sampler.open(folder, arguments, batch, progress, dtype=dtype, verify=verify)
+    with told("encoding", progress):
+        first = replace(sampler, batch=1).prepare(shots[:1])
+        _check_plans(plans, first.setting)
+        call = sampler.prepare(batches[0])
     facts = _facts(sampler, folder, first) | {"negative_prompt": negative_prompt}
-
-    table = ReportTable(plans, judges, batches, sampler.pipeline.dtype.name, quick)
+    table = ReportTable(plans, judges, batches, sampler.pipeline.dtype.name, quick, progress)
     facts["limit_steps"] = limit_steps(table.steps) if table.solvers else None
-    with tqdm(total=len(batches) * len(table.lines), desc="report", disable=not progress) as bar:
-        table.own(sampler, bar)
-        masses = None if quick else watch(first, windows_of([*plans.values()]), progress=progress)
-        del sampler, first  # two sets of weights need not fit
-        if not quick:
-            with fitting(table.rounded, table.reordered[table.other_dtype]):
-                pipeline = Pipeline.from_pretrained(folder, dtype=table.other_dtype, verify=verify)
-                table.other(Sampler(pipeline, arguments, batch), bar)
+    table.fill(sampler, call)
+    masses = None if quick else watch(first, windows_of([*plans.values()]), progress=progress)
+    del sampler, first, call  # two sets of weights need not fit
+    if not quick:
+        with fitting(table.rounded, table.reordered[table.other_dtype]):
+            sampler = Sampler.open(folder, arguments, batch, progress, dtype=table.other_dtype, verify=verify)
+            with told("encoding", progress):
+                call = sampler.prepare(batches[0])
+            table.fill(sampler, call)
     return Report(tuple(table.lines), tuple(prompts), tuple(seeds), limits, masses, facts)
 
 

@@ -278,3 +278,15 @@ def test_arrows_alone_and_caching_alone(pipelines):
     cached = find(pipelines("tiny_flux_dev"), "tiny_flux_dev", delta=3.0, c=None, windows=())
     assert set(np.unique(cached.half_windows())) == {FULL, CACHED}
     assert cached.methods == (Method("full"), Method("cached"))
+
+
+@pytest.mark.parametrize(
+    "budget", [{"delta": 0.4, "windows": (4,), "tiles": (16, 16)}, {"psnr": 30.0}], ids=["heads", "steps"]
+)
+def test_a_bar_hides_no_compilation_and_phases_stand_before_it(budget, pipelines, bars, compilations, capsys):
+    size = {"height": 48, "width": 112, "num_inference_steps": 4, "max_sequence_length": 16}  # no other test's
+    calibrate(pipelines("tiny_sd35"), PROMPTS, **size, **budget)
+    assert bars == [("calibrate", 0)] and compilations
+    printed = capsys.readouterr().err
+    places = [printed.index(word) for word in ("\rencoding ", "\rcompiling ", "\rcalibrate: ")]
+    assert places == sorted(places)

@@ -146,6 +146,10 @@ FAULTS = {
         "pipeline/test_output.py::test_the_bar_hides_no_compilation",
     "a report did not say its verdict":
         "report/test_report_command.py::test_the_first_line_is_a_verdict_in_words",
+    "bars of a report hid compilations, and it told no phases":
+        "report/test_report_command.py::test_no_bar_hides_a_compilation_and_phases_are_told",
+    "the bar of a calibration hid a compilation":
+        "calibration/test_calibration.py::test_a_bar_hides_no_compilation_and_phases_stand_before_it",
 }  # fmt: skip
 """By fault, its test."""
 

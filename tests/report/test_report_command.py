@@ -1,7 +1,11 @@
 """`dfa2 report`: the gate's exit code, interruption, and bad input told in one line."""
 
 import pickle
+import re
+from dataclasses import replace
+from itertools import groupby
 
+import numpy as np
 import pytest
 from report_cases import PROMPTS, SIZE, three_plans
 
@@ -47,6 +51,23 @@ def test_the_gate_has_an_exit_code(command, tmp_path, capsys):
     assert len(failures) == 1 and "plan broken: mean SSIM 0." in failures[0] and "below the limit 0.97" in failures[0]
     assert (tmp_path / "out" / "report.json").exists(), "a failed gate has its report too"
     assert command(plan=tmp_path / "full.json", min_ssim=0.9999) == 0
+
+
+def test_no_bar_hides_a_compilation_and_phases_are_told(plans, tiny_sd35, bars, compilations, monkeypatch, capsys):
+    """With all lines: a plan of heads beside one of steps, solvers, and the limit."""
+    pipeline = Pipeline.from_pretrained(tiny_sd35)
+    setting = pipeline.setting(prompt="", **SIZE | {"height": 48, "width": 112})  # no other test's
+    steps = replace(Plan.full(setting, (0, 2)), coefficients=np.array([[-0.5, 0.0], [-0.6, 0.1]]))
+    heads = Plan.full(setting).with_method(slice(1, None), None, None, "arrow(1/4)")
+    quality_report(tiny_sd35, {"steps": steps, "heads": heads}, PROMPTS[:1])
+    assert bars == [("report", 0), ("heads", 0), ("report", 0)] and compilations
+    told = capsys.readouterr().err
+    phases = re.findall(r"\r(loading|encoding|compiling|report|heads)\b", told)
+    assert [name for name, _ in groupby(phases)] == [
+        *("loading", "encoding", "compiling", "report", "compiling", "heads"),
+        *("loading", "encoding", "compiling", "report"),
+    ]
+    assert " 9/9 " in told
 
 
 @pytest.mark.parametrize(
@@ -104,8 +125,8 @@ def test_bad_input_is_told_in_one_line(changes, message, command, plans, tmp_pat
     plans["full"].for_weights("another model").save(tmp_path / "other.json")
     changes = {name: value.format(tmp=tmp_path) if isinstance(value, str) else value for name, value in changes.items()}
     assert command(**changes) == 2
-    told = capsys.readouterr().err.strip()
-    assert told.startswith("dfa2 report: ") and message in told
+    phases, _, told = capsys.readouterr().err.partition("dfa2 report: ")
+    assert message in told and all(line.startswith(("loading", "encoding")) for line in phases.splitlines())
     assert not list(tmp_path.glob("out/*"))
 
 
