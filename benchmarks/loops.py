@@ -13,6 +13,7 @@ import numpy as np
 from flax import nnx
 
 from dfa2_jax import Method, Plan
+from dfa2_jax.calibration.attention_share import StepShares, step_shares
 from dfa2_jax.families.flux.positions import rope_table
 from dfa2_jax.families.flux.transformer import FluxConditions
 from dfa2_jax.families.registry import networks
@@ -100,6 +101,10 @@ class Loop:
 
     def dense(self, start: int, stop: int, **options: Any) -> jax.Array:
         return denoise(self.graph, self.params, self.start(), self.inputs, start, stop, **options).latents
+
+    def shares(self) -> StepShares:
+        """What heads could save of a dense step, by its multiplications."""
+        return step_shares(self.graph, self.params, self.start(), self.inputs)
 
     def rest(self, start: int, stop: int) -> jax.Array:
         """Without attention."""

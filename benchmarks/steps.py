@@ -1,7 +1,7 @@
 """Images of step plans against dense ones, beside fewer Euler steps and plans of heads, by the model in the box.
 
     python -m benchmarks.steps [--steps 20] [--seeds 1 2 3 4] [--speedups 1.5 2 2.5 3.3] [--deltas 0.05 0.1 0.4]
-        [--prompts 64] [--batch 16] [--out benchmarks/results/steps_20.json]
+        [--densities 0.5 0.4] [--shares 0.6] [--prompts 64] [--batch 16] [--out benchmarks/results/steps_20.json]
 
 Plans are calibrated on assets/calibration_prompts.txt with seed 0 (`--learn`: and on other captions), and judged on
 captions that the model never saw. Each row is compared with the dense image, and with a converged one of many more
@@ -70,13 +70,23 @@ def plans(pipeline: Pipeline, learn: list[str], args: argparse.Namespace) -> Ite
         )
         euler = Plan.full(plan.setting, plan.nodes)
         yield "steps, Euler's", {"nodes": euler.nodes}, euler
-    for speedup in [1.0, *args.speedups]:
+    for speedup in [1.0, *args.speedups] if args.speedups else []:
         plan = calibrate(pipeline, learn, speedup=speedup, target="converged", **shape)
         assert plan.step_calibration is not None
         told = {"nodes": plan.nodes, "calibration_psnr": round(plan.step_calibration.psnr, 3)}
         yield "steps to the limit", told, plan
     for delta in args.deltas:
         yield "heads", {"delta": delta}, calibrate(pipeline, learn, delta=delta, tiles=(64, 64), **shape)
+    for density in args.densities:
+        options = {"heads": "only", "attention_share": 1.0, "tiles": (64, 64), "speedup": 1 / density}
+        yield "heads, weighed", {}, calibrate(pipeline, learn, **options, **shape)
+    for share in args.shares:
+        for speedup in args.joint_speedups:
+            for heads in ("full", "auto"):
+                options = {"heads": heads, "speedup": speedup} | ({"attention_share": share} if heads == "auto" else {})
+                plan = calibrate(pipeline, learn, **options, **shape)
+                told = {"attention_share": share, "heads": heads, "nodes": plan.nodes, "density": plan.density()}
+                yield "steps and heads", told, plan
 
 
 def rows(pipeline: Pipeline, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -97,8 +107,12 @@ def rows(pipeline: Pipeline, args: argparse.Namespace) -> Iterator[dict[str, Any
     yield {"kind": "dense", "cost": 1.0, **compared(dense)}
     counts = set()
     for kind, told, plan in plans(pipeline, learn, args):
-        cost = len(plan.nodes) / args.steps * (plan.density() if kind == "heads" else 1)
-        yield {"kind": kind, "cost": round(cost, 4), **told, **compared(images(plan=plan))}
+        cost = len(plan.nodes) / args.steps * plan.density()
+        record = plan.step_calibration
+        errors = {} if record is None else {"calibration_psnr": round(record.psnr, 3)}
+        if "attention_share" in told:
+            cost = plan.cost(told["attention_share"])
+        yield {"kind": kind, "cost": round(cost, 4), **errors, **told, **compared(images(plan=plan))}
         counts.add(len(plan.nodes))
     for count in sorted(counts):
         cost = round(count / args.steps, 4)
@@ -117,6 +131,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4])
     parser.add_argument("--speedups", type=float, nargs="*", default=[1.5, 2.0, 2.5, 20 / 7, 3.3])
     parser.add_argument("--deltas", type=float, nargs="*", default=[0.03, 0.1, 0.2, 0.4])
+    parser.add_argument("--densities", type=float, nargs="*", default=[], help="of heads, by what their errors do")
+    parser.add_argument("--shares", type=float, nargs="*", default=[], help="attention's, for plans of steps and heads")
+    parser.add_argument("--joint-speedups", type=float, nargs="*", default=[1.5, 2.0, 3.0], help="of these plans")
     parser.add_argument("--learn", type=int, default=4, help="prompts of the calibration")
     parser.add_argument("--prompts", type=int, default=64, help="that are judged")
     parser.add_argument("--batch", type=int, default=16)

@@ -25,7 +25,7 @@ STEPS = {"num_inference_steps": 20}
 CASES: list[dict[str, Any]] = [
     {},
     *({"guidance_scale": scale} for scale in (2.0, 3.0, 6.0, 8.0)),
-    *({"height": size, "width": size} for size in (192, 320)),
+    *({"height": size, "width": size} for size in (192,)),  # the model's largest is 256
 ]
 
 

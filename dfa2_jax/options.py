@@ -164,6 +164,19 @@ class CalibrationOptions:
         flag=True,
         choices=("dense", "converged"),
     )
+    heads: str = option(
+        "auto",
+        "beside a budget in speed or PSNR: whether heads are spared too. auto: where attention is 0.3 of a step and it "
+        "pays; only: every step runs; full: steps alone",
+        flag=True,
+        choices=("auto", "only", "full"),
+    )
+    attention_share: float | None = option(
+        None,
+        "of a dense step's time on the GPU that will sample; None: attention's share of the multiplications",
+        flag=True,
+        metavar="SHARE",
+    )
     delta: float | None = option(
         None,
         "budget: the paper's, of a layer's error at a step, for heads at every step; it tries 0.2 to 1.0. "

@@ -87,7 +87,7 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def bars(compilations, monkeypatch):
-    """Of each bar that has been closed: its title, and the programs that were compiled while it stood."""
+    """For each bar that has been closed, its title and the programs that were compiled while it stood."""
     from tqdm import tqdm
 
     seen, begin, end = [], tqdm.__init__, tqdm.close

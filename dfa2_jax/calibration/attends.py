@@ -33,7 +33,7 @@ class Trials:
 
 @carrier
 class Budget:
-    """Of one layer at one step. Data: another one compiles nothing."""
+    """What the errors of one layer may be at one step. It is data: another budget compiles nothing."""
 
     delta: Float[Array, ""]
     """What the errors of the chosen methods may add up to over the heads."""
@@ -57,11 +57,11 @@ class Moments:
     """Sums over a part of the batch, per head, in float32; with a leading axis, of several parts."""
 
     squares: Float[Array, "*parts N M"]
-    """Of the differences between each candidate's output and the dense one."""
+    """Sums of the squared differences between each candidate's output and the dense one."""
     mean: Float[Array, "*parts N"]
-    """Of the dense output."""
+    """The dense output's mean."""
     spread: Float[Array, "*parts N"]
-    """Of its squared distances from that mean."""
+    """The sum of the dense output's squared distances from that mean."""
 
 
 @dataclass(frozen=True)

@@ -91,7 +91,7 @@ FREE, IN_FULL = -2, -1
 
 @carrier
 class SchemeMemory:
-    """Of one stack of layers."""
+    """What a scheme remembers of one stack of layers."""
 
     outputs: Float[Array, "L B T N H"]
     residuals: Float[Array, "L B T N H"] | None

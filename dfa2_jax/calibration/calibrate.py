@@ -14,75 +14,38 @@ from typing import Any
 
 import jax
 import numpy as np
-from flax import nnx
-from jaxtyping import Int
 from tqdm import tqdm
 
 from dfa2_jax import __version__
-from dfa2_jax.calibration.attends import Budget, Trials, TryEverything, saved_tiles
+from dfa2_jax.calibration.attends import Budget, saved_tiles
+from dfa2_jax.calibration.attention_share import StepShares, shares_of
+from dfa2_jax.calibration.heads import HeadRuns
+from dfa2_jax.calibration.joint import WORTHWHILE, JointPlans
 from dfa2_jax.calibration.journal import Journal
 from dfa2_jax.calibration.resume import Checkpointed
 from dfa2_jax.calibration.search import MAX_DELTA
-from dfa2_jax.calibration.steps import StepRuns, calibrate_steps
+from dfa2_jax.calibration.steps import LOWEST_PSNR, StepPlans, StepRuns
+from dfa2_jax.calibration.trial_step import calibrate_step, planning_tiles
 from dfa2_jax.io.digest import digest_of
 from dfa2_jax.io.names import natural, suggests_names
 from dfa2_jax.nn.attention import in_order
-from dfa2_jax.nn.linear import XLA_OPTIONS
 from dfa2_jax.options import CALL, CALL_FIELDS, CalibrationOptions, Options, described
 from dfa2_jax.pipeline.call import Call
 from dfa2_jax.pipeline.pipeline import Pipeline
 from dfa2_jax.pipeline.timing import told
 from dfa2_jax.plan.method import CACHED_METHOD, FULL_METHOD, Method
-from dfa2_jax.plan.plan import Plan
+from dfa2_jax.plan.plan import MARGIN, Plan
 from dfa2_jax.plan.setting import CalibrationRecord, Density, Setting
 from dfa2_jax.plan.steps import check_budget, count_for
-from dfa2_jax.sampling.inputs import Inputs
-from dfa2_jax.sampling.loop import State, denoise_step
 from dfa2_jax.sampling.solvers.flow_euler import FlowMultistep
 
 logger = logging.getLogger("dfa2_jax")
 
-HEADS_ALONE = ("c", "windows", "cache", "attention_chunk", "tiles")
+PAPER_ALONE = ("c", "cache")
+"""Options of `delta`."""
+
+HEADS = ("windows", "attention_chunk", "tiles", "attention_share")
 """Options that say what heads may do."""
-
-
-def planning_tiles(head_dim: int) -> tuple[int, int]:
-    """Queries and keys of the tiles whose savings count where a call names none: those of the paper's kernel."""
-    return (128, 64) if head_dim == 128 else (128, 128)
-
-
-@partial(
-    jax.jit,
-    static_argnames=("graph", "candidates", "tiles", "chunk", "implementation", "rounding"),
-    donate_argnames=("state",),
-    compiler_options=XLA_OPTIONS,
-)
-def calibrate_step(
-    graph: nnx.GraphDef,
-    params: Any,
-    state: State,
-    inputs: Inputs,
-    i: Int[Any, ""] | int,
-    budget: Budget,
-    *,
-    candidates: tuple[Method, ...],
-    tiles: tuple[int, int],
-    chunk: int | None = None,
-    implementation: str | None = None,
-    rounding: str | None = None,
-) -> tuple[State, dict[str, tuple[Any, Any]]]:
-    """Step `i`, not the first, and what it chose in every stack of layers: picks and errors (`Trials`).
-
-    Args:
-        state: given away; its memory holds every attention call's last output, as `denoise_planned` leaves it.
-    """
-    memory = {stack: Trials.of_caches(caches, len(candidates)) for stack, caches in state.memory.items()}
-    attend = TryEverything(candidates, budget, tiles, chunk, implementation)
-    before = State(state.latents, state.solver, memory)
-    after = denoise_step(nnx.merge(graph, params), attend, inputs, i, before, rounding=rounding)
-    caches = {stack: trials.caches for stack, trials in after.memory.items()}
-    chosen = {stack: (trials.picks, trials.errors) for stack, trials in after.memory.items()}
-    return State(after.latents, after.solver, caches), chosen
 
 
 @suggests_names
@@ -101,6 +64,8 @@ def calibrate(
     speedup: float | None = None,
     psnr: float | None = None,
     target: str = "dense",
+    heads: str = "auto",
+    attention_share: float | None = None,
     delta: float | None = None,
     c: float | None = 1.5,
     windows: tuple[int, ...] = (8, 16, 32),
@@ -114,8 +79,10 @@ def calibrate(
     """Find a plan for one budget: `speedup`, `psnr` or `delta`; without any, `speedup=2`.
 
     `speedup` and `psnr` choose the steps that run the network (`calibration.steps`), at the cost of two to three dense
-    runs. `delta` chooses what heads do at every step, in one run (DiTFastAttnV2, arXiv 2503.22796, section 3.3). The
-    plan is for calls of this size, text length and number of steps, with or without guidance.
+    runs. Where attention is much of a step, they choose what heads do, too (`calibration.heads`). That costs a dense
+    run more, four forwards a layer, and up to four runs of plans. `delta` chooses what heads do at every step, in one
+    run (DiTFastAttnV2, arXiv 2503.22796, section 3.3). A plan with heads is for calls of this size, text length and
+    number of steps, with or without guidance. One of steps alone also serves other sizes with the same noise levels.
 
     Args:
         pipeline: whose steps or heads are tried.
@@ -135,8 +102,9 @@ def calibrate(
         return _of_steps(pipeline, prompts, options, {name: given[name] for name in CALL})
     if options.speedup is not None or options.psnr is not None:
         raise ValueError(f"speedup={options.speedup}, psnr={options.psnr} and delta={options.delta}: pass one of them.")
-    if options.target != "dense":
-        raise ValueError(f"target={options.target!r} is of steps, and delta= of heads: pass speedup= or psnr=.")
+    for name in ("target", "heads", "attention_share"):
+        if (value := getattr(options, name)) != getattr(CalibrationOptions, name):
+            raise ValueError(f"{name}={value!r} is beside speedup= or psnr=, and delta= is the paper's: leave it out.")
     calibration = CalibrationRun.begin(pipeline, prompts, options, {name: given[name] for name in CALL})
     checkpointed = Checkpointed.read(resume, calibration.digest, calibration.empty)
     calibration.search(checkpointed)
@@ -144,30 +112,75 @@ def calibrate(
 
 
 def _of_steps(pipeline: Pipeline, prompts: list[str], options: CalibrationOptions, arguments: dict[str, Any]) -> Plan:
-    """A plan of steps alone."""
-    for name in HEADS_ALONE:
-        if (value := getattr(options, name)) != getattr(CalibrationOptions, name):
-            raise ValueError(f"{name}={value!r} is of heads, and without delta= a plan is of steps: leave it out.")
+    """A plan of steps, and of heads where they pay."""
     budget = {"speedup": options.speedup, "psnr": options.psnr}
     if budget == {"speedup": None, "psnr": None}:
         budget["speedup"] = 2.0
     check_budget(**budget)
+    _check_joint(options)
     _check_prompts(prompts, options.seed)
-    if options.target not in ("dense", "converged"):
-        raise ValueError(f"target={options.target!r} is neither 'dense' nor 'converged'.")
     call = prepared(pipeline, prompts, options, arguments)
     if not isinstance(call.inputs.solver, FlowMultistep):
         scheduler = call.setting.scheduler or type(call.inputs.solver).__name__
         raise ValueError(f"{scheduler}: a plan of steps moves x as Euler's steps do. Pass delta=, for heads alone.")
     pipeline.check_vae()
-    if budget["speedup"] is not None:
+    if budget["speedup"] is not None and options.heads != "only":
         count_for(budget["speedup"], call.request.steps)
-    facts = facts_of(prompts, call)
-    journal = Journal(options.resume, digest_of_all(call, facts), (2, *call.tokens.shape))
+    facts, heads = facts_of(prompts, call), _head_runs(options, call)
+    journal = Journal(options.resume, digest_of_all(call, facts))
     try:
-        return calibrate_steps(StepRuns(call, journal, options.progress), facts | {"target": options.target}, **budget)
+        runs = StepRuns(call, journal, options.progress, *([] if heads is None else [heads.compile]))
+        steps = StepPlans.measured(runs, facts | {"target": options.target})
+        plan = None if options.heads == "only" else steps.for_budget(**budget)
+        if heads is not None:
+            plan = JointPlans(steps, heads, heads.tables(runs)).for_budget(plan, **budget)
+        runs.bar.close()
     finally:
         journal.close()
+    assert plan is not None and plan.step_calibration is not None
+    if (promised := plan.step_calibration.psnr - MARGIN) < LOWEST_PSNR:
+        logger.warning(
+            "the plan promises %.1f dB on average; below %.0f dB other prompts can be worse", promised, LOWEST_PSNR
+        )
+    return plan
+
+
+def _head_runs(options: CalibrationOptions, call: Call) -> HeadRuns | None:
+    """What measures heads; None where steps alone are planned."""
+    if options.heads == "full":
+        return None
+    shares = shares_of(call)
+    if options.attention_share is not None:  # what is left is divided as counted
+        left = (1 - options.attention_share) / (1 - shares.attention)
+        shares = StepShares(options.attention_share, left * shares.projections)
+    if options.heads == "auto" and shares.attention < WORTHWHILE:
+        return None
+    tiles = options.tiles or planning_tiles(call.pipeline.config.attention_head_dim)
+    candidates = _candidates(options.windows, cache=True)
+    _check_chunk(options.attention_chunk, call)
+    _warn_idle(candidates, call.setting, tiles)
+    arrows = tuple(method for method in candidates if method != CACHED_METHOD)
+    runs = HeadRuns(call, arrows, shares, tiles, options.attention_chunk)
+    runs.check_memory()
+    return runs
+
+
+def _check_joint(options: CalibrationOptions) -> None:
+    """Raises ValueError where options contradict each other."""
+    for name in PAPER_ALONE:
+        if (value := getattr(options, name)) != getattr(CalibrationOptions, name):
+            raise ValueError(f"{name}={value!r} is of delta=, and without it errors are weighed: leave it out.")
+    if options.heads not in ("auto", "only", "full"):
+        raise ValueError(f"heads={options.heads!r} is none of 'auto', 'only' and 'full'.")
+    for name in HEADS:
+        value = getattr(options, name)
+        if options.heads == "full" and value != getattr(CalibrationOptions, name):
+            raise ValueError(f"{name}={value!r} is of heads, and heads='full' spares none: leave it out.")
+    share = options.attention_share
+    if share is not None and (isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1):
+        raise ValueError(f"attention_share={share!r} must be a number from 0 to 1.")
+    if options.target not in ("dense", "converged"):
+        raise ValueError(f"target={options.target!r} is neither 'dense' nor 'converged'.")
 
 
 @dataclass(frozen=True)
@@ -195,11 +208,7 @@ class CalibrationRun:
         _check_prompts(prompts, options.seed)
         _check_heads(options, tiles)
         call = prepared(pipeline, prompts, options, arguments)
-        chunk = options.attention_chunk
-        if chunk is not None and (chunk < 1 or call.batch % chunk):
-            raise ValueError(
-                f"attention_chunk={chunk} must divide the batch of {call.batch} (with guidance, twice the prompts)."
-            )
+        _check_chunk(options.attention_chunk, call)
         shape = call.request.steps, len(call.layers), pipeline.config.num_attention_heads
         empty = Plan(setting=call.setting, methods=(FULL_METHOD, *candidates), choices=np.zeros(shape, np.uint8))
         _warn_idle(candidates, call.setting, tiles)
@@ -217,7 +226,7 @@ class CalibrationRun:
 
     @property
     def digest(self) -> str:
-        """Of all that the findings depend on."""
+        """The digest of all that the findings depend on."""
         return digest_of_all(self.call, self.facts)
 
     @jax.enable_x64(False)  # a program of 32 bits, whatever the user's setting is
@@ -255,6 +264,13 @@ class CalibrationRun:
             errors=((0.0,) * len(self.call.layers), *checkpointed.spent),
         )
         return replace(plan, calibration=record)
+
+
+def _check_chunk(chunk: int | None, call: Call) -> None:
+    if chunk is not None and (chunk < 1 or call.batch % chunk):
+        raise ValueError(
+            f"attention_chunk={chunk} must divide the batch of {call.batch} (with guidance, twice the prompts)."
+        )
 
 
 def _candidates(windows: tuple[int, ...], cache: bool) -> tuple[Method, ...]:
@@ -308,7 +324,7 @@ def facts_of(prompts: list[str], call: Call) -> dict[str, Any]:
 
 
 def digest_of_all(call: Call, facts: dict[str, Any]) -> str:
-    """Of all that a calibration's findings depend on."""
+    """The digest of all that a calibration's findings depend on."""
     setting = call.setting.model_dump(mode="json")
     return digest_of(facts | {"setting": setting, "rounding": call.pipeline.rounding})
 

@@ -1,4 +1,4 @@
-"""Results of network calls by what went in, in a file, so that an interrupted calibration goes on from there."""
+"""Results of forwards by what went in, in a file, so that an interrupted calibration goes on from there."""
 
 import fcntl
 import hashlib
@@ -10,20 +10,23 @@ from typing import BinaryIO
 import numpy as np
 from jaxtyping import Float
 
-HEADER = b"dfa2-calibration 1\n"
-HASH = 32
-"""Bytes of a sha256."""
+HEADER = b"dfa2-calibration 2\n"
+HASH, COUNT = 32, 8
+"""Bytes of a sha256, and of a number of values."""
+
+HEAD = 2 * HASH + COUNT
+"""Bytes of a record before its values."""
 
 
 class Journal:
-    """Arrays of one shape, float32, by key.
+    """Arrays, float32, by key.
 
-    A record is the sha256 of what follows, its key, and the array's bytes. A torn one, and what follows it, is cut off.
-    Without a file, nothing is kept.
+    A record is the sha256 of what follows, its key, how many values there are, and their bytes. A torn one, and what
+    follows it, is cut off. Without a file, nothing is kept.
     """
 
-    def __init__(self, path: str | PathLike[str] | None, digest: str, shape: tuple[int, ...]):
-        """Of `path`, or of no file.
+    def __init__(self, path: str | PathLike[str] | None, digest: str):
+        """Opens the journal in `path`; None: no file.
 
         Args:
             digest: of all that the results depend on, beside their keys.
@@ -32,7 +35,6 @@ class Journal:
             ValueError: the file is of another calibration, or another process is writing it.
             OSError: it cannot be written.
         """
-        self.shape, self.size = shape, 2 * HASH + 4 * int(np.prod(shape))
         self.places: dict[bytes, int] = {}
         self.file: BinaryIO | None = None if path is None else self._open(Path(path), digest)
 
@@ -53,30 +55,38 @@ class Journal:
                 f"starts with {head!r}."
             )
         place = len(head)
-        while (record := file.read(self.size)) and (key := self._key(record)):
-            self.places[key] = place
-            place += self.size
+        end = os.fstat(file.fileno()).st_size
+        while record := self._record(file, place, end):
+            self.places[record[HASH : 2 * HASH]] = place
+            place += len(record)
         file.truncate(place)
         return file
 
-    def _key(self, record: bytes) -> bytes | None:
-        """Of a whole record; None of a torn one."""
-        whole = len(record) == self.size and hashlib.sha256(record[HASH:]).digest() == record[:HASH]
-        return record[HASH : 2 * HASH] if whole else None
+    @staticmethod
+    def _record(file: BinaryIO, place: int, end: int) -> bytes | None:
+        """A whole one; None of a torn one."""
+        head = os.pread(file.fileno(), HEAD, place)
+        size = HEAD + 4 * int.from_bytes(head[-COUNT:], "little")
+        if len(head) < HEAD or place + size > end:
+            return None
+        record = os.pread(file.fileno(), size, place)
+        return record if hashlib.sha256(record[HASH:]).digest() == record[:HASH] else None
 
-    def get(self, key: bytes) -> Float[np.ndarray, "..."] | None:
+    def get(self, key: bytes, shape: tuple[int, ...]) -> Float[np.ndarray, "..."] | None:
+        """The array of a key; None where it is not known."""
         if self.file is None or key not in self.places:
             return None
-        record = os.pread(self.file.fileno(), self.size, self.places[key])
-        if self._key(record) != key:
+        place = self.places[key]
+        record = self._record(self.file, place, os.fstat(self.file.fileno()).st_size)
+        if record is None or record[HASH : 2 * HASH] != key or len(record) != HEAD + 4 * int(np.prod(shape)):
             raise ValueError(f"{self.file.name}: it was changed by another program. Remove it to start anew.")
-        return np.frombuffer(record[2 * HASH :], "<f4").reshape(self.shape)
+        return np.frombuffer(record[HEAD:], "<f4").reshape(shape)
 
     def add(self, key: bytes, result: Float[np.ndarray, "..."]) -> None:
         if self.file is None:
             return
         self.places[key] = self.file.seek(0, os.SEEK_END)
-        content = key + np.ascontiguousarray(result, "<f4").tobytes()
+        content = key + int(result.size).to_bytes(COUNT, "little") + np.ascontiguousarray(result, "<f4").tobytes()
         self.file.write(hashlib.sha256(content).digest() + content)
         os.fsync(self.file.fileno())
 

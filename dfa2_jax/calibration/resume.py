@@ -15,7 +15,7 @@ from dfa2_jax.io.errors import CheckpointError, blame, read_json
 from dfa2_jax.plan.plan import Plan
 
 FIELDS = ("calibration", "picks", "spent")
-"""Of a file, beside the digest of them all: the digest of what the findings depend on, and the findings."""
+"""What a file holds beside the digest of them all: the digest of what the findings depend on, and the findings."""
 
 
 @dataclass
@@ -24,7 +24,7 @@ class Checkpointed:
 
     path: Path | None
     digest: str
-    """Of all that the findings depend on."""
+    """The digest of all that the findings depend on."""
     picks: list[list[list[int]]]
     """By step, layer and head: numbers of candidates, -1 for full."""
     spent: list[tuple[float, ...]]
@@ -32,7 +32,7 @@ class Checkpointed:
 
     @classmethod
     def read(cls, path: str | PathLike[str] | None, digest: str, empty: Plan) -> "Checkpointed":
-        """Of `path`, or fresh.
+        """The findings in `path`, or none yet.
 
         Args:
             empty: the plan that is to be filled: the first of its methods is full, the others the candidates.

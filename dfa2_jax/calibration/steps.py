@@ -12,7 +12,7 @@ import hashlib
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
 import jax
@@ -51,17 +51,24 @@ Latents = Float[np.ndarray, "B V C"]
 class StepRuns:
     """A call's dense steps, one at a time; those that a journal knows run no network."""
 
-    def __init__(self, call: Call, journal: Journal, progress: bool):
+    def __init__(self, call: Call, journal: Journal, progress: bool, *compilers: Callable[[], None]):
+        """Compiles first, so that the bar hides no compilation.
+
+        Args:
+            compilers: of programs that others run under the same bar.
+        """
         self.call, self.journal = call, journal
         self.inputs = cache(self._inputs)
-        if progress:  # the bar starts after compilation
+        if progress:
             with told("compiling"):
                 self._run(np.asarray(call.start().latents), 0, 0)
                 compile_decoder(call)
+                for compiler in compilers:
+                    compiler()
         self.bar = tqdm(desc="calibrate", unit="step", disable=not progress)
 
     def _inputs(self, part: int) -> Inputs:
-        """Of steps that begin later, by `part` of `REFINED` of the way to the next one. Times are linear in noise."""
+        """Inputs of steps that begin later: `part` of `REFINED` of the way to the next. Times are linear in noise."""
         inputs, times = self.call.inputs, self.call.schedule.times
         if part:
             times = times + np.diff(times, append=np.float32(0)) * np.float32(part / REFINED)
@@ -75,7 +82,7 @@ class StepRuns:
             part: as in `inputs`. The velocity is of there; the latents are of no use.
         """
         key = hashlib.sha256((REFINED * step + part).to_bytes(4, "little") + x.tobytes()).digest()
-        result = self.journal.get(key)
+        result = self.journal.get(key, (2, *x.shape))
         if result is None:
             run = self._run(x, step, step + 1, part)
             result = np.stack([run.latents, run.solver])
@@ -158,11 +165,31 @@ def growth(runs: StepRuns, dense: Trajectory, sigmas: np.ndarray) -> tuple[Float
     return np.concatenate([np.full(begin, grown[0]), grown]), x
 
 
-def fit(runs: StepRuns, target: Trajectory, sigmas: np.ndarray, nodes: Nodes) -> tuple[Nodes, Latents]:
-    """Coefficients of the plan's own run, and the latents that it ends at."""
+class PlannedRun:
+    """A plan's own run, whose heads reuse outputs: a node at a time, from latents that the caller has."""
+
+    def __init__(self, runs: StepRuns, plan: Plan):
+        self.runs, (self.run, self.state) = runs, runs.call.program(plan)
+
+    def velocity(self, x: Latents, number: int) -> Latents:
+        """The guided velocity at a node, of these latents."""
+        state = State(x, self.state.solver, self.state.memory)
+        self.state = self.run(state, number, number + 1)
+        self.runs.bar.update()
+        return np.asarray(self.state.solver)
+
+
+def fit(
+    target: Trajectory, sigmas: np.ndarray, nodes: Nodes, velocity_at: Callable[[Latents, int], Latents]
+) -> tuple[Nodes, Latents]:
+    """Coefficients of the plan's own run, and the latents that it ends at.
+
+    Args:
+        velocity_at: of latents, at a node by its number; called once a node, in their order.
+    """
     x, last, coefficients = target.latents[0], None, []
-    for node, following in zip(nodes.steps, (*nodes.steps[1:], len(sigmas) - 1), strict=True):
-        _, velocity = runs.step(x, node)
+    for number, (node, following) in enumerate(zip(nodes.steps, (*nodes.steps[1:], len(sigmas) - 1), strict=True)):
+        velocity = velocity_at(x, number)
         basis = [velocity] if last is None else [velocity, last]
         rows = np.stack([one.ravel() for one in basis]).astype(np.float64)
         euler = np.zeros(len(basis))
@@ -177,71 +204,94 @@ def fit(runs: StepRuns, target: Trajectory, sigmas: np.ndarray, nodes: Nodes) ->
     return replace(nodes, coefficients=np.array(coefficients, np.float64)), x
 
 
-def calibrate_steps(runs: StepRuns, facts: dict[str, Any], *, speedup: float | None, psnr: float | None) -> Plan:
-    """The plan for one of two budgets: as fast as `speedup`, or as near to the dense images as `psnr` in dB.
+@dataclass(frozen=True)
+class StepPlans:
+    """Plans of one call for any budget, each fitted in a run of its own.
 
-    Args:
-        facts: of `StepCalibration`, how the plan is found.
+    facts: of `StepCalibration`, how they are found.
+    started: latents at the end of the run that started a little off (`growth`).
     """
-    call = runs.call
-    sigmas = np.asarray(call.schedule.sigmas, np.float64)
-    target = dense = Trajectory.dense(runs)
-    grown, off = growth(runs, dense, sigmas)
-    if facts["target"] == "converged":
-        target = Trajectory.converged(runs, sigmas)
-    search = StepSearch(sigmas, target.gram(moved=target is not dense), grown)
-    images, final = pixels(call, target.latents[-1]), target.latents[-1]
 
-    def offset_of(x: Latents) -> float:
+    runs: StepRuns
+    facts: dict[str, Any]
+    target: Trajectory
+    search: StepSearch
+    started: Latents
+
+    @classmethod
+    def measured(cls, runs: StepRuns, facts: dict[str, Any]) -> "StepPlans":
+        """The runs that every plan needs."""
+        sigmas = np.asarray(runs.call.schedule.sigmas, np.float64)
+        target = dense = Trajectory.dense(runs)
+        grown, off = growth(runs, dense, sigmas)
+        if facts["target"] == "converged":
+            target = Trajectory.converged(runs, sigmas)
+        return cls(runs, facts, target, StepSearch(sigmas, target.gram(moved=target is not dense), grown), off)
+
+    @cached_property
+    def images(self) -> Float[np.ndarray, "B F H W 3"]:
+        """The target's."""
+        return pixels(self.runs.call, self.target.latents[-1])
+
+    def offset_of(self, x: Latents) -> float:
         """Between the PSNR of images and that of their latents: a constant of the autoencoder, within 1 dB."""
-        psnr = np.mean(
-            [-10 * np.log10(mean_square(a - b) + 1e-12) for a, b in zip(pixels(call, x), images, strict=True)]
-        )
-        return float(psnr + 10 * np.log10(max(mean_square(x - final), 1e-12)))
+        pairs = zip(pixels(self.runs.call, x), self.images, strict=True)
+        psnr = np.mean([-10 * np.log10(mean_square(a - b) + 1e-12) for a, b in pairs])
+        return float(psnr + 10 * np.log10(max(mean_square(x - self.target.latents[-1]), 1e-12)))
 
-    def tried(nodes: Nodes) -> Plan:
-        nodes, x = fit(runs, target, sigmas, nodes)
+    def fitted(self, nodes: Nodes, heads: Plan | None = None, **facts: Any) -> Plan:
+        """With coefficients of its own run, and the error that it ends with.
+
+        Args:
+            heads: a plan of these nodes, whose heads are to stay; None: full.
+            facts: of `StepCalibration`, beside those of all plans.
+        """
+        plan = Plan.full(self.runs.call.setting, nodes.steps) if heads is None else heads
+        if heads is None:
+            nodes, x = fit(self.target, self.search.sigmas, nodes, lambda x, n: self.runs.step(x, nodes.steps[n])[1])
+        else:
+            nodes, x = fit(self.target, self.search.sigmas, nodes, PlannedRun(self.runs, heads).velocity)
         record = StepCalibration(
+            **self.facts,
             **facts,
-            gram=tuple(map(tuple, search.gram.tolist())),
-            growth=tuple(grown.tolist()),
-            psnr_offset=offset_of(x),
+            gram=tuple(map(tuple, self.search.gram.tolist())),
+            growth=tuple(self.search.growth.tolist()),
+            psnr_offset=self.offset_of(x),
             predicted_error=nodes.predicted_error,
-            measured_error=mean_square(x - final),
+            measured_error=mean_square(x - self.target.latents[-1]),
         )
-        plan = Plan.full(call.setting, nodes.steps)
         return replace(plan, coefficients=nodes.coefficients, step_calibration=record)
 
-    if speedup is not None:
-        plan = tried(search.nodes(count_for(speedup, search.num_steps)))
-    else:
+    def for_budget(self, *, speedup: float | None, psnr: float | None) -> Plan:
+        """A plan for one budget: as fast as `speedup`, or as near to the target as `psnr` in dB."""
+        if speedup is not None:
+            return self.for_speedup(speedup)
         assert psnr is not None
-        plan = _for_psnr(search, search.for_psnr(psnr + MARGIN, offset_of(off)), psnr, tried)
-    runs.bar.close()
-    assert plan.step_calibration is not None
-    if (promised := plan.step_calibration.psnr - MARGIN) < LOWEST_PSNR:
-        logger.warning(
-            "the plan promises %.1f dB on average; below %.0f dB other prompts can be worse", promised, LOWEST_PSNR
-        )
-    return plan
+        return self.for_psnr(psnr)
 
+    def for_speedup(self, speedup: float) -> Plan:
+        """The plan of as many nodes as leave it so fast."""
+        return self.fitted(self.search.nodes(count_for(speedup, self.search.num_steps)))
 
-def _for_psnr(search: StepSearch, first: Nodes, psnr: float, tried: Callable[[Nodes], Plan]) -> Plan:
-    """The fewest nodes whose measured PSNR is `MARGIN` above what is asked."""
-
-    def keeps(plan: Plan) -> bool:
-        assert plan.step_calibration is not None
-        return plan.step_calibration.psnr >= psnr + MARGIN
-
-    plan = tried(first)
-    if not keeps(plan):
-        for count in range(len(plan.nodes) + 1, search.num_steps + 1):
-            if keeps(plan := tried(search.nodes(count))):
+    def for_psnr(self, psnr: float) -> Plan:
+        """The plan of the fewest nodes whose measured PSNR is `MARGIN` above what is asked."""
+        plan = self.fitted(self.search.for_psnr(psnr + MARGIN, self.offset_of(self.started)))
+        if not keeps(plan, psnr):
+            for count in range(len(plan.nodes) + 1, self.search.num_steps + 1):
+                if keeps(plan := self.fitted(self.search.nodes(count)), psnr):
+                    break
+            return plan
+        while len(plan.nodes) - 1 in self.search.paths:
+            if not keeps(fewer := self.fitted(self.search.nodes(len(plan.nodes) - 1)), psnr):
                 break
+            plan = fewer
         return plan
-    while len(plan.nodes) - 1 in search.paths and keeps(fewer := tried(search.nodes(len(plan.nodes) - 1))):
-        plan = fewer
-    return plan
+
+
+def keeps(plan: Plan, psnr: float) -> bool:
+    """Whether a fitted plan's measured PSNR is `MARGIN` above this."""
+    assert plan.step_calibration is not None
+    return plan.step_calibration.psnr >= psnr + MARGIN
 
 
 def pixels(call: Call, tokens: Latents) -> Float[np.ndarray, "B F H W 3"]:

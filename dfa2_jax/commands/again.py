@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def plan_path(args: argparse.Namespace, made: dict[str, Any]) -> Path:
-    """Of the image's plan.
+    """The path of the image's plan.
 
     Raises:
         ValueError: neither the command nor the image names it.

@@ -61,7 +61,7 @@ def show(pipeline: Pipeline, plan: Plan, prompts: Sequence[str], out: Path) -> i
 
 
 def both(pipeline: Pipeline, plan: Plan, prompt: str) -> dict[str, Options]:
-    """Of one prompt, the dense call and the plan's: alike in all that the plan says."""
+    """The dense call of one prompt, and the plan's: alike in all that the plan says."""
     planned = Options(prompt=prompt, plan=plan)
     request = pipeline.request(planned)
     dense = replace(

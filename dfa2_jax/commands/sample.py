@@ -24,7 +24,7 @@ from dfa2_jax.pipeline.timing import told
 from dfa2_jax.plan.plan import Plan
 
 KNOWN_LATER = ("density", "faults")
-"""Of an image's metadata, what only its call knows."""
+"""Fields of an image's metadata that only its call knows."""
 
 
 @dataclass(frozen=True)

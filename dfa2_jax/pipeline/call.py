@@ -3,7 +3,7 @@
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -98,10 +98,14 @@ class Call:
         solver = self.inputs.solver.init(latents)
         if attend is None:
             return State(latents, solver)
-        config, dtype = self.pipeline.config, self.pipeline.dtype
+        return State(latents, solver, empty_memory(attend, self.memory_shapes, images=self.request.batch))
+
+    @property
+    def memory_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """By stack of layers, their outputs."""
+        config = self.pipeline.config
         heads = config.num_attention_heads, config.attention_head_dim
-        shapes = stack_shapes(self.layers, self.batch, heads, dtype)
-        return State(latents, solver, empty_memory(attend, shapes, images=self.request.batch))
+        return stack_shapes(self.layers, self.batch, heads, self.pipeline.dtype)
 
     def num_steps(self, plan: Plan | None) -> int:
         """Steps of the loop: times that the network runs."""
@@ -127,29 +131,41 @@ class Call:
         )
         return HeadPlans(half_window, head_order, first=np.zeros((), np.int32))
 
-    def program(
+    def loop(
         self, plan: Plan | None = None, *, implementation: str | None = None, skip_projections: bool = True
-    ) -> tuple[Run, State]:
-        """The loop of this call, and the state that it starts from.
+    ) -> Run:
+        """The steps of this call, by a plan.
 
         It is a program of 32 bits, whatever `jax_enable_x64` says.
 
         Args:
             implementation: of attention, to measure what another order of the same sums changes; None: the best one.
             skip_projections: as in `denoise_planned`.
+        """
+        transformer = self.pipeline.transformer
+        options = {"inputs": jax.device_put(self.inputs_for(plan)), "rounding": self.pipeline.rounding}
+        options |= {"implementation": implementation}
+        if self.remembers(plan):
+            options |= {"plans": jax.device_put(self.step_plans(plan)), "skip_projections": skip_projections}
+            program = denoise_planned
+        else:
+            options |= {"attend": self.options.attend}
+            program = denoise
+        run = jax.enable_x64(False)(partial(program, transformer.graph, transformer.params, **options))
+        return lambda state, start, stop: run(state, start=start, stop=stop)
+
+    @staticmethod
+    def remembers(plan: Plan | None) -> TypeGuard[Plan]:
+        """Whether heads' outputs are kept from step to step: not by a plan of steps alone."""
+        return plan is not None and (plan.runs_every_step or not plan.heads_are_full)
+
+    def program(self, plan: Plan | None = None, **options: Any) -> tuple[Run, State]:
+        """`loop`, and the state that it starts from.
 
         Raises:
             MemoryError: the outputs that the plan keeps from step to step do not fit.
         """
-        transformer, attend = self.pipeline.transformer, self.options.attend
-        loop = {"inputs": jax.device_put(self.inputs_for(plan)), "rounding": self.pipeline.rounding}
-        loop |= {"implementation": implementation}
-        if plan is None or (plan.heads_are_full and not plan.runs_every_step):  # steps alone: nothing to remember
-            run = jax.enable_x64(False)(partial(denoise, transformer.graph, transformer.params, **loop, attend=attend))
-            return lambda state, start, stop: run(state, start=start, stop=stop), self.start(attend)
-        loop |= {"plans": jax.device_put(self.step_plans(plan)), "skip_projections": skip_projections}
-        run = jax.enable_x64(False)(partial(denoise_planned, transformer.graph, transformer.params, **loop))
-        return lambda state, start, stop: run(state, start=start, stop=stop), self.start(Planned())
+        return self.loop(plan, **options), self.start(Planned() if self.remembers(plan) else self.options.attend)
 
     def run(self) -> np.ndarray:
         """Patchified latents after all steps.

@@ -19,7 +19,7 @@ from dfa2_jax.plan.file import blame_file, content_of, read, written
 from dfa2_jax.plan.method import FULL_METHOD, Method, PlanError, letters
 from dfa2_jax.plan.setting import CalibrationRecord, Setting, StepCalibration
 from dfa2_jax.plan.steps import StepSearch, check_budget, count_for, euler_coefficients
-from pallas_kernels.layout import FULL
+from pallas_kernels.layout import CACHED, FULL
 from pallas_kernels.mask import count_tiles, kept_pairs
 
 EULER = np.zeros((0, 2))
@@ -171,18 +171,26 @@ class Plan:
         return kept / total
 
     @suggests_names
-    def cost(self, attention_share: float = 0.0) -> float:
-        """Of the dense run's time, the share that the plan takes, by its nodes and attention's density at them.
+    def cost(self, attention_share: float | None = None, projection_share: float | None = None) -> float:
+        """The share of the dense run's time that the plan takes, by its nodes and by what heads save at them.
 
         Args:
-            attention_share: of a dense step's time, which attention takes in proportion to its pairs (Amdahl's law). 0:
-                heads save nothing.
+            attention_share: of a dense step's time, which attention takes in proportion to its tiles (Amdahl's law).
+                None: what the heads were planned with; 0, heads save nothing.
+            projection_share: the same of projections, which reused heads spare.
         """
-        return len(self.nodes) / self.setting.num_inference_steps * (1 - attention_share * (1 - self.density()))
+        record = self.step_calibration
+        planned = (0.0, 0.0) if record is None else (record.attention_share, record.projection_share)
+        given = (attention_share, projection_share)
+        attention, projections = (a if b is None else b for a, b in zip(planned, given, strict=True))
+        tokens = np.array([layer.layout.length for layer in self.setting.layers])
+        reused = (tokens * (self.half_windows() == CACHED).mean((0, 2))).sum() / tokens.sum()
+        spared = attention * (1 - self.density(record and record.tiles)) + projections * float(reused)
+        return len(self.nodes) / self.setting.num_inference_steps * (1 - spared)
 
     @suggests_names
     def resolve(self, *, speedup: float | None = None, psnr: float | None = None) -> "Plan":
-        """A plan for another budget, of the same measurements; needs no model.
+        """A plan of steps for another budget, of the same measurements; needs no model. All heads are full.
 
         Its coefficients are of the dense run's velocities. `calibrate` fits them to the plan's own, which is better.
 
@@ -200,7 +208,9 @@ class Plan:
         else:
             assert psnr is not None
             nodes = search.for_psnr(psnr + MARGIN, record.psnr_offset)
-        record = record.model_copy(update={"predicted_error": nodes.predicted_error, "measured_error": None})
+        kept = {"predicted_error": nodes.predicted_error, "measured_error": None, "tiles": None}
+        kept |= {"attention_share": 0.0, "projection_share": 0.0}
+        record = record.model_copy(update=kept)
         plan = Plan.full(self.setting, nodes.steps)
         return replace(plan, coefficients=nodes.coefficients, step_calibration=record)
 
@@ -250,11 +260,15 @@ class Plan:
     def check(self, setting: Setting) -> None:
         """Whether the plan is for this sampling call.
 
+        A plan of steps alone serves other sizes and text lengths, too, where the noise levels are the same.
+
         Raises:
             PlanError: names every field that differs, with both values.
         """
-        faults = []
+        faults, carried = [], self.heads_are_full and not self.runs_every_step
         for name, advice in ADVICE.items():
+            if carried and name in ("height", "width", "layers"):
+                continue
             mine, theirs = getattr(self.setting, name), getattr(setting, name)
             if name == "sigmas" and len(mine) == len(theirs) and np.allclose(mine, theirs, rtol=0, atol=1e-6):
                 continue

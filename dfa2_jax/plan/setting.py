@@ -88,6 +88,12 @@ class StepCalibration(Record):
     """Mean squared error of the latents at the end, by gram and growth alone."""
     measured_error: NotNegative | None
     """The same, of the plan's own run on the calibration prompts; None: the plan never ran."""
+    attention_share: Share = 0.0
+    """The share of a dense step's time that is attention's; 0: heads were not planned."""
+    projection_share: Share = 0.0
+    """The share that is projections to queries, keys and values."""
+    tiles: Annotated[tuple[Positive, Positive], Field(strict=False)] | None = None
+    """Queries and keys of the tiles that heads were planned to spare."""
 
     @property
     def psnr(self) -> float:

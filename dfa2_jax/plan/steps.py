@@ -18,20 +18,20 @@ MAX_GAP = 16
 """Steps from a node to the next, at most: it bounds the search, which takes 2 s at 50 steps."""
 
 LARGEST = 1e12
-"""Of a mean product of velocities, and of growth: far above any model's. Beyond it, sums overflow."""
+"""The largest mean product of velocities, and the largest growth: far above any model's. Beyond it, sums overflow."""
 
 RIDGE = 1e-7
-"""Of the Gram matrix's mean diagonal: late velocities are nearly parallel."""
+"""The ridge, as a share of the Gram matrix's mean diagonal: late velocities are nearly parallel."""
 
 
 def euler_coefficients(sigmas: Float[np.ndarray, " levels"]) -> Float[np.ndarray, "steps 2"]:
-    """Of Euler's steps: differences of noise levels, in float32 as diffusers subtracts, and no last velocity."""
+    """Coefficients of Euler's steps: differences of noise levels, float32 as diffusers subtracts; no last velocity."""
     differences = np.diff(np.asarray(sigmas, np.float32))
     return np.stack([differences, np.zeros_like(differences)], axis=1)
 
 
 def adams_coefficients(sigmas: Float[np.ndarray, " levels"]) -> Float[np.ndarray, "steps 2"]:
-    """Of Adams and Bashforth's steps of second order, float32; the first one is Euler's."""
+    """Coefficients of Adams and Bashforth's steps of second order, float32; the first step is Euler's."""
     sizes = np.diff(np.asarray(sigmas, np.float64))
     last = np.zeros_like(sizes)
     last[1:] = sizes[1:] ** 2 / sizes[:-1] / 2
@@ -49,7 +49,7 @@ class Nodes:
 
 @dataclass(frozen=True)
 class StepSearch:
-    """Of one dense run.
+    """A search of the nodes for one dense run.
 
     gram: mean products of its velocities, float64. Of a converged run: of velocities, and after them of the latents'
         moves from level to level, which are no Euler steps.

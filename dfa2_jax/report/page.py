@@ -22,7 +22,7 @@ METRICS = {
 """Title and decimals."""
 
 NEARNESS = ("psnr", "ssim", "lpips")
-"""Of those, what compares with the dense image."""
+"""The metrics that compare with the dense image."""
 
 WIDEST = 384
 """Pixels of a picture's longer side at most: five pairs at 2048 px would have 100 MB."""
@@ -44,7 +44,7 @@ img { max-width: 100%; } code { overflow-wrap: anywhere; }
 
 _STYLE_HASH = base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()
 POLICY = f"default-src 'none'; img-src data:; style-src 'sha256-{_STYLE_HASH}'; base-uri 'none'; form-action 'none'"
-"""Of the page's contents: its pictures and this style; no script, no address, whatever a prompt or a name holds."""
+"""What the page may load: its pictures and this style; no script, no address, whatever a prompt or a name holds."""
 
 
 def page(content: Mapping[str, Any], worst: Mapping[str, Sequence[Any]], figures: Mapping[str, bytes]) -> str:
@@ -76,7 +76,7 @@ def page(content: Mapping[str, Any], worst: Mapping[str, Sequence[Any]], figures
 
 
 def _text(value: object) -> str:
-    """Of whatever script and direction, kept apart from the text around it."""
+    """Text of whatever script and direction, kept apart from the text around it."""
     return f'<bdi dir="auto">{escape(str(value))}</bdi>'
 
 

@@ -23,6 +23,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from dfa2_jax.calibration.attention_share import shares_of
 from dfa2_jax.calibration.calibrate import planning_tiles
 from dfa2_jax.io.extras import need
 from dfa2_jax.io.names import natural, suggests_names
@@ -36,7 +37,6 @@ from dfa2_jax.plan.plan import Plan
 from dfa2_jax.plan.setting import Setting
 from dfa2_jax.report import metrics as quality
 from dfa2_jax.report.attention_maps import watch, windows_of
-from dfa2_jax.report.attention_share import attention_share
 from dfa2_jax.report.sampler import Sampler, limit_steps
 from dfa2_jax.report.table import Judges, Line, Report, Shot
 from dfa2_jax.sampling.solvers.schedulers import DPM
@@ -314,7 +314,7 @@ def _facts(sampler: Sampler, folder: str | PathLike[str], call: Call) -> dict[st
             "max_sequence_length": request.length,
             "batch": sampler.batch,
         },
-        "attention_share": attention_share(call),
+        "attention_share": shares_of(call).attention,
         "tiles": list(planning_tiles(pipeline.config.attention_head_dim)),
     }
 

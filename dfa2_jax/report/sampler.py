@@ -38,7 +38,7 @@ class Sampler:
     def open(
         cls, folder: str | PathLike[str], arguments: dict[str, Any], batch: int, progress: bool, **options: Any
     ) -> "Sampler":
-        """Of `Pipeline.from_pretrained` with these options."""
+        """A sampler of `Pipeline.from_pretrained` with these options."""
         with told("loading", progress):
             return cls(Pipeline.from_pretrained(folder, **options), arguments, batch)
 
@@ -94,5 +94,5 @@ class Sampler:
 
 
 def limit_steps(steps: int) -> int:
-    """Of the run that stands for the limit, of second order, as a calibration's."""
+    """Steps of the run that stands for the limit, of second order, as a calibration's."""
     return min(REFINED * steps, MAX_STEPS)

@@ -163,7 +163,7 @@ class Report:
         return distances
 
     def speedup(self, plan: Line) -> float:
-        """Of a step, over dense: the median of the rounds' ratios."""
+        """The speedup of a step over a dense one: the median of the rounds' ratios."""
         return median(a / b for a, b in zip(self.lines[0].seconds, plan.seconds, strict=True))
 
     def content(self) -> dict[str, Any]:

@@ -32,18 +32,27 @@ def empty_memory(attend: Attend, shapes: dict[str, jax.ShapeDtypeStruct], *, ima
     Raises:
         MemoryError: it does not fit; the message says what would.
     """
-    abstract = jax.eval_shape(lambda: {name: attend.memory(shape) for name, shape in shapes.items()})
-    need, free = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(abstract)), free_bytes()
+    check_fits(jax.eval_shape(lambda: {name: attend.memory(shape) for name, shape in shapes.items()}), images=images)
+    return {name: remembered for name, shape in shapes.items() if (remembered := attend.memory(shape)) is not None}
+
+
+def check_fits(memory: Any, *, images: int) -> None:
+    """Whether there is room for another memory of this size.
+
+    Raises:
+        MemoryError: there is not; the message says what would fit.
+    """
+    arrays = jax.tree.leaves(memory)
+    need, free = sum(x.size * x.dtype.itemsize for x in arrays), free_bytes()
     if need > free:
         fitting = int(free / need * images)
         smaller = f"one image takes {need / images / 1e9:.1f} GB: take a smaller one, or dense attention"
         advice = f"a batch of {fitting} would fit" if fitting else smaller
-        tokens = max(shape.shape[2] for shape in shapes.values())
+        tokens = max(x.shape[2] for x in arrays)
         raise MemoryError(
             f"Attention keeps {need / 1e9:.1f} GB from step to step for {images} images of {tokens} tokens, and "
             f"{free / 1e9:.1f} GB are free: {advice}."
         )
-    return {name: remembered for name, shape in shapes.items() if (remembered := attend.memory(shape)) is not None}
 
 
 def free_bytes() -> int:

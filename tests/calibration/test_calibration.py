@@ -281,7 +281,13 @@ def test_arrows_alone_and_caching_alone(pipelines):
 
 
 @pytest.mark.parametrize(
-    "budget", [{"delta": 0.4, "windows": (4,), "tiles": (16, 16)}, {"psnr": 30.0}], ids=["heads", "steps"]
+    "budget",
+    [
+        {"delta": 0.4, "windows": (4,), "tiles": (16, 16)},
+        {"psnr": 30.0},
+        {"heads": "only", "speedup": 1.1, "windows": (4,), "tiles": (16, 16), "attention_share": 0.5},
+    ],
+    ids=["paper's", "steps", "heads"],
 )
 def test_a_bar_hides_no_compilation_and_phases_stand_before_it(budget, pipelines, bars, compilations, capsys):
     size = {"height": 48, "width": 112, "num_inference_steps": 4, "max_sequence_length": 16}  # no other test's

@@ -1,5 +1,6 @@
 """Step plans, from prompts to images: against themselves, against diffusers, and after an interruption."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import jax
@@ -126,14 +127,15 @@ def test_a_plan_of_half_the_steps_follows_a_smooth_flow_to_its_end():
     errors = [np.mean(np.square(run.latents[-1] - end)) for run in (dense, limit)]
     assert errors[1] < errors[0] / 100
     search = StepSearch(sigmas, limit.gram(moved=True), np.ones(11))
-    nodes, x = of_steps.fit(runs, limit, sigmas, search.nodes(5))
+    steps = search.nodes(5).steps
+    nodes, x = of_steps.fit(limit, sigmas, search.nodes(5), lambda x, number: runs.step(x, steps[number])[1])
     assert len(nodes.steps) == 5 and np.mean(np.square(x - end)) < errors[0] / 10
 
 
 def test_a_target_is_one_of_two(pipelines):
     with pytest.raises(ValueError, match="target='limit' is neither 'dense' nor 'converged'"):
         calibrate(pipelines("tiny_flux_dev"), PROMPTS, **CALL, target="limit")
-    with pytest.raises(ValueError, match="target='converged' is of steps, and delta= of heads"):
+    with pytest.raises(ValueError, match="target='converged' is beside speedup= or psnr="):
         calibrate(pipelines("tiny_flux_dev"), PROMPTS, **CALL, target="converged", delta=0.1)
 
 
@@ -199,29 +201,46 @@ def test_an_interrupted_calibration_goes_on(pipelines, planned, tmp_path, monkey
         calibrate(pipeline, PROMPTS[:1], **CALL, speedup=2.0, resume=path)
 
 
+def test_steps_are_carried_to_another_size_where_noise_levels_are_the_same(planned):
+    """SD3.5 has them. FLUX.1-dev's levels depend on the size; and heads are of one size."""
+    pipeline, plan = planned("tiny_sd35")
+    size = {"height": 96, "width": 64, "max_sequence_length": 24}
+    there = Plan.full(pipeline.setting(**CALL | CASES["tiny_sd35"] | size, prompt=""), plan.nodes)
+    own = replace(there, coefficients=plan.coefficients)
+    options = {"guidance_scale": 5.0}
+    np.testing.assert_array_equal(
+        latents(pipeline, plan=plan, **size, **options), latents(pipeline, plan=own, **options)
+    )
+    with pytest.raises(PlanError, match=r"height is 64 in the plan and 96 in the call: .*\n.*layers is"):
+        latents(pipeline, plan=plan.with_method(1, 0, 0, "cached"), **size)
+    flux, other = planned("tiny_flux_dev")
+    with pytest.raises(PlanError, match="sigmas is "):
+        latents(flux, plan=other, height=128)
+
+
 def test_a_journal_gives_back_whole_records_alone(tmp_path):
     path, keys = tmp_path / "journal", [bytes([number]) * 32 for number in range(3)]
     records = [np.full((2, 3), number, np.float32) for number in range(3)]
-    journal = Journal(path, "digest", (2, 3))
+    journal = Journal(path, "digest")
     for key, record in zip(keys, records, strict=True):
         journal.add(key, record)
-        np.testing.assert_array_equal(journal.get(key), record)
+        np.testing.assert_array_equal(journal.get(key, (2, 3)), record)
     with pytest.raises(ValueError, match="another calibration writes it"):
-        Journal(path, "digest", (2, 3))
+        Journal(path, "digest")
     journal.close()
     content = bytearray(path.read_bytes())
-    content[-(64 + 24) * 2 + 70] ^= 1  # a bit of the second record
+    content[-(72 + 24) * 2 + 80] ^= 1  # a bit of the second record
     path.write_bytes(content)
-    again = Journal(path, "digest", (2, 3))
-    assert [*again.places] == keys[:1] and again.get(keys[1]) is None
+    again = Journal(path, "digest")
+    assert [*again.places] == keys[:1] and again.get(keys[1], (2, 3)) is None
     again.add(keys[2], records[2])
     again.close()
-    last = Journal(path, "digest", (2, 3))
+    last = Journal(path, "digest")
     assert [*last.places] == [keys[0], keys[2]]
-    np.testing.assert_array_equal(last.get(keys[2]), records[2])
+    np.testing.assert_array_equal(last.get(keys[2], (2, 3)), records[2])
     last.close()
     with pytest.raises(ValueError, match="progress of this calibration starts with"):
-        Journal(path, "other", (2, 3))
+        Journal(path, "other")
 
 
 def test_a_promise_is_kept_by_as_few_nodes_as_can_be(pipelines, caplog):
@@ -240,8 +259,7 @@ def test_a_promise_is_kept_by_as_few_nodes_as_can_be(pipelines, caplog):
         ({"speedup": 2.0, "delta": 0.4}, "speedup=2.0, psnr=None and delta=0.4: pass one of them"),
         ({"speedup": 0.5}, "speedup=0.5 must be from 1 to 8 for 8 steps"),
         ({"psnr": float("inf")}, "psnr=inf must be a finite number"),
-        ({"speedup": 2.0, "tiles": (16, 16)}, r"tiles=\(16, 16\) is of heads, and without delta="),
-        ({"c": None}, "c=None is of heads"),
+        ({"c": None}, "c=None is of delta="),
     ],
 )
 def test_bad_budgets_are_named(options, message, pipelines, no_shape_checks):
@@ -298,9 +316,14 @@ def test_growth_is_that_of_the_flow(no_shape_checks):
 @pytest.mark.parametrize("first", [2, 5, 8])
 def test_a_promise_has_a_margin(first, no_shape_checks):
     """Plans have a PSNR of 20 dB and 3 for each node: 7 nodes for 38 dB, wherever the search begins."""
-    search = SimpleNamespace(num_steps=9, paths=range(1, 10), nodes=lambda count: count)
-    tried = lambda count: SimpleNamespace(  # noqa: E731
-        nodes=range(count), step_calibration=SimpleNamespace(psnr=20.0 + 3 * count)
-    )
-    assert len(of_steps._for_psnr(search, first, 38.0, tried).nodes) == 7
-    assert len(of_steps._for_psnr(search, first, 99.0, tried).nodes) == 9
+
+    class Plans(of_steps.StepPlans):
+        offset_of = staticmethod(lambda _: 0.0)
+
+        def fitted(self, count):
+            return SimpleNamespace(nodes=range(count), step_calibration=SimpleNamespace(psnr=20.0 + 3 * count))
+
+    of_count = {"nodes": lambda count: count, "for_psnr": lambda *_: first}
+    plans = Plans(None, {}, None, SimpleNamespace(num_steps=9, paths=range(1, 10), **of_count), None)
+    assert len(plans.for_psnr(38.0).nodes) == 7
+    assert len(plans.for_psnr(99.0).nodes) == 9

@@ -110,7 +110,9 @@ def test_a_misspelt_option_is_told_the_nearest(name):
 def test_a_name_near_to_none_is_told_all():
     with pytest.raises(TypeError, match="Options has no argument 'heigth': did you mean 'height'"):
         of_names(options.Options, {"heigth": 512})
-    with pytest.raises(TypeError, match="no argument 'zzz': it has speedup, psnr, target, delta, c"):
+    with pytest.raises(
+        TypeError, match="no argument 'zzz': it has speedup, psnr, target, heads, attention_share, delta, c"
+    ):
         of_names(options.CalibrationOptions, {"zzz": 1})
     assert of_names(options.Options, {"height": 512}).height == 512
 

@@ -1,4 +1,4 @@
-"""Sentences of docstrings and comments are short, as those of pages (CONTRIBUTING.md).
+"""Sentences of docstrings and comments are short, and docstrings begin with their subject (CONTRIBUTING.md).
 
 The source is parsed, not imported.
 """
@@ -81,6 +81,7 @@ def test_docstrings_and_comments_are_prose(path):
     for line, text in (*docstrings(source), *comments(source)):
         long = [sentence for words, sentence in sentences(text) if words > LONGEST]
         assert not long, f"{path.name}:{line}: more than {LONGEST} words: {long}"
+        assert not text.startswith("Of "), f"{path.name}:{line} has no subject, which comes first: {text!r:.80}"
 
 
 EXAMPLE = '''

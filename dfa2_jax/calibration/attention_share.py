@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,33 +17,54 @@ from pallas_kernels.layout import Layout
 
 @dataclass(frozen=True)
 class Products:
-    """Attention's two matrix products alone, or (`kept=False`) neither."""
+    """Attention's two matrix products alone, the projections before them alone, or neither."""
 
-    kept: bool
-    implementation: str | None = None
+    kept: Literal["both", "projections", "neither"]
 
     def memory(self, stack: jax.ShapeDtypeStruct) -> None:
         return None
 
     def __call__(self, project: Project, layout: Layout, memory: None, plan: LayerPlan) -> tuple[Heads, None]:
+        if self.kept == "neither":
+            like = jax.eval_shape(project)[0]
+            return jnp.zeros(like.shape, like.dtype), None
         q, k, v = project()
-        if not self.kept:
+        if self.kept == "projections":
             return q + k + v, None
         return jnp.einsum("BNTS,BSNH->BTNH", jnp.einsum("BTNH,BSNH->BNTS", q, k), v), None
 
 
-def attention_share(call: Call) -> float:
-    """Of the multiplications of a dense step's matrix products, those of queries with keys and weights with values."""
-    transformer = call.pipeline.transformer
+class StepShares(NamedTuple):
+    """What heads could save of a dense step.
 
-    def count(kept: bool) -> int:
+    attention: queries with keys, and weights with values; projections: to queries, keys and values.
+    """
+
+    attention: float
+    projections: float
+
+
+def step_shares(graph: nnx.GraphDef, params: Any, state: State, inputs: Inputs) -> StepShares:
+    """Shares of the multiplications of a dense step's matrix products.
+
+    Dense attention and matrix products run at about the same rate. So on an H100 and an H200 attention's share of the
+    time is within 0.05 of this (benchmarks/results/sampling_h100.json, sampling_gpu.json).
+    """
+
+    def count(kept: Literal["both", "projections", "neither"]) -> int:
         def step(params: Any, state: State, inputs: Inputs) -> State:
-            return denoise_step(nnx.merge(transformer.graph, params), Products(kept), inputs, 0, state)
+            return denoise_step(nnx.merge(graph, params), Products(kept), inputs, 0, state)
 
-        return multiplications(jax.make_jaxpr(step)(transformer.params, call.start(), call.inputs).jaxpr)
+        return multiplications(jax.make_jaxpr(step)(params, state, inputs).jaxpr)
 
-    rest, whole = map(count, (False, True))
-    return 1 - rest / whole
+    whole, projected, rest = count("both"), count("projections"), count("neither")
+    return StepShares((whole - projected) / whole, (projected - rest) / whole)
+
+
+def shares_of(call: Call) -> StepShares:
+    """The shares of a step of this call."""
+    transformer = call.pipeline.transformer
+    return step_shares(transformer.graph, transformer.params, call.start(), call.inputs)
 
 
 def multiplications(jaxpr: Any) -> int:

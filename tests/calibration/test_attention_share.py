@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from dfa2_jax.calibration.attention_share import multiplications, shares_of
 from dfa2_jax.options import Options
-from dfa2_jax.report.attention_share import attention_share, multiplications
 
 
 def test_products_in_loops_count_as_often_as_they_run():
@@ -23,7 +23,7 @@ def test_share_of_sd35_is_that_of_its_layers(guided, pipelines):
     pipeline = pipelines("tiny_sd35")
     size = {"height": 64, "width": 96, "num_inference_steps": 2, "max_sequence_length": 16}
     call = pipeline.prepare(Options(prompt="a", **size, guidance_scale=1 + 3.0 * guided))
-    share = attention_share(call)
+    share = shares_of(call).attention
     width = pipeline.config.num_attention_heads * pipeline.config.attention_head_dim
     layers = call.setting.layers
     attention = sum(2 * (layer.num_text + layer.num_visual) ** 2 * width for layer in layers)
