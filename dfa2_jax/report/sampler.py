@@ -43,7 +43,7 @@ class Sampler:
             return cls(Pipeline.from_pretrained(folder, **options), arguments, batch)
 
     def prepare(self, shots: Sequence[Shot], offset: int = 0, **changes: Any) -> Call:
-        """Of `batch` images; the last prompt fills up: another size would compile anew.
+        """A call of `batch` images; the last prompt fills up: another size would compile anew.
 
         Args:
             offset: added to the seeds.
