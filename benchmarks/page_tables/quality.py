@@ -65,6 +65,14 @@ def steps(data: Any) -> Iterator[list[str]]:
             yield [f"{cost * count:.0f} of {count}", f"{1 / cost:.2f}x", *cells]
 
 
+@table("heads-weighed", "heads_20.json", "kept pairs | by what errors do", "python -m benchmarks.steps --densities")
+@table("heads-paper", "heads_20_paper.json", "kept pairs | by the paper's delta", "python -m benchmarks.steps --deltas")
+def heads(data: Any) -> Iterator[list[str]]:
+    for one in sorted(data["rows"], key=lambda one: -one["cost"]):
+        if one["kind"].startswith("heads"):
+            yield [f"{one['cost']:.2f}", _psnr(one["against_dense"])]
+
+
 def _psnr(seeds: Any) -> str:
     """The mean, and the worst image's."""
     return f"{mean(seed['psnr'] for seed in seeds):.1f}, {min(seed['worst_psnr'] for seed in seeds):.1f}"
@@ -112,9 +120,40 @@ def limit(data: Any) -> Iterator[list[str]]:
 def step_runs(data: Any) -> Iterator[list[str]]:
     for one in data["rows"]:
         cells = [f"{one['case']} px", str(one["steps"]), f"{one['dense_s']:.2f}"]
-        for plan in one["plans"].values():
-            cells += [str(plan["nodes"]), f"{plan['s']:.2f}", f"{plan['predicted_s']:.2f}"]
+        for name, plan in one["plans"].items():
+            if name.startswith("speedup"):
+                cells += [str(plan["nodes"]), f"{plan['s']:.2f}", f"{plan['predicted_s']:.2f}"]
         yield cells
+
+
+@table(
+    "head-runs",
+    "step_runs_gpu.json",
+    "model, size | nodes, heads | kept pairs | s | predicted, s | speedup",
+    "python -m benchmarks.step_runs",
+)
+def head_runs(data: Any) -> Iterator[list[str]]:
+    """Whole runs whose plans spare heads, too."""
+    for one in data["rows"]:
+        for name, plan in one["plans"].items():
+            if "density" in plan and not name.startswith("speedup"):
+                cells = f"{plan['density']:.2f}", f"{plan['s']:.2f}", f"{plan['predicted_s']:.2f}"
+                yield [f"{one['case']} px", name, *cells, f"{one['dense_s'] / plan['s']:.2f}x"]
+
+
+@table(
+    "steps-carried",
+    "steps_carried.json",
+    "call | speedup | plan of guidance 4, 256 px | plan calibrated for the call",
+    "python -m benchmarks.steps_carried",
+)
+def steps_carried(data: Any) -> Iterator[list[str]]:
+    """One step plan under other guidance and at another size, and the call's own."""
+    for one in data["rows"]:
+        case = one["case"]
+        if case:
+            name = f"guidance {case['guidance_scale']:g}" if "guidance_scale" in case else f"{case['height']} px"
+            yield [name, f"{one['speedup']:g}x", _psnr([one["carried"]]), _psnr([one["own"]])]
 
 
 @table(

@@ -29,8 +29,9 @@ def summary(plan: Plan) -> str:
     }
     steps = plan.step_calibration
     if not plan.runs_every_step:
-        speedup = setting.num_inference_steps / len(plan.nodes)
-        lines["steps"] = f"{', '.join(map(str, plan.nodes))}: {speedup:.2f} times as fast"
+        lines["steps"] = f"{', '.join(map(str, plan.nodes))}: {1 / plan.cost():.2f} times as fast"
+        if steps is not None and steps.attention_share:
+            lines["steps"] += f" with these heads, where attention is {steps.attention_share:.2f} of a step"
         pairs = [f"({now:.4f}, {last:.4f})" for now, last in plan.coefficients.round(4) + 0.0]
         lines["moves by"] = f"{' '.join(pairs)} of a node's velocity and the last one's"
     if steps is not None:

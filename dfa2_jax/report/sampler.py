@@ -60,7 +60,7 @@ class Sampler:
         return said | {"plan": None, "max_sequence_length": request.length}
 
     def limit(self, shots: Sequence[Shot], call: Call) -> Call:
-        """Of many steps."""
+        """The call of many steps, whose images stand for the limit."""
         many = self.prepare(shots, **self.without_plan(call), num_inference_steps=limit_steps(call.request.steps))
         solver = FlowMultistep.of(adams_coefficients(many.schedule.sigmas))
         return replace(many, inputs=replace(many.inputs, solver=solver))

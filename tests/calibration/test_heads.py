@@ -16,6 +16,7 @@ from dfa2_jax.calibration.steps import StepRuns
 from dfa2_jax.nn.attention import AttentionCall
 from dfa2_jax.options import CalibrationOptions
 from dfa2_jax.plan.method import CACHED_METHOD, Method
+from dfa2_jax.plan.view import summary
 from pallas_kernels import Layout
 
 CALL = {"height": 128, "width": 96, "num_inference_steps": 6, "max_sequence_length": 16, "guidance_scale": 3.0}
@@ -77,6 +78,7 @@ def test_a_plan_in_a_file_keeps_its_shares_and_a_resolved_one_has_full_heads(onl
     only.save(tmp_path / "plan.json")
     again = Plan.load(tmp_path / "plan.json")
     assert again == only and again.cost() == only.cost()
+    assert f"{1 / only.cost():.2f} times as fast with these heads, where attention is 1.00 of a step" in summary(only)
     faster = only.resolve(speedup=3.0)
     assert faster.heads_are_full and faster.cost() == pytest.approx(1 / 3)
     assert faster.step_calibration.tiles is None
