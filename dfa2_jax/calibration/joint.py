@@ -77,20 +77,18 @@ class JointPlans:
 
     def for_speedup(self, speedup: float, alone: Plan | None) -> Plan:
         """The nearest to the target that is so fast."""
-        cost, best, seen = self.steps.search.num_steps / speedup, alone, set()
-        for _ in range(RUNS):
-            options = []
-            for nodes in self._counts(alone):
-                paths = self.paths(nodes)
-                if (choices := paths.nearest(cost)) is None:
-                    break  # more nodes cost more
-                options.append((self.of_steps(nodes) + self.left * paths.amplitude(choices), nodes, choices))
-            if not options:
+        best, options = alone, []
+        for nodes in self._counts(alone):
+            paths = self.paths(nodes)
+            if (choices := paths.nearest(self.steps.search.num_steps / speedup)) is None:
+                break  # more nodes cost more
+            options.append((nodes, choices, paths.amplitude(choices)))
+        for _ in range(min(RUNS, len(options))):
+            amplitudes = [self.of_steps(nodes) + self.left * amplitude for nodes, _, amplitude in options]
+            place = int(np.argmin(amplitudes))
+            if best is not None and amplitudes[place] ** 2 >= error_of(best):
                 break
-            amplitude, nodes, choices = min(options, key=lambda option: option[0])
-            if nodes.steps in seen or (best is not None and amplitude**2 >= error_of(best)):
-                break
-            seen.add(nodes.steps)
+            nodes, choices, _ = options.pop(place)
             plan = self.fitted(nodes, choices)
             if best is None or error_of(plan) < error_of(best):
                 best = plan
@@ -103,25 +101,24 @@ class JointPlans:
 
     def for_psnr(self, psnr: float, alone: Plan | None) -> Plan:
         """The fastest that keeps `MARGIN` above what is asked."""
+        steps = self.steps.search.num_steps
         best, last = alone, np.zeros(0)
+        allowed = 10 ** ((self.steps.offset_of(self.steps.started) - psnr - MARGIN) / 20)
         for _ in range(RUNS):
             options = []
             for nodes in self._counts(alone):
-                paths, offset = self.paths(nodes), self.steps.offset_of(self.steps.started)
-                spare = 10 ** ((offset - psnr - MARGIN) / 20) - self.of_steps(nodes)
-                if spare > 0:
+                paths = self.paths(nodes)
+                if (spare := allowed - self.of_steps(nodes)) > 0:
                     choices = paths.cheapest(spare / self.left)
                     options.append((paths.cost(choices), nodes, choices))
-            if not options:
-                break
-            cost, nodes, choices = min(options, key=lambda option: option[0])
-            dearest = np.inf if best is None else best.cost() * self.steps.search.num_steps
-            if cost >= dearest or np.array_equal(last, choices):
+            cost, nodes, choices = min(options, key=lambda option: option[0], default=(np.inf, None, last))
+            dearest = np.inf if best is None else best.cost() * steps
+            if nodes is None or cost >= dearest or np.array_equal(last, choices):
                 break
             plan, last = self.fitted(nodes, choices), choices
             if keeps(plan, psnr):
                 best = plan
-        return best or self.steps.fitted(self.steps.search.nodes(self.steps.search.num_steps))
+        return best or self.steps.fitted(self.steps.search.nodes(steps))
 
     def _counts(self, alone: Plan | None) -> list[Nodes]:
         """More nodes than those of steps alone, whose heads have to make up for them; without that, all steps."""
