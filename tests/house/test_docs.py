@@ -29,7 +29,7 @@ pages_module = pytest.importorskip("benchmarks.pages", reason="benchmarks/ is be
 
 pytestmark = pytest.mark.checkout
 
-RUN = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+RUN = [ROOT / "README.md", ROOT / "assets/package.md", *sorted((ROOT / "docs").glob("*.md"))]
 PAGES = [*RUN, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
 
 FENCE = re.compile(
@@ -146,6 +146,7 @@ def test_blocks_run(page, session, no_shape_checks):
 LEFT_OUT = {
     ("README.md", "pip install"): "fetches packages from the network",
     ("README.md", "make demo"): "each makes an environment of its own, from the network",
+    ("assets/package.md", "pip install"): "fetches packages from the network",
     ("docs/index.md", "pip install"): "fetches packages from the network",
     ("docs/index.md", "dfa2 demo"): "samples for a minute; tests/commands/test_demo.py runs it",
     ("docs/paper.md", "python -m benchmarks.ablations"): "takes an hour on two CPU cores",

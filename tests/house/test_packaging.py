@@ -43,6 +43,8 @@ def test_the_wheel_holds_the_two_packages_and_nothing_else(tmp_path):
     said = message_from_bytes(zipfile.ZipFile(wheel).read(metadata))
     assert said["Version"] == dfa2_jax.__version__ and said["Keywords"] and said["License-Expression"] == "Apache-2.0"
     assert "Typing :: Typed" in said.get_all("Classifier") and said.get_all("Project-URL")
+    targets = re.findall(r"\]\(([^)]*)\)", said.get_payload())
+    assert targets and all(target.startswith("https://") for target in targets), "a package index has no other files"
     required = [line for line in said.get_all("Requires-Dist") if "extra ==" not in line]
     assert not [line for line in required if line.startswith(("matplotlib", "scikit-image", "scipy", "torch"))]
     assert {"report", "plots", "quality"} <= {*said.get_all("Provides-Extra")}
