@@ -12,7 +12,7 @@ from dfa2_jax.plan.steps import Nodes
 
 WORTHWHILE = 0.3
 """The least share of a dense step's time that attention must have, or steps alone are planned. FLUX.1-dev has 0.2 at
-1024 px and 0.5 at 2048 px; at 0.2 heads can save a fifth, and steps half at the same error."""
+1024 px and 0.5 at 2048 px. At 0.2 heads save a fifth at most."""
 
 RUNS = 4
 """Runs of plans with heads, at most: each tells how much of the sum of amplitudes is left at the end."""
