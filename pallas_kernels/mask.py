@@ -34,11 +34,15 @@ def dense_mask(half_window: Int[Array, " N"], layout: Layout) -> Bool[Array, "N 
         x . x x x
         x . . x x
     """
-    position = jnp.arange(layout.length)
-    start, stop = layout.text.start, layout.text.stop
-    is_text = (position >= start) & (position < stop)
-    near = jnp.abs(position[:, None] - position[None, :])[None] <= half_window[:, None, None]
-    text = is_text[:, None] | is_text[None, :]
+    return rows_of_mask(half_window, layout, jnp.arange(layout.length))
+
+
+def rows_of_mask(half_window: Int[Array, " N"], layout: Layout, query: Int[Array, " T"]) -> Bool[Array, "N T S"]:
+    """`dense_mask` of the queries at these positions."""
+    key = jnp.arange(layout.length)
+    near = jnp.abs(query[:, None] - key[None, :])[None] <= half_window[:, None, None]
+    text_query, text_key = ((layout.text.start <= x) & (x < layout.text.stop) for x in (query, key))
+    text = text_query[:, None] | text_key[None, :]
     return near | text[None] | (half_window == FULL)[:, None, None]
 
 

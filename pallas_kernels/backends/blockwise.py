@@ -1,7 +1,8 @@
 """Attention in portable XLA, in blocks, so that the scores never exist as a whole.
 
-Two shapes of one idea. Accelerators take a chunk of queries of every head at once. XLA's CPU backend runs a batched
-product on one core and a plain one on all. So on a CPU the loop is over heads and tiles, and every product is plain.
+Two shapes of one idea. Accelerators take a chunk of queries of every head at once, and compute what a mask removes.
+XLA's CPU backend runs a batched product on one core and a plain one on all. So on a CPU the loop is over heads and
+tiles, every product is plain, and tiles out of a window are passed over.
 """
 
 from collections.abc import Callable
@@ -11,11 +12,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int, UInt
+from jaxtyping import Array, Bool, Float, Int, UInt
 
 from pallas_kernels.backends.base import Device, Problem
 from pallas_kernels.layout import CACHED, FULL, Layout
-from pallas_kernels.mask import UNSEEN
+from pallas_kernels.mask import UNSEEN, rows_of_mask
 
 SCORE_BYTES = 2**28
 """Float32 scores held at once in chunks of queries. FLUX at 2048 px would need 27 GB for all of them."""
@@ -40,6 +41,9 @@ Bits = UInt[Array, "*dims"] | Float[Array, "*dims"]
 """Bits of 16-bit floats as integers; float32 as it is."""
 
 Index = tuple[Array, Array]
+Keeps = Callable[[Array], Array]
+"""Positions [T] of queries to the keys [N, T, S] that every head keeps of them."""
+
 Carry = tuple[Array, Array, Array]  # of the keys so far: maximum, sum of weights, weighted values
 Carries = tuple[Carry, ...]
 
@@ -80,23 +84,38 @@ def _differentiate(primals: tuple[Array, Array, Array], tangents: tuple[Array, A
 def chunked_attention(
     q: Float[Array, "B T N H"], k: Float[Array, "B S N H"], v: Float[Array, "B S N H"]
 ) -> Float[Array, "B T N H"]:
+    return _chunked(q, k, v, None)
+
+
+def _chunked(
+    q: Float[Array, "B T N H"], k: Float[Array, "B S N H"], v: Float[Array, "B S N H"], keeps: Keeps | None
+) -> Float[Array, "B T N H"]:
     """All heads at once, as many queries as `SCORE_BYTES` of scores allow."""
     batch, length, heads, _ = q.shape
-    rows = max(1, SCORE_BYTES // (4 * batch * heads * k.shape[1]))
-    if rows >= length:
-        return _attend(q, k, v)
-    count = -(-length // rows)
+    count = -(-length // max(1, SCORE_BYTES // (4 * batch * heads * k.shape[1])))
     rows = -(-length // count)  # equal chunks: at most count - 1 rows of padding
+
+    def attend(first: Array | int, chunk: Array) -> Array:
+        return _attend(chunk, k, v, keeps and keeps(first + jnp.arange(rows)))
+
+    if count == 1:
+        return attend(0, q)
     padded = jnp.pad(q, ((0, 0), (0, count * rows - length), (0, 0), (0, 0)))
     chunks = jnp.moveaxis(padded.reshape(batch, count, rows, *q.shape[2:]), 1, 0)
-    out = jax.lax.map(lambda chunk: _attend(chunk, k, v), chunks)
+    out = jax.lax.map(lambda xs: attend(*xs), (jnp.arange(count) * rows, chunks))
     return jnp.moveaxis(out, 0, 1).reshape(batch, count * rows, *q.shape[2:])[:, :length]
 
 
-def _attend(q: Float[Array, "B T N H"], k: Float[Array, "B S N H"], v: Float[Array, "B S N H"]) -> Array:
+def _attend(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S N H"],
+    v: Float[Array, "B S N H"],
+    kept: Bool[Array, "N T S"] | None,
+) -> Array:
     precision = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None  # JAX's default on NVIDIA is TF32
     accumulate = {"precision": precision, "preferred_element_type": jnp.float32}
     scores = jnp.einsum("BTNH,BSNH->BNTS", q, k, **accumulate) * q.shape[-1] ** -0.5
+    scores = scores if kept is None else jnp.where(kept, scores, UNSEEN)
     weights = jnp.exp(scores - scores.max(-1, keepdims=True))
     total = jnp.moveaxis(weights.sum(-1), 1, 2)[..., None]  # [B, T, N, 1]
     return (jnp.einsum("BNTS,BSNH->BTNH", weights.astype(v.dtype), v, **accumulate) / total).astype(q.dtype)
@@ -123,6 +142,41 @@ def arrow_attention(
     v: Float[Array, "B T N H"],
     half_window: Int[Array, " N"],
     layout: Layout,
+    cache: Float[Array, "*L B T N H"] | None,
+    layer: Int[Array, ""] | None,
+) -> Float[Array, "*L B T N H"]:
+    """`cache`, or nothing, with the outputs of heads that have a window."""
+    return jax.lax.platform_dependent(
+        q, k, v, half_window, cache, layer, cpu=partial(tiled_arrows, layout), default=partial(chunked_arrows, layout)
+    )
+
+
+def chunked_arrows(
+    layout: Layout,
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T N H"],
+    v: Float[Array, "B T N H"],
+    half_window: Int[Array, " N"],
+    cache: Float[Array, "*L B T N H"] | None,
+    layer: Int[Array, ""] | None,
+) -> Float[Array, "*L B T N H"]:
+    """Every pair of every head under its mask, also those of cached heads, whose outputs are then dropped.
+
+    One H200, float32: 32 samples of 4 heads and 288 tokens take 0.2 ms, by tiles 24 to 37. One sample of 24 heads and
+    4,429 tokens takes 5.6 ms, by tiles 17 to 24.
+    """
+    out = _chunked(q, k, v, partial(rows_of_mask, half_window, layout))
+    entry = jnp.nan if cache is None else cache if layer is None else cache[layer]
+    out = jnp.where((half_window == CACHED)[:, None], entry, out)
+    return out if cache is None or layer is None else jax.lax.dynamic_update_index_in_dim(cache, out, layer, 0)
+
+
+def tiled_arrows(
+    layout: Layout,
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T N H"],
+    v: Float[Array, "B T N H"],
+    half_window: Int[Array, " N"],
     cache: Float[Array, "*L B T N H"] | None,
     layer: Int[Array, ""] | None,
 ) -> Float[Array, "*L B T N H"]:

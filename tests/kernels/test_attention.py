@@ -101,9 +101,11 @@ def test_dense_attention_has_gradients(dtype):
 
 def test_products_are_ieee_float32_and_chunked_on_a_gpu():
     q = draw((1, 40, 2, 16))
-    lowered = lower_for_cuda(blockwise.dense_attention, q, q, q)
-    assert_highest_precision(lowered)
-    assert "while" not in lowered.as_text(), "tiles are for CPUs"
+    layout, windows = Layout(8, 32, True), jnp.array([3, CACHED], jnp.int32)
+    arrows = partial(arrow_attention, layout=layout, implementation="blockwise")
+    for lowered in (lower_for_cuda(blockwise.dense_attention, q, q, q), lower_for_cuda(arrows, q, q, q, windows)):
+        assert_highest_precision(lowered)
+        assert "while" not in lowered.as_text(), "tiles are for CPUs"
 
 
 def test_large_scores_do_not_overflow():
@@ -126,6 +128,22 @@ def test_arrow_heads_windows_and_cache():
     want = oracle(q, k, v, token_rule(np.where(half_window == CACHED, 0, half_window), layout))
     np.testing.assert_allclose(out[:, :, :4], want[:, :, :4], atol=2e-6)
     np.testing.assert_array_equal(out[:, :, 4], cache[:, :, 4])
+
+
+@pytest.mark.parametrize("rows", [35, 6], ids=["one chunk", "ragged chunks"])
+@pytest.mark.parametrize("text_first", [True, False])
+def test_arrows_in_chunks_of_all_heads_equal_the_rule(text_first, rows, monkeypatch):
+    monkeypatch.setattr(blockwise, "SCORE_BYTES", 4 * 2 * 5 * 35 * rows)
+    layout, half_window = Layout(5, 30, text_first), np.array([FULL, 0, 3, 2**31 - 1, CACHED], np.int32)
+    q, k, v = (draw((2, 35, 5, 8), seed) for seed in range(3))
+    stack = draw((3, 2, 35, 5, 8), 3)
+    call = jax.jit(partial(blockwise.chunked_arrows, layout))
+    out = call(q, k, v, half_window, stack, jnp.int32(1))
+    want = oracle(q, k, v, token_rule(np.where(half_window == CACHED, 0, half_window), layout))
+    np.testing.assert_allclose(out[1, :, :, :4], want[:, :, :4], atol=2e-6)
+    np.testing.assert_array_equal(out, stack.at[1, :, :, :4].set(out[1, :, :, :4]))
+    np.testing.assert_array_equal(call(q, k, v, half_window, stack[1], None), out[1])
+    np.testing.assert_array_equal(call(q, k, v, half_window, None, None), out[1].at[:, :, 4].set(jnp.nan))
 
 
 def test_cache_stack_is_updated_at_its_layer():
