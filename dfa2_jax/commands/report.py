@@ -57,7 +57,5 @@ def _of_plan(report: Report, plan: Line) -> str:
     if any(distance["within"] for distance in report.distances(plan)):
         return f"{speed}, and {likeness}, within the noise of rounding."
     others = [line for kind in ("floor", "ceiling") for line in report.of_kind(kind) if not line.left_out]
-    compared = ", ".join(
-        f"{'rounding' if line.kind == 'floor' else 'another seed'} {line.mean('psnr'):.1f} dB" for line in others
-    )
-    return f"{speed}, and {likeness}{f' ({compared})' if compared else ''}."
+    compared = "; ".join(f"{line.name} {line.mean('psnr'):.1f} dB" for line in others)
+    return f"{speed}, and {likeness}{f' (for scale: {compared})' if compared else ''}."

@@ -74,7 +74,7 @@ def test_no_bar_hides_a_compilation_and_phases_are_told(plans, tiny_sd35, bars, 
     ("psnr", "limits", "words"),
     [
         (30.0, {}, "No limits were set. Plan p is 2.00 times as fast as dense sampling, and its images keep a mean "
-            "PSNR of 30.0 dB to the dense ones (rounding 45.0 dB, another seed 10.0 dB)."),
+            "PSNR of 30.0 dB to the dense ones (for scale: float16 45.0 dB; another seed 10.0 dB)."),
         (44.0, {"psnr": 40.0}, "Passed: all limits are kept. Plan p is 2.00 times as fast as dense sampling, and its "
             "images keep a mean PSNR of 44.0 dB to the dense ones, within the noise of rounding."),
         (30.0, {"psnr": 40.0}, "Failed: 1 limit is missed. Plan p "),
@@ -85,7 +85,7 @@ def test_the_first_line_is_a_verdict_in_words(psnr, limits, words):
         Line("dense", "dense", seconds=[1.0]),
         Line("float16", "floor", scores={"psnr": [43.0, 47.0]}),
         Line("p", "plan", scores={"psnr": [psnr, psnr]}, seconds=[0.5]),
-        Line("seed", "ceiling", scores={"psnr": [9.0, 11.0]}),
+        Line("another seed", "ceiling", scores={"psnr": [9.0, 11.0]}),
     )
     said = verdict(Report(lines, ("a", "b"), (0,), limits, None, {}))
     assert said.startswith(words) and "\n" not in said
