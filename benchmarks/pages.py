@@ -53,10 +53,11 @@ def written(page: Path) -> str:
 
 def render(table: Table, folder: Path) -> str:
     """The table and its caption, for a page in this folder."""
-    data = json.loads((RESULTS / table.file).read_text())
+    contents = [json.loads((RESULTS / file).read_text()) for file in table.files]
+    data = contents if len(contents) > 1 else contents[0]
     lines = [row(table.header), row("---" for _ in table.header), *(row(cells) for cells in table.rows(data))]
-    link = os.path.relpath(RESULTS / table.file, folder)
-    caption = [*sorted(machines(data)), f"[{table.file}]({link})", f"`{table.command}`"]
+    links = [f"[{file}]({os.path.relpath(RESULTS / file, folder)})" for file in table.files]
+    caption = [*sorted(machines(data)), *links, f"`{table.command}`"]
     return "\n".join([*lines, "", f"*{'; '.join(caption)}.*"])
 
 

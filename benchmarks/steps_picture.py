@@ -22,13 +22,14 @@ KINDS = {
     "steps, resolved": ("step plan, without a run of its own", "#7a68b0"),
     "fewer Euler steps": ("Euler's steps", "#c2352b"),
     "DPM++ 2M": ("DPM++ 2M", "#d18ca0"),
-    "heads": ("heads, delta 0.1, as if attention were all", "#f4a259"),
+    "heads, weighed": ("heads by what errors do, as if attention were all", "#e07b00"),
+    "heads": ("heads by the paper's delta, likewise", "#f4c27a"),
 }
 
 
 def points(name: str, kind: str, against: str) -> list[tuple[float, float]]:
     """Speedup and mean PSNR, from a result file. The dense run is Euler's steps."""
-    rows = json.loads((RESULTS / f"steps_{name}.json").read_text())["rows"]
+    rows = json.loads((RESULTS / f"{name}.json").read_text())["rows"]
     kinds = [kind, "dense"] if kind == "fewer Euler steps" and against == "converged" else [kind]
     chosen = [row for row in rows if row["kind"] in kinds]
     return sorted((1 / row["cost"], mean(seed["psnr"] for seed in row[f"against_{against}"])) for row in chosen)
@@ -38,13 +39,13 @@ def panel(axes: Any, against: str, names: Sequence[str]) -> None:
     """One reference: lines are of 20 steps, marks of 28 and 50."""
     for kind in names:
         label, colour = KINDS[kind]
-        file = "heads" if kind == "heads" else "20"
+        file = "heads_20" if kind.startswith("heads") else "steps_20"
         axes.plot(*zip(*points(file, kind, against), strict=True), "o-", color=colour, label=label, markersize=4)
-        for steps, marker in (("28", "s"), ("50", "^")):
-            if others := points(steps, kind, against) if kind not in ("heads", "steps, resolved") else []:
+        for steps, marker in (("steps_28", "s"), ("steps_50", "^")):
+            if others := points(steps, kind, against) if kind != "steps, resolved" else []:
                 axes.plot(*zip(*others, strict=True), marker, color=colour, markersize=7, fillstyle="none")
     axes.set(xlabel="speedup of the network's time", ylabel=f"PSNR against the {against} image, dB")
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.12), frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
 
 
@@ -55,7 +56,7 @@ def main() -> None:
     figure = Figure(figsize=(11, 4.6), layout="constrained", dpi=110)
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)
-    panel(left, "dense", ["steps", "steps, resolved", "fewer Euler steps", "DPM++ 2M", "heads"])
+    panel(left, "dense", [kind for kind in KINDS if kind != "steps to the limit"])
     panel(right, "converged", ["steps to the limit", "steps", "fewer Euler steps", "DPM++ 2M"])
     figure.suptitle("20 steps; squares: 28 steps; triangles: 50 steps", fontsize=9)
     with replacing(args.out) as file:

@@ -11,12 +11,12 @@ Rows = Iterable[list[str]]
 class Table:
     """One table.
 
-    file: in benchmarks/results.
-    command: what wrote the file.
-    rows: makes the cells from the file's content.
+    files: in benchmarks/results.
+    command: what wrote them.
+    rows: makes the cells from a file's content, or from the list of all contents.
     """
 
-    file: str
+    files: tuple[str, ...]
     command: str
     header: tuple[str, ...]
     rows: Callable[[Any], Rows]
@@ -26,14 +26,14 @@ TABLES: dict[str, Table] = {}
 """By the name that pages use."""
 
 
-def table(name: str, file: str, header: str, command: str = "") -> Callable[[Callable[[Any], Rows]], Callable]:
-    """Register a table. Columns are separated by `|`; the command is by default the benchmark that the file is named
-    after."""
-    benchmark = file.removesuffix(".json").rsplit("_", 1)[0]
+def table(name: str, files: str, header: str, command: str = "") -> Callable[[Callable[[Any], Rows]], Callable]:
+    """Register a table. Columns are separated by `|`, files by blanks. The command is by default the benchmark that the
+    file is named after."""
+    benchmark = files.removesuffix(".json").rsplit("_", 1)[0]
     columns = tuple(column.strip() for column in header.split("|"))
 
     def add(rows: Callable[[Any], Rows]) -> Callable[[Any], Rows]:
-        TABLES[name] = Table(file, command or f"python -m benchmarks.{benchmark}", columns, rows)
+        TABLES[name] = Table(tuple(files.split()), command or f"python -m benchmarks.{benchmark}", columns, rows)
         return rows
 
     return add

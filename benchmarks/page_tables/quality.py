@@ -65,12 +65,56 @@ def steps(data: Any) -> Iterator[list[str]]:
             yield [f"{cost * count:.0f} of {count}", f"{1 / cost:.2f}x", *cells]
 
 
-@table("heads-weighed", "heads_20.json", "kept pairs | by what errors do", "python -m benchmarks.steps --densities")
-@table("heads-paper", "heads_20_paper.json", "kept pairs | by the paper's delta", "python -m benchmarks.steps --deltas")
+HEADS = "kept pairs | by what errors do | by the paper's delta"
+
+
+@table("heads-50", "steps_50.json", HEADS, "python -m benchmarks.steps --steps 50")
+@table("heads-28", "steps_28.json", HEADS, "python -m benchmarks.steps --steps 28")
+@table("heads-20", "heads_20.json", HEADS, "python -m benchmarks.steps --densities --deltas")
 def heads(data: Any) -> Iterator[list[str]]:
     for one in sorted(data["rows"], key=lambda one: -one["cost"]):
         if one["kind"].startswith("heads"):
-            yield [f"{one['cost']:.2f}", _psnr(one["against_dense"])]
+            cells = [_psnr(one["against_dense"]), ""]
+            yield [f"{one['cost']:.2f}", *(cells if one["kind"] == "heads, weighed" else cells[::-1])]
+
+
+FRONT = {
+    "step plan": "steps",
+    "heads by what errors do": "heads, weighed",
+    "heads by the paper's delta": "heads",
+    "steps and heads": "steps and heads",
+    "DPM++ 2M, fewer steps": "DPM++ 2M",
+    "Euler's, fewer steps": "fewer Euler steps",
+}
+
+
+@table("front", "steps_20.json heads_20.json", "plan | about 2x | 2.5x | 3.3x", "python -m benchmarks.steps")
+def front(data: Any) -> Iterator[list[str]]:
+    """Each kind at the cost that is nearest: mean and worst PSNR, mean and worst SSIM."""
+    rows = [one for file in data for one in file["rows"]]
+    for name, kind in FRONT.items():
+        mine, cells = [one for one in rows if one["kind"] == kind], []
+        for cost in (0.5, 0.4, 0.3):
+            nearest = min(mine, key=lambda one: abs(one["cost"] - cost))
+            seeds = nearest["against_dense"]
+            likeness = f"{mean(seed['ssim'] for seed in seeds):.3f}, {min(seed['worst_ssim'] for seed in seeds):.2f}"
+            near = abs(nearest["cost"] - cost) <= 0.06
+            cells.append(f"{1 / nearest['cost']:.1f}x: {_psnr(seeds)}; {likeness}" if near else "")
+        yield [name, *cells]
+
+
+@table(
+    "promises",
+    "promises.json",
+    "steps | asked | nodes | of its own run | on 64 others | 95 of 100 images keep | images that keep what was asked",
+)
+def promises(data: Any) -> Iterator[list[str]]:
+    """What plans for a PSNR say of themselves and keep, in dB. Equal plans are one line, for what was asked last."""
+    plans = {(one["steps"], one["nodes"]): one for one in data["rows"]}
+    for one in plans.values():
+        share = mean(x >= one["asked"] for x in one["images"])
+        kept = (f"{one[name]:.1f}" for name in ("own_run", "kept", "of_95_in_100"))
+        yield [str(one["steps"]), str(one["asked"]), str(one["nodes"]), *kept, f"{share:.0%}"]
 
 
 def _psnr(seeds: Any) -> str:
@@ -105,10 +149,11 @@ def limit(data: Any) -> Iterator[list[str]]:
     for one in data["rows"]:
         kind = "fewer Euler steps" if one["kind"] == "dense" else one["kind"]
         kinds.setdefault(one["cost"], {})[kind] = one["against_converged"]
+    names = ("steps to the limit", "steps", "fewer Euler steps", "DPM++ 2M")
     for cost, rows in sorted(kinds.items(), reverse=True):
-        names = ("steps to the limit", "steps", "fewer Euler steps", "DPM++ 2M")
-        cells = [_psnr(rows[name]) if name in rows else "" for name in names]
-        yield [f"{cost * count:.0f} of {count}", f"{1 / cost:.2f}x", *cells]
+        if "steps to the limit" in rows:
+            cells = [_psnr(rows[name]) if name in rows else "" for name in names]
+            yield [f"{cost * count:.0f} of {count}", f"{1 / cost:.2f}x", *cells]
 
 
 @table(
