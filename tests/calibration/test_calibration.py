@@ -1,7 +1,6 @@
 """Calibration against an independent float64 oracle, and what must hold of its plans."""
 
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import product
 
 import jax
@@ -69,7 +68,7 @@ class Watched:
     """Hands every q, k, v to the oracle; its plan is its number in order of execution."""
 
     oracle: Oracle
-    step: int
+    step: jax.Array
 
     def memory(self, stack):
         return None
@@ -77,12 +76,12 @@ class Watched:
     def __call__(self, project, layout, memory, plan):
         q, k, v = project()
 
-        def judge(layer, q, k, v):
+        def judge(step, layer, q, k, v):
             exact = (np.asarray(x, np.float64) for x in (q, k, v))
-            return np.float32(self.oracle(self.step, int(layer), *exact))
+            return np.float32(self.oracle(int(step), int(layer), *exact))
 
         out = jax.ShapeDtypeStruct(q.shape, q.dtype)
-        return jax.experimental.io_callback(judge, out, plan, q, k, v, ordered=True), None
+        return jax.experimental.io_callback(judge, out, self.step, plan, q, k, v, ordered=True), None
 
 
 def follow(pipeline, plan, arguments):
@@ -96,12 +95,15 @@ def follow(pipeline, plan, arguments):
     transformer, oracle, tokens = pipeline.transformer, Oracle(plan), call.tokens
     model = nnx.merge(transformer.graph, transformer.params)
     numbers = by_stack(call.layers, np.arange(len(call.layers), dtype=np.int32))
+    inputs = jax.tree.map(jnp.asarray, call.inputs)
+
+    @jax.jit
+    def one(tokens, step):
+        state = State(tokens, jnp.zeros_like(tokens))
+        return denoise_step(model, Watched(oracle, step), inputs, step, state, numbers).latents
+
     for step in range(call.request.steps):
-        attend = Watched(oracle, step)
-        inputs = jax.tree.map(jnp.asarray, call.inputs)
-        one = partial(denoise_step, model, attend, inputs, step)
-        tokens = jax.jit(lambda tokens, one=one: one(State(tokens, jnp.zeros_like(tokens)), numbers).latents)(tokens)
-        tokens.block_until_ready()
+        tokens = one(tokens, jnp.int32(step)).block_until_ready()
     return oracle
 
 

@@ -40,7 +40,8 @@ PER_FUNCTION = [HealthCheck.function_scoped_fixture]
 
 @pytest.fixture(autouse=True)
 def few_sizes(request, monkeypatch):
-    """Blockwise compiles a body for each of nine sizes of block: all of them once, three elsewhere."""
+    """Blockwise by tiles, at any length. It compiles a body for each of nine sizes of block: all once, or three."""
+    monkeypatch.setattr("pallas_kernels.backends.blockwise.SHORT", 0)
     if "all_sizes" not in request.fixturenames:
         monkeypatch.setattr("pallas_kernels.backends.blockwise.BAND_KEYS", (160, 384, 1536))
 

@@ -47,6 +47,7 @@ LAYOUT = Layout(20, 100, True)
 @pytest.fixture(params=["reference", *IMPLEMENTATIONS])
 def attend(request, monkeypatch):
     use_tiles(monkeypatch, Tiles(32, 32, 4, 2, 64))
+    monkeypatch.setattr("pallas_kernels.backends.blockwise.SHORT", 0)
     return partial(arrow_attention, layout=LAYOUT, **options_for(request.param))
 
 
