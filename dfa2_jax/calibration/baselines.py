@@ -21,6 +21,7 @@ from dfa2_jax.nn.attention import Heads, Project, arrow_attention, by_stack, in_
 from dfa2_jax.nn.carrier import carrier
 from dfa2_jax.options import Options
 from dfa2_jax.pipeline.pipeline import Pipeline
+from dfa2_jax.pipeline.timing import told
 from dfa2_jax.plan.method import CACHED_METHOD, FULL_METHOD, Method
 from dfa2_jax.sampling.inputs import Inputs
 from dfa2_jax.sampling.loop import State, denoise_step
@@ -251,6 +252,10 @@ def calibrate_scheme(
     loop = Loop(pipeline, options, arguments)
     steps, layers, heads = loop.shape
     budget, picks = Budget.of(threshold, c, heads), np.full(loop.shape, IN_FULL, np.int32)
+    with told("compiling", progress):
+        _, out = loop.trial(0, picks[0], budget)
+        if not scheme.per_head:
+            moved(out, out)
     for i in trange(steps, desc="calibrate", disable=not progress):
         if i > 0 and scheme.per_head:
             picks[i] = FREE
@@ -259,7 +264,7 @@ def calibrate_scheme(
             for layer in range(layers):
                 for number in range(len(options)):
                     picks[i, layer] = number
-                    if moved(loop.trial(i, picks[i], budget)[-1], exact) < (layer + 1) / layers * threshold:
+                    if float(moved(loop.trial(i, picks[i], budget)[-1], exact)) < (layer + 1) / layers * threshold:
                         break
                 else:
                     picks[i, layer] = IN_FULL
