@@ -25,7 +25,6 @@ import numpy as np
 from tqdm import tqdm
 
 from benchmarks.machine import describe_machine
-from benchmarks.tiles import CANDIDATES
 from dfa2_jax.io.atomic import write_whole
 from pallas_kernels import FULL, Layout, arrow_attention, cost, nested_arrow_attention, register
 from pallas_kernels.backends.triton.backend import Triton
@@ -35,6 +34,12 @@ from pallas_kernels.inspect.hlo import weight_copies
 
 HEADS = 24
 MEASURED = Path("benchmarks/results/attention_h100.json")
+CANDIDATES = {
+    64: [(64, 64, 4, 2), (64, 64, 4, 3), (128, 64, 8, 3), (64, 128, 4, 2), (128, 128, 8, 2), (128, 128, 8, 3)],
+    128: [(64, 64, 4, 3), (128, 64, 8, 2), (128, 64, 8, 3), (64, 128, 4, 2), (128, 128, 8, 2)],
+}
+"""Tiles of the "triton" kernel by head_dim: rows, keys, warps, stages."""
+
 LAYOUTS = {64: Layout(333, 16384, text_first=False), 128: Layout(512, 16384, text_first=True)}
 
 

@@ -44,6 +44,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
+from benchmarks import aot
 from benchmarks.machine import describe_machine
 from benchmarks.torch_attention import add_torch
 from dfa2_jax.io.atomic import write_whole
@@ -366,8 +367,6 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     if args.aot:
-        from benchmarks import aot  # which imports this module
-
         rows = aot.compare("h200")
         table = aot.comparison("h200", rows, jax.__version__)
         aot.save(args.out or Path("benchmarks/results/attention_aot.json"), rows, table)

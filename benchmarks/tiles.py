@@ -15,18 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
+from benchmarks.aot import CANDIDATES
 from benchmarks.attention import measure, shapes, windows
 from benchmarks.machine import describe_machine
 from dfa2_jax.io.atomic import write_whole
 from pallas_kernels import arrow_attention, register
 from pallas_kernels.backends.triton.backend import Triton
 from pallas_kernels.backends.triton.tiles import Tiles
-
-CANDIDATES = {
-    64: [(64, 64, 4, 2), (64, 64, 4, 3), (128, 64, 8, 3), (64, 128, 4, 2), (128, 128, 8, 2), (128, 128, 8, 3)],
-    128: [(64, 64, 4, 3), (128, 64, 8, 2), (128, 64, 8, 3), (64, 128, 4, 2), (128, 128, 8, 2)],
-}
-"""By head_dim: rows, keys, warps, stages."""
 
 
 def main() -> None:

@@ -93,10 +93,7 @@ def test_shared_guidance_gives_both_halves_the_unconditional_attention(sd35):
 @pytest.mark.parametrize("name", SCHEMES)
 def test_every_scheme_gets_sparser_with_its_threshold(name, sd35, bars):
     scheme = SCHEMES[name]
-    found = [
-        calibrate_scheme(sd35, scheme, threshold, c=None, **ARGUMENTS | GUIDED)
-        for threshold in (0.0, 0.3, 9.0)
-    ]
+    found = [calibrate_scheme(sd35, scheme, threshold, c=None, **ARGUMENTS | GUIDED) for threshold in (0.0, 0.3, 9.0)]
     assert bars == [("calibrate", 0)] * 3, "a bar hides a compilation"
     densities = [shared.density() for shared in found]
     assert densities[0] == 1 and densities == sorted(densities, reverse=True) and densities[2] < 0.7

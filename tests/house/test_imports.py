@@ -7,11 +7,14 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from checkout import ROOT
 
 import dfa2_jax
 import pallas_kernels
 
 PACKAGES = {package.__name__: Path(package.__file__).parent for package in (dfa2_jax, pallas_kernels)}
+
+TOOLS = {name: ROOT / name for name in ("benchmarks", "toy")}
 
 WINGS = (
     "dfa2_jax.__main__",
@@ -54,11 +57,14 @@ SHARED = {
 """Rooms of a wing that all other rooms may enter, or that enter all: a family imports no other family."""
 
 
-def modules():
-    for name, folder in PACKAGES.items():
+def modules(packages=PACKAGES):
+    for name, folder in packages.items():
         for path in sorted(folder.rglob("*.py")):
             parts = path.relative_to(folder).with_suffix("").parts
             yield ".".join((name, *parts)).removesuffix(".__init__"), path
+
+
+KNOWN = {name for name, _ in modules(PACKAGES | TOOLS)}
 
 
 def under(module, prefix):
@@ -71,7 +77,7 @@ def wing(module):
     return max(exact, key=len)
 
 
-def imports(tree):
+def imports(tree, packages=PACKAGES):
     """Our modules that a tree imports, and where: "top", "inside" a function, or for "types" alone."""
     place = {id(node): "top" for node in tree.body}
     for node in tree.body:
@@ -82,10 +88,11 @@ def imports(tree):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             assert not node.level, "relative imports hide which wing they come from"
-            names = [node.module]
+            below = (f"{node.module}.{alias.name}" for alias in node.names)
+            names = [node.module, *(name for name in below if name in KNOWN)]
         else:
             continue
-        yield from ((name, place.get(id(node), "inside")) for name in names if name.split(".")[0] in PACKAGES)
+        yield from ((name, place.get(id(node), "inside")) for name in names if name.split(".")[0] in packages)
 
 
 @pytest.mark.parametrize(("name", "path"), list(modules()), ids=lambda value: value if isinstance(value, str) else "")
@@ -144,12 +151,14 @@ def test_what_others_made_is_imported_at_the_top_but_for_extras(name, path):
     assert not wrong, f"{name} imports {wrong} inside of functions"
 
 
-def test_no_circles():
+@pytest.mark.checkout
+@pytest.mark.parametrize("packages", [PACKAGES, TOOLS], ids=["packages", "tools"])
+def test_no_circles(packages):
     """Module by module, also within a wing."""
-    paths = dict(modules())
+    paths = dict(modules(packages))
     trees = {name: ast.parse(path.read_text()) for name, path in paths.items()}
     graph = {
-        name: {module for module, place in imports(tree) if place != "types" and module in paths} - {name}
+        name: {module for module, place in imports(tree, packages) if place != "types" and module in paths} - {name}
         for name, tree in trees.items()
     }
     while leaves := [name for name, below in graph.items() if not below]:
