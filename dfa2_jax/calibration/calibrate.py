@@ -6,7 +6,7 @@ the compression that they will meet (DiTFastAttnV2, arXiv 2503.22796, section 3.
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from os import PathLike
@@ -126,7 +126,7 @@ def _of_steps(pipeline: Pipeline, prompts: list[str], options: CalibrationOption
     pipeline.check_vae()
     if budget["speedup"] is not None and options.heads != "only":
         count_for(budget["speedup"], call.request.steps)
-    facts, heads = facts_of(prompts, call), _head_runs(options, call)
+    facts, heads = facts_of(prompts, call), _head_runs(options, call, budget["speedup"])
     journal = Journal(options.resume, digest_of_all(call, facts))
     try:
         runs = StepRuns(call, journal, options.progress, *([] if heads is None else [heads.compile]))
@@ -145,22 +145,27 @@ def _of_steps(pipeline: Pipeline, prompts: list[str], options: CalibrationOption
     return plan
 
 
-def _head_runs(options: CalibrationOptions, call: Call) -> HeadRuns | None:
+def _head_runs(options: CalibrationOptions, call: Call, speedup: float | None) -> HeadRuns | None:
     """What measures heads; None where steps alone are planned."""
     if options.heads == "full":
         return None
+    tiles = planning_tiles(call.pipeline.config.attention_head_dim) if options.tiles is None else options.tiles
+    candidates = _candidates(options.windows, cache=True)
+    _check_tiles(tiles)
+    _check_chunk(options.attention_chunk, call)
+    if options.heads == "only" and call.request.steps == 1:
+        raise ValueError("heads='only' needs two steps at least: heads reuse what an earlier step computed.")
     shares = shares_of(call)
     if options.attention_share is not None:  # what is left is divided as counted
         left = (1 - options.attention_share) / (1 - shares.attention)
         shares = StepShares(options.attention_share, left * shares.projections)
-    if options.heads == "auto" and shares.attention < WORTHWHILE:
+    if options.heads == "auto" and (shares.attention < WORTHWHILE or call.request.steps == 1):
         return None
-    tiles = options.tiles or planning_tiles(call.pipeline.config.attention_head_dim)
-    candidates = _candidates(options.windows, cache=True)
-    _check_chunk(options.attention_chunk, call)
     _warn_idle(candidates, call.setting, tiles)
     arrows = tuple(method for method in candidates if method != CACHED_METHOD)
     runs = HeadRuns(call, arrows, shares, tiles, options.attention_chunk)
+    if options.heads == "only":
+        runs.check_speedup(speedup)
     runs.check_memory()
     return runs
 
@@ -204,9 +209,10 @@ class CalibrationRun:
     ) -> "CalibrationRun":
         """Check every argument, and encode the prompts."""
         candidates = _candidates(options.windows, options.cache)
-        tiles = options.tiles or planning_tiles(pipeline.config.attention_head_dim)
+        tiles = planning_tiles(pipeline.config.attention_head_dim) if options.tiles is None else options.tiles
         _check_prompts(prompts, options.seed)
-        _check_heads(options, tiles)
+        _check_heads(options)
+        _check_tiles(tiles)
         call = prepared(pipeline, prompts, options, arguments)
         _check_chunk(options.attention_chunk, call)
         shape = call.request.steps, len(call.layers), pipeline.config.num_attention_heads
@@ -267,7 +273,7 @@ class CalibrationRun:
 
 
 def _check_chunk(chunk: int | None, call: Call) -> None:
-    if chunk is not None and (chunk < 1 or call.batch % chunk):
+    if chunk is not None and (type(chunk) is not int or chunk < 1 or call.batch % chunk):
         raise ValueError(
             f"attention_chunk={chunk} must divide the batch of {call.batch} (with guidance, twice the prompts)."
         )
@@ -336,7 +342,7 @@ def _check_prompts(prompts: list[str], seed: int) -> None:
         raise ValueError(f"{seed=} must be an integer: all prompts are one batch.")
 
 
-def _check_heads(options: CalibrationOptions, tiles: Sequence[int]) -> None:
+def _check_heads(options: CalibrationOptions) -> None:
     delta = options.delta
     for name, value in (("delta", delta), ("c", 1.0 if options.c is None else options.c)):
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < np.inf:
@@ -344,5 +350,8 @@ def _check_heads(options: CalibrationOptions, tiles: Sequence[int]) -> None:
     assert delta is not None
     if delta > MAX_DELTA:
         raise ValueError(f"{delta=} is above {MAX_DELTA}, where heads could be anything: the paper's are up to 1.")
-    if not isinstance(tiles, tuple) or len(tiles) != 2 or any(not isinstance(size, int) or size < 1 for size in tiles):
+
+
+def _check_tiles(tiles: Any) -> None:
+    if not isinstance(tiles, tuple) or len(tiles) != 2 or any(type(size) is not int or size < 1 for size in tiles):
         raise ValueError(f"{tiles=} must be two positive integers: queries and keys of a tile.")

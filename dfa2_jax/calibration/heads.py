@@ -88,6 +88,16 @@ class HeadRuns:
             rounding=self.call.pipeline.rounding,
         )
 
+    def check_speedup(self, speedup: float | None) -> None:
+        """Raises ValueError where heads alone cannot make all steps so much faster. The first step runs them all."""
+        steps, saving = self.call.request.steps, float(self.costs()[:, 0].sum() * self.call.setting.num_heads)
+        most = steps / (steps - (steps - 1) * saving)
+        if speedup is not None and not 1 <= speedup < most:
+            raise ValueError(
+                f"{speedup=} must be from 1 to {most:.2f}: heads alone take {saving:.2f} of a step's time. Ask for "
+                "less, or leave out heads='only'."
+            )
+
     def check_memory(self) -> None:
         """Raises MemoryError where the outputs kept from step to step do not fit twice: probes start from a copy."""
         check_fits([self.call.memory_shapes] * 2, images=self.call.request.batch)

@@ -92,11 +92,7 @@ class JointPlans:
             plan = self.fitted(nodes, choices)
             if best is None or error_of(plan) < error_of(best):
                 best = plan
-        if best is None:
-            raise ValueError(
-                f"{speedup=} is more than heads alone can give: heads take {self.tables.largest_saving:.2f} of a "
-                "step's time. Ask for less, or leave out heads='only'."
-            )
+        assert best is not None, "check_speedup let it pass"
         return best
 
     def for_psnr(self, psnr: float, alone: Plan | None) -> Plan:
@@ -118,7 +114,7 @@ class JointPlans:
             plan, last = self.fitted(nodes, choices), choices
             if keeps(plan, psnr):
                 best = plan
-        return best or self.steps.fitted(self.steps.search.nodes(steps))
+        return best or self.steps.of_every_step(psnr)
 
     def _counts(self, alone: Plan | None) -> list[Nodes]:
         """More nodes than those of steps alone, whose heads have to make up for them; without that, all steps."""

@@ -274,17 +274,37 @@ class StepPlans:
         return self.fitted(self.search.nodes(count_for(speedup, self.search.num_steps)))
 
     def for_psnr(self, psnr: float) -> Plan:
-        """The plan of the fewest nodes whose measured PSNR is `MARGIN` above what is asked."""
-        plan = self.fitted(self.search.for_psnr(psnr + MARGIN, self.offset_of(self.started)))
-        if not keeps(plan, psnr):
-            for count in range(len(plan.nodes) + 1, self.search.num_steps + 1):
-                if keeps(plan := self.fitted(self.search.nodes(count)), psnr):
-                    break
-            return plan
-        while len(plan.nodes) - 1 in self.search.paths:
-            if not keeps(fewer := self.fitted(self.search.nodes(len(plan.nodes) - 1)), psnr):
-                break
-            plan = fewer
+        """The plan of the fewest nodes whose measured PSNR is `MARGIN` above what is asked.
+
+        Each plan's own run corrects the guess of the next one's number of nodes.
+
+        Raises:
+            ValueError: the target is the limit, and not even every step comes so near to it.
+        """
+        best, few, many = None, min(self.search.paths) - 1, self.search.num_steps + 1
+        offset = self.offset_of(self.started)
+        while few + 1 < many:
+            guess = len(self.search.for_psnr(psnr + MARGIN, offset).steps)
+            plan = self.fitted(self.search.nodes(min(max(guess, few + 1), many - 1)))
+            record = plan.step_calibration
+            assert record is not None
+            offset = record.psnr + 10 * np.log10(max(record.predicted_error, 1e-12))
+            if keeps(plan, psnr):
+                best, many = plan, len(plan.nodes)
+            else:
+                few = len(plan.nodes)
+        return best or self.of_every_step(psnr)
+
+    def of_every_step(self, psnr: float) -> Plan:
+        """The plan where no other keeps what was asked; raises ValueError where it must, and does not either."""
+        plan = self.fitted(self.search.nodes(self.search.num_steps))
+        if self.facts["target"] == "converged" and not keeps(plan, psnr):
+            assert plan.step_calibration is not None
+            kept = plan.step_calibration.psnr - MARGIN
+            raise ValueError(
+                f"{psnr=} to the limit is more than {self.search.num_steps} steps can promise, {kept:.1f} dB. Ask for "
+                "less, or take more steps."
+            )
         return plan
 
 

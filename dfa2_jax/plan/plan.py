@@ -208,6 +208,12 @@ class Plan:
         else:
             assert psnr is not None
             nodes = search.for_psnr(psnr + MARGIN, record.psnr_offset)
+            promised = record.psnr_offset - 10 * np.log10(max(nodes.predicted_error, 1e-12)) - MARGIN
+            if record.target == "converged" and promised < psnr:
+                raise ValueError(
+                    f"{psnr=} to the limit is more than {search.num_steps} steps can promise, {promised:.1f} dB. Ask "
+                    "for less, or calibrate with more steps."
+                )
         kept = {"predicted_error": nodes.predicted_error, "measured_error": None, "tiles": None}
         kept |= {"attention_share": 0.0, "projection_share": 0.0}
         record = record.model_copy(update=kept)

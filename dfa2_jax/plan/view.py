@@ -34,8 +34,9 @@ def summary(plan: Plan) -> str:
             lines["steps"] += f" with these heads, where attention is {steps.attention_share:.2f} of a step"
         pairs = [f"({now:.4f}, {last:.4f})" for now, last in plan.coefficients.round(4) + 0.0]
         lines["moves by"] = f"{' '.join(pairs)} of a node's velocity and the last one's"
+    edited = ", before it was edited" if plan.edited else ""
     if steps is not None:
-        kind = "predicted" if steps.measured_error is None else "measured on them"
+        kind = ("predicted" if steps.measured_error is None else "measured on them") + edited
         found = f"{steps.num_prompts} prompts, seed {steps.seed}"
         lines["steps from"] = f"{found}: PSNR {steps.psnr:.1f} dB to {steps.target} images, {kind}"
     if origin is not None:
@@ -44,7 +45,6 @@ def summary(plan: Plan) -> str:
         lines["found with"] = f"{origin.num_prompts} prompts, seed {origin.seed}, delta {origin.delta}, c {origin.c}"
         spent = np.array(origin.errors)[1:]
         if spent.size:
-            edited = ", before it was edited" if plan.edited else ""
             lines["errors"] = (
                 f"{spent.mean():.4f} of delta {origin.delta} on average in a layer, {spent.max():.4f} at most{edited}"
             )

@@ -151,10 +151,20 @@ def test_memory_for_two_copies_is_asked_for_before_any_step(pipelines, monkeypat
         ({"attention_share": 1.5}, "attention_share=1.5 must be a number from 0 to 1"),
         ({"c": 2.0}, "c=2.0 is of delta="),
         ({"delta": 0.1, "heads": "only"}, "heads='only' is beside speedup= or psnr="),
-        ({"heads": "only", "speedup": 30.0} | HEADS, "speedup=30.0 is more than heads alone can give"),
+        ({"heads": "only", "speedup": 30.0} | HEADS, r"speedup=30.0 must be from 1 to 1\.\d+: heads alone take 0"),
+        ({"heads": "only", "speedup": -1.0} | HEADS, "speedup=-1.0 must be from 1 to"),
         ({"heads": "only", "attention_chunk": 3}, "attention_chunk=3 must divide the batch of 4"),
+        ({"heads": "only", "attention_chunk": 1.0}, "attention_chunk=1.0 must divide the batch of 4"),
+        ({"heads": "only", "tiles": (0, 8)}, r"tiles=\(0, 8\) must be two positive integers"),
+        ({"heads": "only", "tiles": 5}, "tiles=5 must be two positive integers"),
+        ({"attention_share": 0.1, "tiles": (4.5, 4)}, r"tiles=\(4.5, 4\) must be two positive integers"),
+        ({"attention_share": 0.1, "windows": (0,)}, r"windows=\(0,\) must be different positive integers"),
+        ({"heads": "only", "num_inference_steps": 1}, "heads='only' needs two steps at least"),
     ],
 )
-def test_options_that_contradict_each_other_are_refused(options, message, pipelines, progress):
+def test_options_that_cannot_be_are_refused_before_any_step(
+    options, message, pipelines, progress, monkeypatch, no_shape_checks
+):
+    monkeypatch.setattr(StepRuns, "step", lambda *_: pytest.fail("a step runs"))
     with pytest.raises(ValueError, match=message):
         calibrate(pipelines("tiny_sd35"), PROMPTS, **CALL | {"progress": False, "resume": progress} | options)

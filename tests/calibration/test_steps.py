@@ -321,9 +321,18 @@ def test_a_promise_has_a_margin(first, no_shape_checks):
         offset_of = staticmethod(lambda _: 0.0)
 
         def fitted(self, count):
-            return SimpleNamespace(nodes=range(count), step_calibration=SimpleNamespace(psnr=20.0 + 3 * count))
+            fits.append(count)
+            record = SimpleNamespace(psnr=20.0 + 3 * count, predicted_error=0.0)
+            return SimpleNamespace(nodes=range(count), step_calibration=record)
 
-    of_count = {"nodes": lambda count: count, "for_psnr": lambda *_: first}
-    plans = Plans(None, {}, None, SimpleNamespace(num_steps=9, paths=range(1, 10), **of_count), None)
-    assert len(plans.for_psnr(38.0).nodes) == 7
-    assert len(plans.for_psnr(99.0).nodes) == 9
+    def guess(psnr, offset):
+        """Before the first run, any number; then by that run's PSNR, one node to 3 dB."""
+        count = first if offset == 0 else fits[-1] + int(np.ceil((psnr - (offset + 120)) / 3))
+        return SimpleNamespace(steps=range(min(max(count, 1), 9)))
+
+    search = SimpleNamespace(num_steps=9, paths=range(1, 10), nodes=lambda count: count, for_psnr=guess)
+    plans, fits = Plans(None, {"target": "dense"}, None, search, None), []
+    assert len(plans.for_psnr(38.0).nodes) == 7 and len(fits) <= 3
+    assert len(plans.for_psnr(99.0).nodes) == 9, "every step is the dense run"
+    with pytest.raises(ValueError, match="psnr=99.0 to the limit is more than 9 steps can promise, 44.0 dB"):
+        Plans(None, {"target": "converged"}, None, search, None).for_psnr(99.0)
