@@ -144,7 +144,7 @@ def _add_again(again: argparse.ArgumentParser) -> None:
     again.add_argument("image", type=Path, help="a PNG, WebP or JPEG that dfa2 or Output.save wrote")
     _add_folder(again, nargs="?", words="of the model (default: the one that the image names)")
     again.add_argument("--plan", type=Path, metavar="FILE", help="default: the one that the image names")
-    again.add_argument("--out", type=Path, metavar="DIR", help="default: the image's folder")
+    again.add_argument("--out", type=Path, metavar="PATH", help="a new file, or a folder (default: the image's)")
     _add_verify(again)
 
 

@@ -8,11 +8,16 @@ from dfa2_jax.io.terminal import print_path
 from dfa2_jax.plan.plan import Plan
 from dfa2_jax.plan.view import draw, summary
 
+PNG = b"\x89PNG\r\n\x1a\n"
+"""How a picture begins."""
+
 
 def show(args: argparse.Namespace) -> int:
     plan = Plan.load(args.plan)
     print(summary(plan))
     picture = args.png or args.plan.with_name(f"{args.plan.name}.png")
+    if picture.is_file() and not picture.read_bytes().startswith(PNG):
+        raise FileExistsError(f"--png {picture} is there, and is no picture: choose another name.")
     try:
         draw(plan, picture)
         print_path(picture)

@@ -8,18 +8,23 @@ from pathlib import Path
 
 
 def answered(run: Callable[[], int]) -> int:
-    """The exit code of a command; 141 where the reader of stdout has left."""
+    """The exit code of a command; 141 where the reader of stdout has left, its own or 1 where stdout is full."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):  # None where the shell closed it; a notebook's own
             stream.reconfigure(errors="backslashreplace")  # no prompt is beyond an ASCII terminal
+    code = 0
     try:
         try:
-            return run()
+            code = run()
+            return code
         finally:
             print(end="", flush=True)  # here, where a reader that left can still be answered
-    except BrokenPipeError:
+    except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python's own last flush complains
-        return 141
+        if isinstance(error, BrokenPipeError):
+            return 141
+        print(f"stdout cannot be written: {error.strerror}", file=sys.stderr)
+        return code or 1
 
 
 def print_path(path: str | os.PathLike[str]) -> None:

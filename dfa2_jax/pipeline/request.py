@@ -14,6 +14,8 @@ from dfa2_jax.sampling.solvers.schedulers import named_config
 MAX_SEQUENCE_LENGTH = 512
 MAX_SIDE, MAX_STEPS, MAX_IMAGES = 16384, 1000, 1000
 """Bounds of a call, looked at before anything is made of its size. Models are trained with 1,000 noise levels."""
+MAX_PIXELS = 2**32
+"""The most of all images of a call. Each is 12 bytes as it is decoded, which makes 52 GB."""
 MAX_SCALE = 1e4
 """The largest scale of guidance. FLUX embeds 1,000 times the scale, and far above, the sinusoid loses its phase in
 float32."""
@@ -101,7 +103,7 @@ def resolve(options: Options, family: Family, sizes: ModelSizes, scheduler: Mapp
         "max_sequence_length", _or(options.max_sequence_length, defaults.max_sequence_length), MAX_SEQUENCE_LENGTH
     )
     _check_skipped(options.skip_guidance_layers, sizes.num_layers)
-    return Request(
+    request = Request(
         positive=positive,
         negative=negative,
         height=height,
@@ -116,6 +118,12 @@ def resolve(options: Options, family: Family, sizes: ModelSizes, scheduler: Mapp
         clip_skip=_clip_skip(options.clip_skip),
         output_type=options.output_type,
     )
+    if (pixels := request.batch * height * width) > MAX_PIXELS:
+        raise ValueError(
+            f"{request.batch} images of {height} x {width} are {pixels:,} pixels in one call, more than "
+            f"{MAX_PIXELS:,}: ask for fewer images."
+        )
+    return request
 
 
 def seeds_of(seed: int | list[int], batch: int) -> list[int]:

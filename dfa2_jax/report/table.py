@@ -233,6 +233,8 @@ def writable(folder: Path) -> Path:
     Raises:
         OSError: it cannot be made or written to.
     """
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"{folder} is a file: choose a folder.")
     folder.mkdir(parents=True, exist_ok=True)
     if not os.access(folder, os.W_OK):
         raise PermissionError(f"{folder} is not writable: choose another folder.")

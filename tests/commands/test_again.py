@@ -55,6 +55,25 @@ def test_an_image_is_made_anew_bit_for_bit(image, tmp_path, capsys):
     assert capsys.readouterr().out == f"{image.with_name('a-star-seed8-1.webp')}\n"
 
 
+def test_a_file_that_is_there_is_not_replaced(image, loaded, tmp_path, monkeypatch, capsys):
+    """It may be the image itself, which then had its own pixels, bit for bit."""
+    monkeypatch.setattr(Pipeline, "from_pretrained", lambda *_, **__: pytest.fail("a model is loaded"))
+    changed, link, text = edited(image, tmp_path, {}), tmp_path / "link.png", tmp_path / "precious.png"
+    link.symlink_to(changed)
+    text.write_text("precious")
+    before = changed.read_bytes()
+    for out in (changed, link, text):
+        assert cli.main(["again", str(changed), "--quiet", "--out", str(out)]) == 2
+        assert f"--out {out} is there: choose another name, or a folder" in capsys.readouterr().err
+    assert changed.read_bytes() == before and text.read_text() == "precious"
+
+
+def test_the_suffix_of_a_new_file_is_its_format(image, loaded, tmp_path, capsys):
+    made = tmp_path / "made.png"
+    assert cli.main(["again", str(image), "--quiet", "--out", str(made)]) == 1, "WebP has lost some of the pixels"
+    assert capsys.readouterr().out == f"{made}\n" and made.read_bytes().startswith(b"\x89PNG")
+
+
 def test_other_pixels_and_other_versions_are_told(image, loaded, tmp_path, capsys):
     changed = edited(image, tmp_path, {"versions": {"jax": "0.1"}, "guidance_scale": 2.0})
     assert cli.main(["again", str(changed), "--quiet"]) == 1

@@ -173,3 +173,5 @@ def test_a_plan_is_drawn_beside_it_and_over_nothing_else(loaded, tmp_path, capsy
     assert cli.main(["plan", "show", str(path)]) == 0
     assert picture.read_bytes() == b"a cat" and (tmp_path / "cat.json.png").exists()
     assert capsys.readouterr().out.endswith("cat.json.png\n")
+    assert cli.main(["plan", "show", str(path), "--png", str(picture)]) == 2
+    assert "cat.png is there, and is no picture" in capsys.readouterr().err and picture.read_bytes() == b"a cat"

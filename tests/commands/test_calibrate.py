@@ -7,7 +7,7 @@ import pytest
 from mutations import sample_plan
 from PIL import Image
 
-from dfa2_jax import Plan, cli
+from dfa2_jax import Pipeline, Plan, cli
 from dfa2_jax.calibration.resume import Checkpointed
 
 PROMPT = "a large red circle"
@@ -19,6 +19,15 @@ def prompts(tmp_path):
     path = tmp_path / "prompts.txt"
     path.write_text("a large red circle\n\na small star\n")
     return path
+
+
+def test_a_file_that_is_no_plan_is_not_replaced(prompts, tmp_path, monkeypatch, capsys):
+    """The prompts themselves, for one."""
+    monkeypatch.setattr(Pipeline, "from_pretrained", lambda *_, **__: pytest.fail("a model is loaded"))
+    before = prompts.read_bytes()
+    assert cli.main(["calibrate", "folder", "--prompts", str(prompts), "--out", str(prompts)]) == 2
+    assert f"--out {prompts} is there, and is no plan: choose another name" in capsys.readouterr().err
+    assert prompts.read_bytes() == before
 
 
 def test_from_prompts_to_a_plan_to_images(tiny_sd35, prompts, tmp_path, cache, capsys):

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import fields
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 
@@ -208,3 +209,13 @@ def test_a_reader_that_has_left_ends_a_command_quietly():
         assert run.stdout and run.stderr
         run.stdout.close()
         assert (run.stderr.read(), run.wait()) == ("", 141)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+@pytest.mark.parametrize("words", [["--help"], ["--version"], ["plan", "show", "absent.json"]])
+def test_a_full_stdout_is_one_line(words):
+    code = f"import sys; from dfa2_jax.cli import main; sys.exit(main({words}))"
+    with open("/dev/full", "w") as full:
+        run = subprocess.run([sys.executable, "-c", code], stdout=full, stderr=subprocess.PIPE, text=True)
+    last = "No such file or directory" if "plan" in words else "stdout cannot be written: No space left on device"
+    assert run.returncode == (2 if "plan" in words else 1) and last in run.stderr and "Traceback" not in run.stderr

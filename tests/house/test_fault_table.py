@@ -127,6 +127,15 @@ FAULTS = {
         "io/test_signals.py::test_a_signal_within_a_callback_of_the_garbage_collector_is_not_lost",
     "dfa2 report and dfa2 again took no --no-verify":
         "commands/test_verify.py::test_every_command_that_loads_a_folder_can_leave_out_its_checksums",
+    # found by a third reading
+    "dfa2 again replaced the image that it compared with":
+        "commands/test_again.py::test_a_file_that_is_there_is_not_replaced",
+    "dfa2 calibrate replaced its own prompts by a plan":
+        "commands/test_calibrate.py::test_a_file_that_is_no_plan_is_not_replaced",
+    "a full stdout was a traceback":
+        "commands/test_flags.py::test_a_full_stdout_is_one_line",
+    "a thousand images of 16,384 pixels were asked of NumPy":
+        "pipeline/test_request.py::test_flux_refuses",
     # use
     "generator= and other arguments of diffusers were unknown":
         "commands/test_flags.py::test_an_argument_of_diffusers_that_has_another_form_is_answered",

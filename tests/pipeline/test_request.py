@@ -69,6 +69,7 @@ FLUX_REFUSALS = [
     ({"prompt": PROMPT, "clip_skip": 1}, "for SD3 only"),
     ({"prompt": PROMPT, "skip_guidance_layers": [1]}, "for SD3 only"),
     ({"prompt": PROMPT, "height": 8}, "at least 16"),
+    ({"prompt": [PROMPT] * 20, "height": 16384, "width": 16384}, "20 images of 16384 x 16384 are 5,368,709,120 pixels"),
     ({"prompt": PROMPT, "latents": np.zeros((1, 16, 16, 16))}, "'batch', 64, 64"),
 ]
 
