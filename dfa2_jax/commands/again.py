@@ -44,6 +44,9 @@ def run(args: argparse.Namespace) -> int:
             f"{args.image} was made with weights {made.get('fingerprint')}, and {folder} holds {pipeline.fingerprint}: "
             f"dfa2 again {args.image} FOLDER, with the folder of those weights."
         )
+    if pipeline.folder_digest != made.get("folder_digest"):
+        note = f"{folder} is not as it was when the image was made: VAE, text encoders or scheduler may be others"
+        print(printable(note), file=sys.stderr)
     with blame(f"{args.image} cannot be made again"):
         request = pipeline.request(options)
         if not 0 <= made["image"] < request.batch:

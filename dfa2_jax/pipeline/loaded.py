@@ -41,6 +41,7 @@ class Loaded:
         config: sizes of the transformer.
         family: what this kind of model does its own way.
         fingerprint: of the transformer's stored weights.
+        folder_digest: of all that the folder holds.
         pipeline_class: diffusers' name of this kind of model.
         scheduler: scheduler_config.json.
         sizes: what calls are checked against.
@@ -58,6 +59,7 @@ class Loaded:
         self.pipeline_class: str = checkpoint.pipeline_class
         self.torch_rounding = torch_rounding
         self.fingerprint: str = checkpoint.fingerprint
+        self.folder_digest: str = checkpoint.folder_digest
         self.config = checkpoint.config("transformer")
         checkpoint.check_scheduler()
         check_fit(checkpoint)

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
+from dfa2_jax.io.digest import digest_of
 from dfa2_jax.io.errors import CheckpointError, blame, check_fields
 from dfa2_jax.weights.dtypes import FLOAT_DTYPES
 from dfa2_jax.weights.leaf import Leaf, load_leaf
@@ -57,6 +59,14 @@ class Checkpoint(ABC):
     @abstractmethod
     def fingerprint(self) -> str:
         """Hexadecimal sha256 that names the transformer's source weights; both formats and all dtypes agree."""
+
+    @cached_property
+    def folder_digest(self) -> str:
+        """A digest of all that images depend on, told without reading it: sizes of files and when they were written."""
+        parts = [*(self.folder / name for name in self.classes), *self.folder.glob("tokenizer*")]
+        stats = {path: path.stat() for part in parts for path in part.rglob("*") if path.is_file()}
+        names = {str(path.relative_to(self.folder)): stat for path, stat in stats.items()}
+        return digest_of({name: [stat.st_size, stat.st_mtime_ns] for name, stat in names.items()})
 
     @abstractmethod
     def stored_dtype(self, component: str) -> np.dtype:

@@ -5,7 +5,7 @@ import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +89,7 @@ class Contents:
     configs: each component's own config.
     arrays: of each component but the scheduler, by name.
     files: sha256 of every tokenizer's file, by path in the folder.
+    digest: of all this.
     """
 
     pipeline_class: Any
@@ -97,6 +98,7 @@ class Contents:
     configs: dict[str, dict[str, Any]]
     arrays: dict[str, dict[str, StoredArray]]
     files: dict[str, str]
+    digest: str
 
     @classmethod
     def read(cls, folder: Path, verify: bool = True) -> "Contents":
@@ -133,7 +135,7 @@ class Contents:
                 f"{path} lacks or garbles a field ({error!r:.200}). {convert_again(folder)}."
             ) from error
         parsed = {name: parse_arrays(folder, name, entries) for name, entries in arrays.items()}
-        return cls(config.get("pipeline_class"), fingerprint, classes, configs, parsed, files)
+        return cls(config.get("pipeline_class"), fingerprint, classes, configs, parsed, files, digest)
 
     def changed_files(self, folder: Path, tokenizer: str | None = None) -> dict[str, list[str]]:
         """By kind of change, the tokenizers' files (or one's) that are not as they were written."""
@@ -161,6 +163,11 @@ class ConvertedCheckpoint(Checkpoint):
     @property
     def fingerprint(self) -> str:
         return self._contents.fingerprint
+
+    @cached_property
+    def folder_digest(self) -> str:
+        """The digest of config.json, which holds the checksums of everything else, and whether they were compared."""
+        return self._contents.digest + ("" if self._verify else ", unverified")
 
     def tokenizer_folder(self, name: str) -> Path:
         path = super().tokenizer_folder(name)

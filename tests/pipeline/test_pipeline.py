@@ -198,7 +198,7 @@ def test_output_says_how_the_images_were_made(pipelines):
         progress=False,
     )
     np.testing.assert_array_equal(again.images[1], output.images[1])
-    assert metadata["fingerprint"] == ours.fingerprint
+    assert metadata["fingerprint"] == ours.fingerprint and metadata["folder_digest"] == ours.folder_digest
     assert set(output.timings) == {"encode", "denoise", "per_step", "decode", "compile"}
     assert output.timings["per_step"] == pytest.approx(output.timings["denoise"] / 2)
     assert output.timings["compile"] > 0 and again.timings["compile"] == 0

@@ -202,3 +202,22 @@ def test_a_snapshot_of_the_hub_is_compared_with_the_names_of_its_blobs(snapshot)
 def test_a_folder_without_checksums_says_so(tiny_flux_dev):
     with pytest.raises(CheckpointError, match="carries no checksums: it is a plain diffusers folder"):
         verify_folder(tiny_flux_dev)
+
+
+def test_a_folder_has_another_digest_once_any_part_of_it_has_changed(tiny_flux_dev, folder, tmp_path):
+    """Images say it: `dfa2 sample` took those of another VAE or scheduler for made already."""
+    source = shutil.copytree(tiny_flux_dev, tmp_path / "source")
+    (source / "images").mkdir()
+    before = open_checkpoint(source).folder_digest
+    (source / "images" / "cat.png").write_bytes(b"a cat")
+    assert open_checkpoint(source).folder_digest == before
+    changed = {before}
+    for part in (
+        "scheduler/scheduler_config.json",
+        "vae/diffusion_pytorch_model.safetensors",
+        "tokenizer/tokenizer.json",
+    ):
+        os.utime(source / part, ns=(1, len(changed)))
+        changed.add(open_checkpoint(source).folder_digest)
+    assert len(changed) == 4
+    assert open_checkpoint(folder).folder_digest != open_checkpoint(folder, verify=False).folder_digest
