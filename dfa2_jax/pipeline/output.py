@@ -71,13 +71,15 @@ class Output:
             The files, in the order of the images.
 
         Raises:
-            ValueError: latents are no images, one file is asked for several, a format is unknown, or JPEG has no room
-                for the metadata.
+            ValueError: latents are no images, an image or format is unknown, one file is asked for several, or JPEG
+                has no room for the metadata.
             FileExistsError: the file is there, and may not be replaced.
             OSError: the disk.
         """
         path, shown = Path(path), pictures(self.images)
         numbers = range(len(shown)) if numbers is None else numbers
+        if wrong := [number for number in numbers if number not in range(len(shown))]:
+            raise ValueError(f"numbers={wrong} are none of these {len(shown)} images: they are counted from 0.")
         kind = image_format(path, format, len(numbers))
         files = []
         for i in numbers:

@@ -230,6 +230,7 @@ def _texts(options: Options, family: Family, prefix: str) -> list[list[str]] | N
         if getattr(options, name) is not None:
             raise ValueError(f"{name} is not None, but this model has {family.num_prompts} text encoders.")
     first = getattr(options, names[0])
+    first = first.tolist() if isinstance(first, np.ndarray) else first
     if first is None:
         for name in names[1:]:
             if getattr(options, name) is not None:
@@ -237,7 +238,9 @@ def _texts(options: Options, family: Family, prefix: str) -> list[list[str]] | N
         return None
     texts = []
     for name in names[: family.num_prompts]:
-        value = getattr(options, name) or first  # as diffusers: an empty second prompt is the first one
+        value = getattr(options, name)
+        value = value.tolist() if isinstance(value, np.ndarray) else value
+        value = value or first  # as diffusers: an empty second prompt is the first one
         value = [value] if isinstance(value, str) else value
         if not isinstance(value, list) or not value or not all(isinstance(text, str) for text in value):
             raise ValueError(f"{name}={value!r} must be a string or a list of strings, not empty.")

@@ -37,6 +37,7 @@ from dfa2_jax.plan.plan import Plan
 from dfa2_jax.plan.setting import Setting
 from dfa2_jax.report import metrics as quality
 from dfa2_jax.report.attention_maps import watch, windows_of
+from dfa2_jax.report.metrics import EQUAL_PSNR
 from dfa2_jax.report.sampler import Sampler, limit_steps
 from dfa2_jax.report.table import Judges, Line, Report, Shot
 from dfa2_jax.sampling.solvers.schedulers import DPM
@@ -265,6 +266,8 @@ def _check(
     for metric, limit in limits.items():
         if metric not in ("psnr", "ssim", "lpips") or not math.isfinite(limit):
             raise ValueError(f"limits has {metric}={limit}: limits are finite, of psnr, ssim and lpips.")
+        if limit < 0 or limit > {"ssim": 1.0, "psnr": EQUAL_PSNR}.get(metric, limit):
+            raise ValueError(f"limits has {metric}={limit}: no image can be so near to another, or all are.")
     if "lpips" in limits and lpips is None:
         raise ValueError(f"A limit of {limits['lpips']} on LPIPS needs the metric's weights: give lpips too.")
 

@@ -47,6 +47,13 @@ def comment(path):
     return value[8:].decode("utf-16-be")
 
 
+@pytest.mark.parametrize("number", [-1, 2])
+def test_an_image_that_is_not_there_is_not_written(number, output, tmp_path):
+    with pytest.raises(ValueError, match=rf"numbers=\[{number}\] are none of these 2 images"):
+        output.save(tmp_path, numbers=[0, number])
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(("kind", "suffix"), [("png", ".png"), ("webp", ".webp"), ("jpeg", ".jpg")])
 def test_an_image_keeps_what_it_is_in_every_format(kind, suffix, output, tmp_path):
     paths = output.save(tmp_path / "new" / "folder", format=kind)

@@ -160,3 +160,14 @@ def test_missing_components_are_named(component, tiny_sd35, tmp_path):
     if component != "vae":
         output = pipeline(**SD3_EMBEDS, guidance_scale=1.0, height=64, width=64, num_inference_steps=1, progress=False)
         assert output.images[0].size == (64, 64)
+
+
+@pytest.mark.usefixtures("no_shape_checks")
+def test_prompts_of_numpy_are_lists(sd35):
+    prompts = np.array(["a red circle", "a star"])
+    request = sd35.request(Options(prompt=prompts, prompt_2=prompts[::-1], height=64, width=64))
+    assert request.positive.texts == [
+        ["a red circle", "a star"],
+        ["a star", "a red circle"],
+        ["a red circle", "a star"],
+    ]
