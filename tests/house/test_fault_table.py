@@ -86,6 +86,8 @@ FAULTS = {
         "weights/test_special_files.py::test_what_is_no_file_is_named",
     "tokenizers panicked or grew without end":
         "encoders/test_hostile_tokenizers.py::test_work_without_end_is_left_after_a_while",
+    "report --clip asked whether to run a folder's code":
+        "report/test_report_metrics.py::test_clip_score_is_the_models_cosine_and_runs_no_code_of_the_folder",
     "report pages had no policy":
         "report/test_page.py::test_the_policy_allows_the_pages_own_style_and_pictures_alone",
     "a mistyped path contacted a network":

@@ -1,5 +1,6 @@
 """The report's metrics: known values, intervals, and scores that torch computes."""
 
+import json
 import sys
 
 import numpy as np
@@ -62,7 +63,7 @@ def test_a_missing_package_says_what_to_install(tmp_path, monkeypatch):
 
 
 @pytest.mark.torch
-def test_clip_score_is_the_models_cosine(tmp_path):
+def test_clip_score_is_the_models_cosine_and_runs_no_code_of_the_folder(tmp_path, monkeypatch):
     import torch
     from tiny import clip_tokenizer
     from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
@@ -87,6 +88,14 @@ def test_clip_score_is_the_models_cosine(tmp_path):
     cosine = float(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
     assert score(image, "a red circle") == pytest.approx(max(100 * cosine, 0), abs=1e-3)
     assert 0 <= score(image, "a red circle " * 100) <= 100, "longer than the encoder"
+
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("it asks whether to run the folder's code"))
+    (tmp_path / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Own: pass\n")
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    config |= {"auto_map": {"AutoTokenizer": ["own.Own", None]}, "tokenizer_class": "Own"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    metrics.clip_score(tmp_path)
+    assert not (tmp_path / "ran").exists()
 
 
 @pytest.mark.torch
