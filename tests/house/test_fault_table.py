@@ -88,6 +88,8 @@ FAULTS = {
         "encoders/test_hostile_tokenizers.py::test_work_without_end_is_left_after_a_while",
     "report --clip asked whether to run a folder's code":
         "report/test_report_metrics.py::test_clip_score_is_the_models_cosine_and_runs_no_code_of_the_folder",
+    "a read-only target was found after the work":
+        "io/test_atomic.py::test_what_is_no_regular_file_is_refused",
     "report pages had no policy":
         "report/test_page.py::test_the_policy_allows_the_pages_own_style_and_pictures_alone",
     "a mistyped path contacted a network":
@@ -151,6 +153,8 @@ FAULTS = {
         "commands/test_flags.py::test_an_unknown_word_is_told_the_nearest_and_the_usage_of_its_command",
     "a hub id was no folder":
         "io/test_hub.py::test_a_hub_id_opens_from_the_cache",
+    "a single file was no folder":
+        "io/test_hub.py::test_a_single_file_is_told_which_folder_is_needed",
     "an interrupted batch began anew":
         "commands/test_sample.py::test_an_interrupted_batch_goes_on_and_compiles_once",
     "an image could not be made again":
