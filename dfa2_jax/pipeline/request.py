@@ -150,7 +150,10 @@ def host_array(name: str, value: Any) -> np.ndarray:
     """
     try:
         array = np.asarray(value.detach().cpu().float() if hasattr(value, "detach") else value)
-        is_finite = np.isfinite(array).all()
+        if array.dtype.kind in "bcmM":
+            raise TypeError(f"it is {array.dtype}")
+        with np.errstate(over="ignore"):  # float32 is what it becomes
+            is_finite = np.isfinite(array.astype(np.float32)).all()
     except Exception as error:
         raise ValueError(f"{name}={value!r:.200} is no array of numbers: {error!s:.200}") from error
     if not is_finite:
@@ -171,7 +174,8 @@ def _positive_int(name: str, value: Any, most: int) -> int:
 
 
 def _number(name: str, value: Any) -> Any:
-    if isinstance(value, bool) or not isinstance(value, (int, float, np.number)) or not np.isfinite(value):
+    is_real = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
+    if not is_real or not (isinstance(value, int) or np.isfinite(value)):
         raise ValueError(f"{name}={value!r} must be a finite number.")
     if abs(value) > MAX_SCALE:
         raise ValueError(f"{name}={value!r} exceeds {MAX_SCALE:g}: no model is guided so far.")
@@ -184,6 +188,7 @@ def _steps(options: Options, default: int) -> int:
     steps = np.size(options.sigmas)
     if np.ndim(options.sigmas) != 1 or not steps:
         raise ValueError(f"sigmas={options.sigmas!r:.200} must be a list of numbers in (0, 1].")
+    host_array("sigmas", options.sigmas)
     _positive_int("the number of sigmas", steps, MAX_STEPS)
     if options.num_inference_steps not in (None, steps):
         raise ValueError(

@@ -98,6 +98,12 @@ def test_flux_refuses(arguments, message, dev):
         ({"guidance_scale": "5"}, "guidance_scale='5' must be a finite number"),
         ({"skip_guidance_layers": [0.5]}, r"skip_guidance_layers=\[0.5\] must be a list of layer numbers"),
         ({"clip_skip": 0.5}, "clip_skip=0.5 must be an integer"),
+        ({"guidance_scale": np.complex64(1)}, "guidance_scale=.*1.* must be a finite number"),
+        ({"guidance_scale": 10**400}, "guidance_scale=10000.* exceeds 10000"),
+        ({"sigmas": [None, "a"]}, r"sigmas=\[None, 'a'\] is no array of numbers"),
+        ({"latents": np.zeros((1, 16, 8, 8), np.complex64)}, r"latents=[\s\S]* is no array .* it is complex64"),
+        ({"latents": np.zeros((1, 16, 8, 8), bool)}, r"latents=[\s\S]* is no array of numbers: it is bool"),
+        ({"latents": np.full((1, 16, 8, 8), 1e300)}, r"latents \[1, 16, 8, 8\] holds numbers that are not finite"),
     ],
 )
 @pytest.mark.usefixtures("no_shape_checks")
