@@ -32,7 +32,7 @@ from dfa2_jax.pipeline.fit import check_fit, check_tokenizer
 from dfa2_jax.weights.checkpoint import compute_dtype
 from dfa2_jax.weights.diffusers import DiffusersCheckpoint
 from dfa2_jax.weights.leaf import Block, Leaf, slabs
-from dfa2_jax.weights.orbax import FORMAT, FORMAT_VERSION, StoredArray, array_name, orbax_name
+from dfa2_jax.weights.orbax import FORMAT, FORMAT_VERSION, StoredArray, array_name, orbax_name, signed_files
 
 MAX_TOKENIZER_BYTES = 200_000_000
 """The most that the files of a tokenizer's folder may hold: T5's take 3 MB."""
@@ -226,7 +226,7 @@ def write_folder(
         (folder / name).mkdir()
         for path in tokenizer_files(checkpoint.tokenizer_folder(name)):
             shutil.copyfile(path, folder / name / path.name)
-    write_config(folder, checkpoint, arrays, tokenizers)
+    write_config(folder, checkpoint, arrays)
 
 
 def fitting_tokenizers(checkpoint: DiffusersCheckpoint) -> list[str]:
@@ -328,23 +328,24 @@ def save_orbax(folder: Path, arrays: Arrays, told: Callable[[int], None], stoppe
         raise CheckpointError(f"{folder.name} could not be written: {error!s:.300}. Nothing was kept.") from error
 
 
-def write_config(
-    folder: Path, checkpoint: DiffusersCheckpoint, arrays: Mapping[str, Arrays], tokenizers: Sequence[str]
-) -> None:
+def write_config(folder: Path, checkpoint: DiffusersCheckpoint, arrays: Mapping[str, Arrays]) -> None:
+    """Last of all: with the checksums of everything else."""
     components: dict[str, dict[str, Any]] = {
         name: {"class": kind, "config": checkpoint.configs[name]} for name, kind in checkpoint.classes.items()
     }
-    for name, component in arrays.items():
-        stored = {path: StoredArray(x.dtype, x.shape, tuple(x.digests)) for path, x in component.items()}
-        components[name]["arrays"] = {array_name(path): array.content() for path, array in stored.items()}
-    copied = [path for name in tokenizers for path in (folder / name).rglob("*") if path.is_file()]
+    stored = {
+        name: {array_name(path): StoredArray(x.dtype, x.shape, tuple(x.digests)) for path, x in component.items()}
+        for name, component in arrays.items()
+    }
+    for name, component in stored.items():
+        components[name]["arrays"] = {path: array.content() for path, array in component.items()}
     content = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "pipeline_class": checkpoint.pipeline_class,
         "fingerprint": checkpoint.fingerprint,
         "components": components,
-        "files": {str(path.relative_to(folder)): file_sha256(path) for path in copied},
+        "files": {name: file_sha256(folder / name) for name in signed_files(folder, stored)},
         "versions": {name: version(name) for name in ("dfa2-jax", "jax", "orbax-checkpoint")},
     }
     content |= {"digest": digest_of(content)}

@@ -24,7 +24,7 @@ from dfa2_jax.calibration.joint import WORTHWHILE, JointPlans
 from dfa2_jax.calibration.journal import Journal
 from dfa2_jax.calibration.resume import Checkpointed
 from dfa2_jax.calibration.search import MAX_DELTA
-from dfa2_jax.calibration.steps import LOWEST_PSNR, StepPlans, StepRuns
+from dfa2_jax.calibration.steps import StepPlans, StepRuns
 from dfa2_jax.calibration.trial_step import calibrate_step, planning_tiles
 from dfa2_jax.io.digest import digest_of
 from dfa2_jax.io.names import natural, suggests_names
@@ -34,7 +34,7 @@ from dfa2_jax.pipeline.call import Call
 from dfa2_jax.pipeline.pipeline import Pipeline
 from dfa2_jax.pipeline.timing import told
 from dfa2_jax.plan.method import CACHED_METHOD, FULL_METHOD, Method
-from dfa2_jax.plan.plan import MARGIN, Plan
+from dfa2_jax.plan.plan import Plan
 from dfa2_jax.plan.setting import CalibrationRecord, Density, Setting
 from dfa2_jax.plan.steps import check_budget, count_for
 from dfa2_jax.sampling.solvers.flow_euler import FlowMultistep
@@ -138,10 +138,7 @@ def _of_steps(pipeline: Pipeline, prompts: list[str], options: CalibrationOption
     finally:
         journal.close()
     assert plan is not None and plan.step_calibration is not None
-    if (promised := plan.step_calibration.psnr - MARGIN) < LOWEST_PSNR:
-        logger.warning(
-            "the plan promises %.1f dB on average; below %.0f dB other prompts can be worse", promised, LOWEST_PSNR
-        )
+    plan.step_calibration.warn_if_low()
     return plan
 
 

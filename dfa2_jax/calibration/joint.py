@@ -7,7 +7,8 @@ import numpy as np
 from dfa2_jax.calibration.heads import HeadRuns
 from dfa2_jax.calibration.steps import StepPlans, keeps
 from dfa2_jax.plan.heads import HeadChoices, HeadTables, Paths
-from dfa2_jax.plan.plan import MARGIN, Plan
+from dfa2_jax.plan.plan import Plan
+from dfa2_jax.plan.setting import MARGIN
 from dfa2_jax.plan.steps import Nodes
 
 WORTHWHILE = 0.3
@@ -99,7 +100,7 @@ class JointPlans:
         """The fastest that keeps `MARGIN` above what is asked."""
         steps = self.steps.search.num_steps
         best, last = alone, np.zeros(0)
-        allowed = 10 ** ((self.steps.offset_of(self.steps.started) - psnr - MARGIN) / 20)
+        allowed = 10 ** ((self.steps.psnr_offset - psnr - MARGIN) / 20)
         for _ in range(RUNS):
             options = []
             for nodes in self._counts(alone):

@@ -8,9 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
-from dfa2_jax.commands.start import read_prompts, ready_folder, start
+from dfa2_jax.commands.start import read_prompts, start
 from dfa2_jax.demo.box import FOLDER, PLAN, PROMPTS, warn_unseen
 from dfa2_jax.demo.picture import Pair, draw
+from dfa2_jax.io.atomic import writable
 from dfa2_jax.io.images import stem_of
 from dfa2_jax.io.terminal import print_path
 from dfa2_jax.options import Options
@@ -26,7 +27,7 @@ NEXT = (
 
 
 def run(args: argparse.Namespace) -> int:
-    ready_folder(args.out, args.out)
+    writable(args.out)
     start()
     with told("loading"):
         pipeline, plan = Pipeline.from_pretrained(FOLDER), Plan.load(PLAN)

@@ -6,11 +6,12 @@ import sys
 from dfa2_jax.commands.flags import given
 from dfa2_jax.commands.start import read_prompts, start
 from dfa2_jax.demo.box import warn_unseen
+from dfa2_jax.io.atomic import writable
 from dfa2_jax.io.terminal import print_path
 from dfa2_jax.options import ReportOptions
 from dfa2_jax.plan.plan import Plan
 from dfa2_jax.report.report import quality_report
-from dfa2_jax.report.table import Line, Report, writable
+from dfa2_jax.report.table import Line, Report
 
 
 def run(args: argparse.Namespace) -> int:

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from dfa2_jax.commands.flags import given
-from dfa2_jax.commands.start import read_prompts, ready_folder, start
+from dfa2_jax.commands.start import read_prompts, start
 from dfa2_jax.demo.box import warn_unseen
+from dfa2_jax.io.atomic import writable
 from dfa2_jax.io.errors import printable
 from dfa2_jax.io.images import exif, numbered, read_metadata, stem_of
 from dfa2_jax.io.terminal import print_path
@@ -146,7 +147,7 @@ class Target:
 
     def __post_init__(self) -> None:
         """Raises OSError where nothing can be written."""
-        ready_folder(self.out, self.out.parent if is_file_name(self.out) else self.out)
+        writable(self.out.parent if is_file_name(self.out) else self.out)
 
     def check(self, images: Iterator[dict[str, Any]]) -> None:
         """Raises ValueError where JPEG has no room for what an image says of itself."""

@@ -7,6 +7,8 @@ from typing import Any
 
 import jax
 
+from dfa2_jax.io.atomic import writable
+
 MAX_PROMPTS = 20_000_000
 """Characters of a file of prompts: a device has no end."""
 
@@ -32,14 +34,22 @@ def start() -> None:
         OSError: JAX cannot start.
     """
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        try:
-            cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        except RuntimeError:  # neither HOME nor an entry of this user: a container under a number
-            print("no HOME: compiled programs are not kept; set JAX_COMPILATION_CACHE_DIR", file=sys.stderr)
-        else:
-            jax.config.update("jax_compilation_cache_dir", str(cache / "dfa2_jax" / "xla"))
+    try:
+        jax.config.update("jax_compilation_cache_dir", str(writable(_programs())))
+    except (RuntimeError, OSError) as error:
+        jax.config.update("jax_compilation_cache_dir", None)
+        print(f"compiled programs are not kept; set JAX_COMPILATION_CACHE_DIR: {error}", file=sys.stderr)
     devices()
+
+
+def _programs() -> Path:
+    """The folder of compiled programs.
+
+    Raises:
+        RuntimeError: there is neither HOME nor an entry of this user: a container under a number.
+    """
+    given, cache = os.environ.get("JAX_COMPILATION_CACHE_DIR"), os.environ.get("XDG_CACHE_HOME")
+    return Path(given) if given else Path(cache or Path.home() / ".cache") / "dfa2_jax" / "xla"
 
 
 def read_prompts(path: Path) -> list[str]:
@@ -59,16 +69,3 @@ def read_prompts(path: Path) -> list[str]:
     if not prompts:
         raise ValueError(f"--prompts {path} holds no prompt: write one per line.")
     return prompts
-
-
-def ready_folder(out: Path, folder: Path) -> None:
-    """Makes the folder that `--out` asks for.
-
-    Raises:
-        OSError: nothing can be written there.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise NotADirectoryError(f"--out {out}: {folder} is a file: choose a folder.")
-    folder.mkdir(parents=True, exist_ok=True)
-    if not os.access(folder, os.W_OK):
-        raise PermissionError(f"--out {out} is not writable: choose another folder.")

@@ -36,7 +36,7 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
     Raises:
         OSError: as `replaceable`, or the disk refuses.
     """
-    target = replaceable(path)
+    target = _target(path)
     remove_leftovers(target.parent)
     temporary, descriptor = _create(target)
     with os.fdopen(descriptor, "wb") as file:
@@ -63,8 +63,14 @@ def replaceable(path: Path) -> Path:
     """The file that `replacing(path)` would write: `path`, or what it links to.
 
     Raises:
-        OSError: a folder, a device or a pipe is there, or a file that may not be written; or the folder is missing.
+        OSError: a folder, a device or a pipe is there, or a file that may not be written; or its folder takes none.
     """
+    target = _target(path)
+    writable(target.parent)
+    return target
+
+
+def _target(path: Path) -> Path:
     target = Path(os.path.realpath(path))
     if not target.parent.is_dir():
         raise FileNotFoundError(f"{path} cannot be written: there is no folder {target.parent}.")
@@ -74,6 +80,24 @@ def replaceable(path: Path) -> Path:
         if not os.access(target, os.W_OK):
             raise PermissionError(f"{path} is read-only: choose another name, or make it writable.")
     return target
+
+
+def writable(folder: Path) -> Path:
+    """The folder, made if need be.
+
+    Raises:
+        OSError: it cannot be made, or a file in it cannot.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"{folder} is a file: choose a folder.")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe, descriptor = _create(folder / "probe")  # bits of a mode say little, to root and in /proc
+    except OSError as error:
+        raise OSError(f"{folder} cannot be written to ({error.strerror}): choose another folder.") from error
+    probe.unlink()
+    os.close(descriptor)
+    return folder
 
 
 def remove_leftovers(folder: Path) -> None:

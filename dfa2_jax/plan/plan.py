@@ -17,7 +17,7 @@ from dfa2_jax.io.errors import printable
 from dfa2_jax.io.names import suggests_names
 from dfa2_jax.plan.file import blame_file, content_of, read, written
 from dfa2_jax.plan.method import FULL_METHOD, Method, PlanError, letters
-from dfa2_jax.plan.setting import CalibrationRecord, Setting, StepCalibration
+from dfa2_jax.plan.setting import MARGIN, CalibrationRecord, Setting, StepCalibration
 from dfa2_jax.plan.steps import StepSearch, check_budget, count_for, euler_coefficients
 from pallas_kernels.layout import CACHED, FULL
 from pallas_kernels.mask import count_tiles, kept_pairs
@@ -25,8 +25,8 @@ from pallas_kernels.mask import count_tiles, kept_pairs
 EULER = np.zeros((0, 2))
 """In place of coefficients: Euler's."""
 
-MARGIN = 3.0
-"""dB that a plan for a PSNR has above it: on other prompts, plans kept up to 2 dB less than they measured."""
+LARGEST_COEFFICIENT = 100.0
+"""Far above what calibration finds: one velocity moves x by the step's noise at most."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -93,6 +93,8 @@ class Plan:
             raise PlanError(
                 f"coefficients are {list(coefficients.shape)}: for {len(nodes)} nodes, two finite numbers each."
             )
+        if (largest := np.abs(coefficients).max()) > LARGEST_COEFFICIENT:
+            raise PlanError(f"coefficients go to {largest:g}: none of a velocity is above {LARGEST_COEFFICIENT:g}.")
         if coefficients[0, 1] != 0:
             raise PlanError(f"coefficients[0][1] is {coefficients[0, 1]}, but there is no velocity before it.")
         coefficients = coefficients.astype(np.float64)
@@ -104,7 +106,7 @@ class Plan:
     def runs_every_step(self) -> bool:
         """Whether its steps are the dense run's: it differs in heads alone."""
         euler = euler_coefficients(np.asarray(self.setting.sigmas))
-        return len(self.nodes) == self.setting.num_inference_steps and np.array_equal(self.coefficients, euler)
+        return len(self.nodes) == len(euler) and np.array_equal(self.coefficients, euler)
 
     @property
     def heads_are_full(self) -> bool:
@@ -208,22 +210,26 @@ class Plan:
         else:
             assert psnr is not None
             nodes = search.for_psnr(psnr + MARGIN, record.psnr_offset)
-            promised = record.psnr_offset - 10 * np.log10(max(nodes.predicted_error, 1e-12)) - MARGIN
+            promised = record.predicted_psnr(nodes.predicted_error) - MARGIN
             if record.target == "converged" and promised < psnr:
                 raise ValueError(
                     f"{psnr=} to the limit is more than {search.num_steps} steps can promise, {promised:.1f} dB. Ask "
                     "for less, or calibrate with more steps."
                 )
-        kept = {"predicted_error": nodes.predicted_error, "measured_error": None, "tiles": None}
-        kept |= {"attention_share": 0.0, "projection_share": 0.0}
+        kept = {"predicted_error": nodes.predicted_error, "measured_error": None, "measured_psnr": None}
+        kept |= {"tiles": None, "attention_share": 0.0, "projection_share": 0.0}
         record = record.model_copy(update=kept)
+        record.warn_if_low()
         plan = Plan.full(self.setting, nodes.steps)
         return replace(plan, coefficients=nodes.coefficients, step_calibration=record)
 
     def _search(self, record: StepCalibration) -> StepSearch:
         """Raises PlanError where the record is of no run of the setting."""
         try:
-            return StepSearch(*(np.array(x, np.float64) for x in (self.setting.sigmas, record.gram, record.growth)))
+            search = StepSearch(*(np.array(x, np.float64) for x in (self.setting.sigmas, record.gram, record.growth)))
+            if search.is_moved != (record.target == "converged"):
+                raise ValueError(f"gram {search.gram.shape} is not of a run with target={record.target!r}.")
+            return search
         except ValueError as error:
             raise PlanError(f"step_calibration: {error}") from error
 

@@ -68,27 +68,32 @@ class StepSearch:
         bound = np.sqrt(np.maximum(np.outer(products, products), 0)) * (1 + 1e-6)
         if not ((products > 0) & (products < LARGEST)).all() or not (np.abs(self.gram) <= bound).all():
             raise ValueError("gram holds what no products of velocities are.")
-        if not ((self.growth >= 0) & (self.growth < LARGEST)).all():
-            raise ValueError(
-                f"growth goes from {self.growth.min()} to {self.growth.max()}: from 0 to {LARGEST:g} is right."
-            )
+        if not (np.abs(self.gram - self.gram.T) <= 1e-6 * bound).all():
+            raise ValueError("gram is not symmetric: no products of velocities are so.")
+        if not ((np.diff(self.growth) <= 0).all() and 0 < self.growth[-1] and self.growth[0] < LARGEST):
+            raise ValueError(f"growth is {self.growth!s:.200}: it never rises, from below {LARGEST:g} to above 0.")
 
     @property
     def num_steps(self) -> int:
         return len(self.sigmas) - 1
 
+    @property
+    def is_moved(self) -> bool:
+        """Whether gram holds the latents' moves, too."""
+        return len(self.gram) > self.num_steps
+
     @cached_property
     def _moved(self) -> tuple[Float[np.ndarray, "steps steps"], Float[np.ndarray, "steps steps"]]:
         """Mean products of velocities and moves, and of moves."""
         count, sizes = self.num_steps, np.diff(self.sigmas)
-        if len(self.gram) == count:
+        if not self.is_moved:
             return self.gram * sizes, self.gram * np.outer(sizes, sizes)
         return self.gram[:count, count:], self.gram[count:, count:]
 
     def move(self, last: int | None, node: int, following: int) -> tuple[Float[np.ndarray, "2"], float]:
         """The best coefficients from a node to the following one, and the mean square of what they miss."""
-        if following == node + 1 and len(self.gram) == self.num_steps:
-            return np.array([self.sigmas[following] - self.sigmas[node], 0.0]), 0.0
+        if following == node + 1 and not self.is_moved:
+            return euler_coefficients(self.sigmas[node : following + 1])[0].astype(np.float64), 0.0
         basis, gap = [node] if last is None else [node, last], slice(node, following)
         with_moves, of_moves = self._moved
         wanted = with_moves[:, gap].sum(axis=1)

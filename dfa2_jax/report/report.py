@@ -252,6 +252,10 @@ def quality_report(
     return Report(tuple(table.lines), tuple(prompts), tuple(seeds), limits, masses, facts)
 
 
+RANGES = {"psnr": (0.0, EQUAL_PSNR), "ssim": (-1.0, 1.0), "lpips": (0.0, math.inf)}
+"""What a metric can be: any other limit is met by all images, or by none."""
+
+
 def _check(
     prompts: list[str], seeds: list[int], batch: int, plans: Mapping[str, Plan], limits: dict[str, float], lpips: Any
 ) -> None:
@@ -264,10 +268,11 @@ def _check(
     if not plans:
         raise ValueError("A report needs a plan at least.")
     for metric, limit in limits.items():
-        if metric not in ("psnr", "ssim", "lpips") or not math.isfinite(limit):
-            raise ValueError(f"limits has {metric}={limit}: limits are finite, of psnr, ssim and lpips.")
-        if limit < 0 or limit > {"ssim": 1.0, "psnr": EQUAL_PSNR}.get(metric, limit):
-            raise ValueError(f"limits has {metric}={limit}: no image can be so near to another, or all are.")
+        if metric not in RANGES or not math.isfinite(limit):
+            raise ValueError(f"limits has {metric}={limit}: limits are finite, of {', '.join(RANGES)}.")
+        least, most = RANGES[metric]
+        if not least <= limit <= most:
+            raise ValueError(f"limits has {metric}={limit}, but {metric} is {least:g} to {most:g}.")
     if "lpips" in limits and lpips is None:
         raise ValueError(f"A limit of {limits['lpips']} on LPIPS needs the metric's weights: give lpips too.")
 

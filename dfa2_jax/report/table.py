@@ -1,7 +1,6 @@
 """What a quality report says: its lines, their statistics, the gate, and the two files that hold them."""
 
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
@@ -12,7 +11,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from dfa2_jax.io.atomic import replacing
+from dfa2_jax.io.atomic import replacing, writable
 from dfa2_jax.plan.plan import Plan
 from dfa2_jax.report import metrics as quality
 from dfa2_jax.report.attention_maps import Masses, draw
@@ -225,17 +224,3 @@ class Report:
             shown.write(html.encode(errors="backslashreplace"))  # of a path that is not UTF-8
             numbers.write(text.encode(errors="backslashreplace"))  # JSON writes it in the same way
         return folder / "report.html"
-
-
-def writable(folder: Path) -> Path:
-    """The folder, made if need be.
-
-    Raises:
-        OSError: it cannot be made or written to.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise NotADirectoryError(f"{folder} is a file: choose a folder.")
-    folder.mkdir(parents=True, exist_ok=True)
-    if not os.access(folder, os.W_OK):
-        raise PermissionError(f"{folder} is not writable: choose another folder.")
-    return folder

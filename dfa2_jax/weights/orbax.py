@@ -25,6 +25,9 @@ from dfa2_jax.weights.spec import PipelineSpec
 FORMAT, FORMAT_VERSION = "dfa2-jax checkpoint", 2
 """Version 1 had one type per component, and other names of the parameters."""
 
+UNSIGNED = {"config.json", "_CHECKPOINT_METADATA"}
+"""Names of files without a checksum: the first carries its own, Orbax writes the time into the second."""
+
 
 @dataclass(frozen=True)
 class StoredArray:
@@ -88,7 +91,7 @@ class Contents:
     classes: of each component, the scheduler among them.
     configs: each component's own config.
     arrays: of each component but the scheduler, by name.
-    files: sha256 of every tokenizer's file, by path in the folder.
+    files: sha256 of every file but the arrays' chunks (and `UNSIGNED`), by path in the folder.
     digest: of all this.
     """
 
@@ -137,14 +140,16 @@ class Contents:
         parsed = {name: parse_arrays(folder, name, entries) for name, entries in arrays.items()}
         return cls(config.get("pipeline_class"), fingerprint, classes, configs, parsed, files, digest)
 
-    def changed_files(self, folder: Path, tokenizer: str | None = None) -> dict[str, list[str]]:
-        """By kind of change, the tokenizers' files (or one's) that are not as they were written."""
-        tops = {name.partition("/")[0] for name in self.files} if tokenizer is None else {tokenizer}
-        known = {name: digest for name, digest in self.files.items() if name.partition("/")[0] in tops}
-        there = {str(path.relative_to(folder)) for top in tops for path in (folder / top).rglob("*") if path.is_file()}
-        changed = [name for name in sorted(there & known.keys()) if file_sha256(folder / name) != known[name]]
-        missing, unknown = sorted(known.keys() - there), sorted(there - known.keys())
-        return {"files missing": missing, "files unknown": unknown, "files changed": changed}
+    def changed_files(self, folder: Path, within: str = ".") -> dict[str, list[str]]:
+        """By kind of change, the files that are not as they were written, `within` a folder in this one."""
+        known = [name for name in sorted(self.files) if Path(name).is_relative_to(within)]
+        there = [name for name in known if (folder / name).is_file()]
+        changed = [name for name in there if file_sha256(folder / name) != self.files[name]]
+        return {"files missing": sorted({*known} - {*there}), "files changed": changed}
+
+    def unknown_files(self, folder: Path, within: str = ".") -> list[str]:
+        """Those without a checksum, `within` a folder in this one."""
+        return [name for name in signed_files(folder, self.arrays, within) if name not in self.files]
 
 
 class ConvertedCheckpoint(Checkpoint):
@@ -173,7 +178,8 @@ class ConvertedCheckpoint(Checkpoint):
         path = super().tokenizer_folder(name)
         if self._verify:
             headline = f"{path} has changed since it was converted. {convert_again(self.folder)}"
-            raise_faults(headline, self._contents.changed_files(self.folder, name))
+            unknown = self._contents.unknown_files(self.folder, name)
+            raise_faults(headline, self._contents.changed_files(self.folder, name) | {"files unknown": unknown})
         return path
 
     def stored_dtype(self, component: str) -> np.dtype:
@@ -260,6 +266,18 @@ def orbax_name(path: tuple[Any, ...]) -> str:
 def array_folder(folder: Path, component: str, name: str) -> Path:
     """Where a converted folder has the array that config.json calls `name`."""
     return folder / "weights" / component / f"{name}.value"
+
+
+def signed_files(folder: Path, arrays: Mapping[str, Mapping[str, StoredArray]], within: str = ".") -> list[str]:
+    """Paths in a converted folder, or `within` a folder in it, of all files but the arrays' chunks and `UNSIGNED`."""
+    chunks = {
+        chunk.path
+        for component, some in arrays.items()
+        for name, array in some.items()
+        for chunk in array.chunks(folder, component, name)
+    }
+    files = [path for path in sorted((folder / within).rglob("*")) if path.is_file() and path not in chunks]
+    return [str(path.relative_to(folder)) for path in files if path.name not in UNSIGNED]
 
 
 def check_zarr(folder: Path, array: StoredArray) -> None:

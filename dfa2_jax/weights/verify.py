@@ -17,7 +17,7 @@ BLOB = re.compile("[0-9a-f]{40}|[0-9a-f]{64}")
 
 
 def verify_folder(folder: str | PathLike[str], progress: Callable[[int, int], None] | None = None) -> list[str]:
-    """Compare all files of a pipeline folder with their checksums, in threads.
+    """Compare all files of a pipeline folder with their checksums, in threads. Files added to a tokenizer are changes.
 
     A folder that `dfa2-convert` wrote has checksums of everything. A snapshot in the hub's cache has those of the files
     that are links to blobs, which are named by them.
@@ -33,8 +33,7 @@ def verify_folder(folder: str | PathLike[str], progress: Callable[[int, int], No
     """
     folder = Path(folder)
     if not (folder / "model_index.json").exists():
-        _verify_converted(folder, progress)
-        return []
+        return _verify_converted(folder, progress)
     files = sorted(path for path in folder.rglob("*") if path.is_file() or path.is_symlink())
     blobs = {path: blob for path in files if BLOB.fullmatch((blob := path.resolve()).name) and path.is_symlink()}
     if not blobs:
@@ -49,7 +48,7 @@ def verify_folder(folder: str | PathLike[str], progress: Callable[[int, int], No
     return [str(path.relative_to(folder)) for path in files if path not in blobs]
 
 
-def _verify_converted(folder: Path, progress: Callable[[int, int], None] | None) -> None:
+def _verify_converted(folder: Path, progress: Callable[[int, int], None] | None) -> list[str]:
     contents = Contents.read(folder)
     checks: dict[Path, Callable[[], object]] = {}
     sizes = {}
@@ -59,9 +58,12 @@ def _verify_converted(folder: Path, progress: Callable[[int, int], None] | None)
             checks[path], sizes[path] = (lambda path=path, array=array: check_zarr(path, array)), 0
             for chunk in array.chunks(folder, component, name):
                 checks[chunk.path], sizes[chunk.path] = chunk.check, chunk.nbytes
-    faults = {"": _run(checks, sizes, progress)} | contents.changed_files(folder)
+    unknown = contents.unknown_files(folder)
+    added = [name for name in unknown if name.startswith("tokenizer")]  # its library reads whatever is there
+    faults = {"": _run(checks, sizes, progress)} | contents.changed_files(folder) | {"files unknown": added}
     headline = f"{folder} has changed since it was converted. {convert_again(folder)}"
     raise_faults(headline, faults, shown=len(checks) + len(contents.files))
+    return unknown
 
 
 def _run(

@@ -318,7 +318,7 @@ def test_a_promise_has_a_margin(first, no_shape_checks):
     """Plans have a PSNR of 20 dB and 3 for each node: 7 nodes for 38 dB, wherever the search begins."""
 
     class Plans(of_steps.StepPlans):
-        offset_of = staticmethod(lambda _: 0.0)
+        psnr_offset = 0.0
 
         def fitted(self, count):
             fits.append(count)

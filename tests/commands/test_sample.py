@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -140,6 +141,7 @@ def drawn(pipeline, monkeypatch, cache):
         (["--out", "{tmp}/a.png", "--seed", "1", "2"], "a.png is one file for 2 images: give a folder"),
         (["--out", "{tmp}/a.jpg", "--format", "png"], "a.jpg is jpeg by its suffix, but format='png'"),
         (["--out", "{tmp}/file"], "file is a file: choose a folder"),
+        (["--out", "/proc/a.png"], "/proc cannot be written to (No such file or directory): choose another folder"),
         (["--out", "{tmp}/taken.png"], "taken.png is there, and made otherwise: remove it"),
         (["--prompt", "x" * 70_000, "--format", "jpeg"], "a JPEG holds 65000: use png or webp"),
     ],
@@ -212,4 +214,14 @@ def test_without_a_home_compiled_programs_are_not_kept(monkeypatch, cache, capsy
 
     monkeypatch.setattr(pwd, "getpwuid", absent)
     start.start()
-    assert "set JAX_COMPILATION_CACHE_DIR" in capsys.readouterr().err
+    assert "not kept; set JAX_COMPILATION_CACHE_DIR" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["XDG_CACHE_HOME", "JAX_COMPILATION_CACHE_DIR"])
+def test_a_cache_that_cannot_be_written_is_one_line(name, monkeypatch, cache, capsys):
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    monkeypatch.setenv(name, "/proc/cache")
+    start.start()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("compiled programs are not kept") and "/proc/cache" in line
+    assert jax.config.jax_compilation_cache_dir is None

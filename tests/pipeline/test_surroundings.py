@@ -23,3 +23,8 @@ def test_64_bit_jax_changes_no_number(name, request):
         wide = run()
     for ours, same in zip(run(), wide, strict=True):
         np.testing.assert_array_equal(same, ours)
+
+
+def test_all_tests_run_with_strict_promotion():
+    """What a sum of two types, or of two ranks, becomes is written down everywhere: a user may forbid the rest."""
+    assert jax.config.jax_numpy_dtype_promotion == "strict" and jax.config.jax_numpy_rank_promotion == "raise"

@@ -1,6 +1,7 @@
 """The search for the steps that run the network, and what plans of them hold."""
 
 import json
+from dataclasses import replace
 from itertools import combinations, pairwise
 
 import numpy as np
@@ -121,6 +122,19 @@ FAULTS = {
     ),
     "growth": (lambda c: c["step_calibration"]["growth"].pop(), r"growth \(9,\) must be of 9 steps"),
     "gram": (lambda c: c["step_calibration"]["gram"][0].__setitem__(0, -1.0), "what no products of velocities are"),
+    "asymmetric": (lambda c: c["step_calibration"]["gram"][0].__setitem__(1, 0.0), "gram is not symmetric"),
+    "another target": (
+        lambda c: c["step_calibration"].update(target="converged"),
+        r"gram \(9, 9\) is not of a run with target='converged'",
+    ),
+    "rising": (lambda c: c["step_calibration"]["growth"].__setitem__(9, 5.0), "(?s)growth is .*: it never rises"),
+    "no growth": (lambda c: c["step_calibration"].update(growth=[0.0] * 10), "(?s)from below 1e.12 to above 0"),
+    "offset": (lambda c: c["step_calibration"].update(psnr_offset=1e308), "less than or equal to 200"),
+    "shares": (
+        lambda c: c["step_calibration"].update(attention_share=0.7, projection_share=0.4),
+        "attention_share and projection_share are 1.1 of a step together, not 1 at most",
+    ),
+    "large": (lambda c: c["coefficients"][2].__setitem__(0, 1e300), r"coefficients go to 1e\+300: none .* above 100"),
     "version": ({"version": 1}, "version is 1, but its fields are those of 2"),
     "newer": ({"version": 3}, "version is 3, made by a newer dfa2_jax; this one reads up to 2"),
     "edited": ({"nodes": [0, 2, 3, 7]}, "it was edited or damaged"),
@@ -140,6 +154,21 @@ def test_faults_are_named(fault, tmp_path):
     assert str(path) in str(caught.value)
 
 
+def test_another_budget_promises_the_same_from_every_plan_of_a_measurement(caplog):
+    """Whether a plan ran, and how well, says nothing of others."""
+    plan = step_plan()
+    ran = plan.step_calibration.model_copy(update={"measured_error": 1e-3, "measured_psnr": 70.0})
+    ran = replace(plan, step_calibration=ran)
+    assert ran.step_calibration.psnr == 70
+    caplog.clear()
+    for budget in ({"psnr": 45.0}, {"speedup": 1.0}):
+        again = ran.resolve(**budget)
+        assert again == plan.resolve(**budget) and again.step_calibration.measured_psnr is None
+    assert not caplog.records
+    plan.resolve(psnr=30.0)
+    assert "below 37 dB other prompts can be worse" in caplog.text
+
+
 def test_another_budget_needs_no_model():
     plan = step_plan()
     faster = plan.resolve(speedup=3.0)
@@ -149,6 +178,8 @@ def test_another_budget_needs_no_model():
     near = plan.resolve(psnr=30.0)
     assert near.step_calibration.psnr >= 33.0 > plan.resolve(speedup=9 / (len(near.nodes) - 1)).step_calibration.psnr
     assert len(plan.resolve(psnr=150.0).nodes) == 9
+    every = plan.resolve(speedup=1.0)
+    assert every.runs_every_step and every.cost() == 1 and every == every.resolve(psnr=150.0)
     for budget, message in (
         ({}, "one of speedup, psnr must be given, not none"),
         ({"speedup": 2.0, "psnr": 40.0}, "not speedup=2.0 and psnr=40.0"),

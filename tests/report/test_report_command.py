@@ -111,7 +111,7 @@ def test_an_interrupted_report_leaves_no_file(command, tmp_path, monkeypatch, ca
         ({"plan": "{tmp}/absent.json"}, "absent.json cannot be read"),
         ({"max_lpips": 0.1}, "give lpips too"),
         ({"min_ssim": "nan"}, "limits has ssim=nan"),
-        ({"min_ssim": "2"}, "limits has ssim=2.0: no image can be so near"),
+        ({"min_ssim": "2"}, "limits has ssim=2.0, but ssim is -1 to 1"),
         ({"batch": 0}, "batch=0 must be at least 1"),
         ({"lpips": "{tmp}/lpips.pth"}, "must be a .safetensors file (pickle, .pth, is never read)"),
         ({"lpips": "{tmp}/absent.safetensors"}, "lpips.LPIPS(net="),

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 import shutil
 
 import pytest
@@ -163,6 +164,26 @@ def test_tokenizers_are_those_that_were_converted(change, message, folder):
     assert open_checkpoint(folder).tokenizer_folder("tokenizer").is_dir()
     with pytest.raises(CheckpointError, match=message):
         verify_folder(folder)
+
+
+@pytest.mark.parametrize("name", ["_METADATA", f"{ARRAY}.value/.zarray"])
+def test_what_orbax_reads_beside_the_chunks_is_compared(name, folder):
+    path = folder / "weights/text_encoder" / name
+    path.write_text(path.read_text() + " ")
+    with pytest.raises(CheckpointError, match=f"1 files changed: weights/text_encoder/{re.escape(name)}"):
+        verify_folder(folder)
+    path.unlink()
+    with pytest.raises(CheckpointError, match=f"1 files missing: weights/text_encoder/{re.escape(name)}"):
+        verify_folder(folder)
+
+
+def test_files_beside_what_was_written_are_named(folder):
+    (folder / "weights/text_encoder/notes").mkdir()
+    for name in ("note.txt", "weights/text_encoder/notes/note.txt", f"weights/text_encoder/{ARRAY}.value/9.0.0"):
+        (folder / name).write_text("")
+    assert verify_folder(folder) == [
+        "note.txt", f"weights/text_encoder/{ARRAY}.value/9.0.0", "weights/text_encoder/notes/note.txt"
+    ]  # fmt: skip
 
 
 def test_all_bytes_of_a_sound_folder_are_compared(converted):
