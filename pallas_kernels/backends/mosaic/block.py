@@ -182,15 +182,15 @@ def warpgroups(dim: int, interpret: bool) -> int:
 
 
 def flat(tile: Ref, interpret: bool) -> Ref:
-    """A tile [R/8, 1, 8, 64] as [R, 64], for copies."""
-    return tile if interpret else tile.reshape(tile.shape[0] * 8, COLUMNS)
+    """A tile [R/8, 1, 8, C] as [R, C], for copies."""
+    return tile if interpret else tile.reshape(tile.shape[0] * 8, tile.shape[-1])
 
 
 def matrix(tile: Ref, interpret: bool) -> Ref:
-    """A tile [R/8, 1, 8, 64] as [R, 64], for wgmma."""
+    """A tile [R/8, 1, 8, C] as [R, C], for wgmma."""
     if interpret:
         return tile
-    untile = plgpu.TilingTransform((8, COLUMNS)).undo(None)  # pyright: ignore[reportArgumentType] it reads no type
+    untile = plgpu.TilingTransform((8, tile.shape[-1])).undo(None)  # pyright: ignore[reportArgumentType] it reads no type
     return dataclasses.replace(tile, transforms=(*tile.transforms, untile))
 
 
