@@ -18,7 +18,7 @@ from dfa2_jax.io.errors import printable
 from dfa2_jax.io.signals import Interrupted, exiting, interruptible
 from dfa2_jax.io.terminal import answered
 from dfa2_jax.options import CALL, CalibrationOptions, Options, ReportOptions
-from dfa2_jax.weights.dtypes import FLOAT_DTYPES
+from dfa2_jax.weights.dtypes import FLOAT_DTYPES, PRECISIONS
 
 DEMO = (
     "Sample with the small model that is installed with this package, dense and by its plan, and draw both side by "
@@ -50,7 +50,7 @@ def convert(argv: Sequence[str] | None = None) -> int:
     parser.set_defaults(run=("convert", "run"))
     parser.add_argument("src", metavar="SRC", help="a diffusers folder, or a hub id such as owner/name")
     parser.add_argument("dst", metavar="DST", help="the folder to write; must not exist")
-    parser.add_argument("--dtype", choices=FLOAT_DTYPES, help="of the weights (default: as stored)")
+    parser.add_argument("--dtype", choices=(*FLOAT_DTYPES, *PRECISIONS), help="of the weights (default: as stored)")
     parser.add_argument("--download", action="store_true", help="fetch a hub id that your cache lacks")
     args = parser.parse_args(argv)
     return answered(lambda: _run(parser.prog, args))
@@ -207,7 +207,10 @@ def _add_verify(parser: argparse.ArgumentParser) -> None:
 def _add_dtype(parser: argparse.ArgumentParser) -> None:
     _add_verify(parser)
     parser.add_argument(
-        "--dtype", *ALIASES["dtype"], choices=FLOAT_DTYPES, help="default: the checkpoint's; float32 on CPU"
+        "--dtype",
+        *ALIASES["dtype"],
+        choices=(*FLOAT_DTYPES, *PRECISIONS),
+        help="default: the checkpoint's; float32 on CPU",
     )
 
 

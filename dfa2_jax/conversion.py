@@ -19,7 +19,7 @@ import huggingface_hub
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
-from jax.typing import DTypeLike
+from flax import nnx
 
 from dfa2_jax.encoders.tokenizers import load_tokenizer
 from dfa2_jax.families.registry import open_checkpoint
@@ -31,6 +31,7 @@ from dfa2_jax.io.names import suggests_names
 from dfa2_jax.pipeline.fit import check_fit, check_tokenizer
 from dfa2_jax.weights.checkpoint import compute_dtype
 from dfa2_jax.weights.diffusers import DiffusersCheckpoint
+from dfa2_jax.weights.dtypes import as_precision
 from dfa2_jax.weights.leaf import Block, Leaf, slabs
 from dfa2_jax.weights.orbax import FORMAT, FORMAT_VERSION, StoredArray, array_name, orbax_name, signed_files
 
@@ -133,7 +134,7 @@ def spans(leaf: Leaf) -> list[tuple[int, int]]:
 def convert_checkpoint(
     src: str | PathLike[str],
     dst: str | PathLike[str],
-    dtype: DTypeLike | None = None,
+    dtype: Any = None,
     *,
     progress: Callable[[int, int], None] | None = None,
     download: bool = False,
@@ -143,7 +144,8 @@ def convert_checkpoint(
     Args:
         src: a folder, or `owner/name` on the hub: fetched with huggingface_hub into its own cache.
         dst: must not exist; it appears when it is complete, never before.
-        dtype: of the weights; None keeps each component's. T5 and VAE never become float16 (they overflow).
+        dtype: of the weights; None keeps each component's. T5 and VAE never become float16 (they overflow). "float8",
+            "int8" and "int8_weights" are of the transformer's blocks alone, and quantise them.
         progress: called with (bytes written, bytes in all).
         download: fetch a hub repository that the user's cache lacks.
 
@@ -159,11 +161,14 @@ def convert_checkpoint(
     check_fit(checkpoint)
     tokenizers = fitting_tokenizers(checkpoint)
     arrays = lazy_arrays(checkpoint, dtype)
+    precision = as_precision(dtype)
     total = sum(array.nbytes for component in arrays.values() for array in component.values())
     with disk_faults_named(dst), appearing(dst) as partial:
         check_room(partial, total)
         done = partial_sums(progress or (lambda done, total: None), total)
-        supervise(lambda told, stopped: write_folder(partial, checkpoint, arrays, tokenizers, told, stopped), done)
+        supervise(
+            lambda told, stopped: write_folder(partial, checkpoint, arrays, tokenizers, precision, told, stopped), done
+        )
     return dst
 
 
@@ -216,6 +221,7 @@ def write_folder(
     checkpoint: DiffusersCheckpoint,
     arrays: Mapping[str, Arrays],
     tokenizers: Sequence[str],
+    precision: str | None,
     told: Callable[[int], None],
     stopped: Event,
 ) -> None:
@@ -226,7 +232,7 @@ def write_folder(
         (folder / name).mkdir()
         for path in tokenizer_files(checkpoint.tokenizer_folder(name)):
             shutil.copyfile(path, folder / name / path.name)
-    write_config(folder, checkpoint, arrays)
+    write_config(folder, checkpoint, arrays, precision)
 
 
 def fitting_tokenizers(checkpoint: DiffusersCheckpoint) -> list[str]:
@@ -258,13 +264,18 @@ def tokenizer_files(folder: Path) -> list[Path]:
     return files
 
 
-def lazy_arrays(checkpoint: DiffusersCheckpoint, dtype: DTypeLike | None) -> dict[str, Arrays]:
+def lazy_arrays(checkpoint: DiffusersCheckpoint, dtype: Any) -> dict[str, Arrays]:
     """By component, every parameter in the type that it is written in."""
     arrays = {}
     for name in checkpoint.classes:
-        if name != "scheduler":
-            written = written_dtype(checkpoint, name, dtype)
-            arrays[name] = {path: LazyArray(leaf, written) for path, leaf in checkpoint.leaves(name).items()}
+        if name == "scheduler":
+            continue
+        precision = as_precision(dtype) if name == "transformer" else None
+        written = written_dtype(checkpoint, name, None if as_precision(dtype) else dtype)
+        model, leaves = checkpoint.model_and_leaves(name, written, precision)
+        state = nnx.to_flat_state(nnx.state(model, nnx.Param))
+        types = {path: np.dtype(variable.dtype) for path, variable in state} if precision else {}
+        arrays[name] = {path: LazyArray(leaf, types.get(path, written)) for path, leaf in leaves.items()}
     return arrays
 
 
@@ -298,7 +309,7 @@ def fetch(repository: str) -> Path:
         ) from error
 
 
-def written_dtype(checkpoint: DiffusersCheckpoint, component: str, dtype: DTypeLike | None) -> np.dtype:
+def written_dtype(checkpoint: DiffusersCheckpoint, component: str, dtype: Any) -> np.dtype:
     spec, stored = checkpoint.spec.components[component], checkpoint.stored_dtype(component)
     return stored if dtype is None else compute_dtype(spec, stored, dtype, "accelerator")
 
@@ -328,7 +339,9 @@ def save_orbax(folder: Path, arrays: Arrays, told: Callable[[int], None], stoppe
         raise CheckpointError(f"{folder.name} could not be written: {error!s:.300}. Nothing was kept.") from error
 
 
-def write_config(folder: Path, checkpoint: DiffusersCheckpoint, arrays: Mapping[str, Arrays]) -> None:
+def write_config(
+    folder: Path, checkpoint: DiffusersCheckpoint, arrays: Mapping[str, Arrays], precision: str | None
+) -> None:
     """Last of all: with the checksums of everything else."""
     components: dict[str, dict[str, Any]] = {
         name: {"class": kind, "config": checkpoint.configs[name]} for name, kind in checkpoint.classes.items()
@@ -348,5 +361,6 @@ def write_config(folder: Path, checkpoint: DiffusersCheckpoint, arrays: Mapping[
         "files": {name: file_sha256(folder / name) for name in signed_files(folder, stored)},
         "versions": {name: version(name) for name in ("dfa2-jax", "jax", "orbax-checkpoint")},
     }
+    content |= {} if precision is None else {"precision": precision}
     content |= {"digest": digest_of(content)}
     (folder / "config.json").write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")

@@ -12,7 +12,7 @@ from textwrap import fill
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from dfa2_jax.io.errors import CheckpointError, read_json
-from dfa2_jax.weights.dtypes import FLOAT_DTYPES
+from dfa2_jax.weights.dtypes import FLOAT_DTYPES, PRECISIONS
 
 if TYPE_CHECKING:  # annotations only: these import JAX
     from dfa2_jax.nn.attention import Attend
@@ -219,7 +219,10 @@ class ReportOptions:
     guidance_scale: float | None = option(None, "None: the first plan's", flag=True)
     batch: int = option(1, "images at a time", flag=True, metavar="N")
     dtype: Any = option(
-        None, "of the plans' images; None: the checkpoint's, float32 on CPU", flag=True, choices=FLOAT_DTYPES
+        None,
+        "of the plans' images; None: the checkpoint's, float32 on CPU",
+        flag=True,
+        choices=(*FLOAT_DTYPES, *PRECISIONS),
     )
     lpips: Any = option(
         None, "a .safetensors file of an lpips.LPIPS; needs dfa2-jax[quality]", flag=True, metavar="WEIGHTS"

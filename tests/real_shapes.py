@@ -10,6 +10,7 @@ from flax import nnx
 from dfa2_jax.families.flux.transformer import FluxConditions
 from dfa2_jax.families.registry import networks
 from dfa2_jax.families.sd3.transformer import PositionTable, SD3Conditions
+from dfa2_jax.nn.quantize import quantize
 from dfa2_jax.sampling.guidance import ClassifierFree, NoGuidance
 from dfa2_jax.sampling.inputs import STEP_BLOCK, Inputs
 from dfa2_jax.sampling.loop import HeadPlans, State
@@ -56,13 +57,15 @@ PUBLISHED = {
 """Sizes from diffusers' conversion scripts, checked against the size of the published files."""
 
 
-def denoise_arguments(name: str, pixels: int) -> tuple[Any, ...]:
+def denoise_arguments(name: str, pixels: int, precision: str | None = None) -> tuple[Any, ...]:
     """(graph, params, state, inputs, start, stop) of `sampling.loop.denoise`: one square image, in bfloat16."""
     published, bf16, f32 = PUBLISHED[name], jnp.bfloat16, jnp.float32
     kind = networks()[published.class_name]
     config = kind.config(published.config)
     module = nnx.eval_shape(lambda: kind.build(config, dtype=bf16, rngs=nnx.Rngs(0)))
     nnx.pop(module, PositionTable)  # stays on the host
+    if precision is not None:
+        quantize(module, precision)
     graph, params = nnx.split(module)
 
     visual, text, shape = (pixels // 16) ** 2, published.num_text, jax.ShapeDtypeStruct
@@ -84,9 +87,9 @@ def denoise_arguments(name: str, pixels: int) -> tuple[Any, ...]:
     return graph, params, abstract(State, latents, latents, None), inputs, step, step
 
 
-def planned_arguments(name: str, pixels: int) -> tuple[Any, ...]:
+def planned_arguments(name: str, pixels: int, precision: str | None = None) -> tuple[Any, ...]:
     """(graph, params, state, inputs, plans, start, stop) of `sampling.loop.denoise_planned`."""
-    graph, params, state, inputs, start, stop = denoise_arguments(name, pixels)
+    graph, params, state, inputs, start, stop = denoise_arguments(name, pixels, precision)
     config = networks()[PUBLISHED[name].class_name].config(PUBLISHED[name].config)
     batch, num_text = inputs.conditions.text.shape[:2]
     heads = config.num_attention_heads, config.attention_head_dim

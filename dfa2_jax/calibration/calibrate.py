@@ -328,7 +328,7 @@ def facts_of(prompts: list[str], call: Call) -> dict[str, Any]:
 
 def digest_of_all(call: Call, facts: dict[str, Any]) -> str:
     """The digest of all that a calibration's findings depend on."""
-    setting = call.setting.model_dump(mode="json")
+    setting = call.setting.content()
     return digest_of(facts | {"setting": setting, "rounding": call.pipeline.rounding})
 
 

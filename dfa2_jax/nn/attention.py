@@ -10,8 +10,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from dfa2_jax.nn.carrier import carrier
-from dfa2_jax.nn.linear import MANY_ROWS
-from dfa2_jax.nn.weights import take_heads
+from dfa2_jax.nn.weights import MANY_ROWS, take_heads
 from pallas_kernels import CACHED, Layout
 from pallas_kernels import arrow_attention as arrow_attention
 from pallas_kernels import arrow_implementation as arrow_implementation

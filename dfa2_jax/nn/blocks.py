@@ -77,4 +77,4 @@ class SingleBlock(nnx.Module):
 
         out = attention("attn", lambda heads=None: context.rotated(self.attn.qkv(normed, heads)), context.layout)
 
-        return x + modulation.gate * (self.attn.out(out) + self.ff(normed))
+        return x + modulation.gate * (self.attn.out(out) + self.ff(normed, modulation.length))

@@ -43,6 +43,12 @@ class Modulation:
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         return x * (1 + self.scale) + self.shift
 
+    @property
+    def length(self) -> Float[Array, " B"]:
+        """No token of a modulated layer norm is longer: its Euclidean length is sqrt(D) before."""
+        scale, shift = (x[:, 0].astype(jnp.float32) for x in (self.scale, self.shift))
+        return scale.shape[-1] ** 0.5 * jnp.abs(1 + scale).max(axis=-1) + jnp.linalg.norm(shift, axis=-1)
+
 
 class AdaLN(nnx.Module):
     """`silu(vector) -> linear -> branches x (shift, scale, gate)`, the adaLN-Zero of every block."""

@@ -8,6 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Bool
 
 from dfa2_jax.nn.attention import Attend, BlockAttention
+from dfa2_jax.weights.quantized import Stacked
 
 
 def stack(count: int, make: Callable[[nnx.Rngs], nnx.Module], rngs: nnx.Rngs) -> nnx.Module:
@@ -25,13 +26,14 @@ def run_blocks(
 ) -> Any:
     """Scan `carry = step(block, carry, per_layer[i])` over the layer axis of stacked `blocks`.
 
-    `unroll` is `jax.lax.scan`'s: 1 compiles one block, True all of them, which brings next to nothing.
+    `unroll` is `jax.lax.scan`'s: 1 compiles one block, True all of them, which brings next to nothing. Parameters that
+    are `Stacked` stay whole in every block.
     """
-    graph, params = nnx.split(blocks)
+    graph, whole, params = nnx.split(blocks, Stacked, ...)
 
     def body(carry: Any, xs: Any) -> tuple[Any, None]:
         layer_params, layer_input = xs
-        return step(nnx.merge(graph, layer_params), carry, layer_input), None
+        return step(nnx.merge(graph, whole, layer_params), carry, layer_input), None
 
     return jax.lax.scan(body, carry, (params, per_layer), unroll=unroll)[0]
 

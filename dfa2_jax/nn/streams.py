@@ -50,6 +50,9 @@ class Projections(nnx.Module):
     writes: an output projection; without one the stream is only read.
     """
 
+    to_qkv: Linear | None = None
+    """In place of `to_q`, `to_k` and `to_v`, where their weights are one (`nn.quantize`)."""
+
     def __init__(
         self, width: int, num_heads: int, *, qk_norm: bool, writes: bool = True, dtype: DTypeLike, rngs: nnx.Rngs
     ):
@@ -66,7 +69,11 @@ class Projections(nnx.Module):
 
     def qkv(self, x: Float[Array, "B T D"], heads: Int[Array, " n"] | None = None) -> QKV:
         """Queries, keys and values, of all heads or of those named."""
-        q, k, v = (to.heads(x, self.num_heads, heads) for to in (self.to_q, self.to_k, self.to_v))
+        if self.to_qkv is None:
+            q, k, v = (to.heads(x, self.num_heads, heads) for to in (self.to_q, self.to_k, self.to_v))
+        else:
+            every = None if heads is None else jnp.concatenate([heads + i * self.num_heads for i in range(3)])
+            q, k, v = jnp.split(self.to_qkv.heads(x, 3 * self.num_heads, every), 3, axis=2)
         return (q, k, v) if self.norm_q is None or self.norm_k is None else (self.norm_q(q), self.norm_k(k), v)
 
     def out(self, heads: Heads) -> Float[Array, "B T D"]:
@@ -106,7 +113,7 @@ class Modulated:
         return x + self.attn.gate * self.stream.attn.out(out)
 
     def feed_forward(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        return x + self.mlp.gate * self.stream.ff(self.mlp(layer_norm(x)))
+        return x + self.mlp.gate * self.stream.ff(self.mlp(layer_norm(x)), self.mlp.length)
 
 
 class DualStream(Stream):

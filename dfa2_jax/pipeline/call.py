@@ -68,6 +68,7 @@ class Call:
         return Setting(
             pipeline_class=pipeline.pipeline_class,
             weights=pipeline.fingerprint,
+            precision=pipeline.precision,
             scheduler=request.scheduler.get("_class_name", ""),
             sigmas=tuple(float(sigma) for sigma in self.schedule.sigmas),
             height=request.height,

@@ -16,20 +16,40 @@ from dfa2_jax.pipeline.fit import check_fit
 from dfa2_jax.pipeline.request import ModelSizes, Request
 from dfa2_jax.sampling.tokens import Grid
 from dfa2_jax.weights.checkpoint import Checkpoint
-from dfa2_jax.weights.dtypes import FLOAT_DTYPES
+from dfa2_jax.weights.dtypes import FLOAT_DTYPES, PRECISIONS, Precision, as_precision
+from pallas_kernels import Device
 
 
 def check_dtype(dtype: Any) -> None:
     """
     Raises:
-        ValueError: it is none of those that networks compute in.
+        ValueError: networks neither compute in it nor are quantised to it, or this GPU has no products of it.
     """
+    known = (*FLOAT_DTYPES, *PRECISIONS)
+    if dtype is not None and _name(dtype) not in known:
+        raise ValueError(f"dtype={dtype!r:.100} is none of {', '.join(known)}.")
+
+
+def check_precision(precision: str | None) -> None:
+    """
+    Raises:
+        ValueError: this GPU has no products of it.
+    """
+    capability = Device.current().capability
+    if precision == "float8" and capability is not None and capability < 8.9:
+        raise ValueError(
+            f"float8 needs a GPU of compute capability 8.9 (Ada, Hopper), this one has {capability}: use dtype='int8'."
+        )
+
+
+def _name(dtype: Any) -> str | None:
+    """What a dtype, or a precision, is called."""
+    if precision := as_precision(dtype):
+        return precision
     try:
-        known = dtype is None or jnp.dtype(dtype).name in FLOAT_DTYPES
+        return jnp.dtype(dtype).name
     except TypeError:
-        known = False
-    if not known:
-        raise ValueError(f"dtype={dtype!r:.100} is none of {', '.join(FLOAT_DTYPES)}.")
+        return None
 
 
 class Loaded:
@@ -38,6 +58,7 @@ class Loaded:
     Attributes:
         folder: of the checkpoint.
         requested_dtype: what the caller asked for; None: the checkpoint's own.
+        precision: of the products in the transformer's blocks, where they are quantised; else None.
         config: sizes of the transformer.
         family: what this kind of model does its own way.
         fingerprint: of the transformer's stored weights.
@@ -55,7 +76,9 @@ class Loaded:
         check_dtype(dtype)
         self.networks = Networks(checkpoint, dtype)
         self.folder = checkpoint.folder
-        self.requested_dtype = None if dtype is None else jnp.dtype(dtype).name
+        self.requested_dtype = None if dtype is None else _name(dtype)
+        self.precision: Precision | None = as_precision(dtype) or checkpoint.precision
+        check_precision(self.precision)
         self.pipeline_class: str = checkpoint.pipeline_class
         self.torch_rounding = torch_rounding
         self.fingerprint: str = checkpoint.fingerprint

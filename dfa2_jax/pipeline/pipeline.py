@@ -46,6 +46,8 @@ class Pipeline(Loaded):
         Args:
             folder: of the whole pipeline, or the hub id of a folder in the cache of huggingface_hub.
             dtype: None keeps the checkpoint's, except T5 and VAE stored in float16 (they overflow) and float32 on CPU.
+                "float8" and "int8" quantise the transformer's blocks, weights and activations; "int8_weights" weights
+                alone, for memory.
             torch_rounding: round where torch does in `dtype`, to reproduce diffusers' 16-bit images. False keeps
                 sinusoids and latents in float32, closer to the float32 image.
             verify: compare a converted folder's weights with their checksums as they are read.
@@ -72,7 +74,7 @@ class Pipeline(Loaded):
         parts = ", ".join(name for name in self.networks.configs if name != "scheduler")
         layers = len(self.config.calls(1, 1))
         return (
-            f"Pipeline({self.pipeline_class}, {self.dtype.name}, weights {self.fingerprint[:12]})\n"
+            f"Pipeline({self.pipeline_class}, {self.precision or self.dtype.name}, weights {self.fingerprint[:12]})\n"
             f"  transformer: {layers} attention layers of {self.config.num_attention_heads} heads, "
             f"head_dim {self.config.attention_head_dim}\n"
             f"  components: {parts}; images of {self.sizes.image} px, sides by {self.sizes.multiple}"

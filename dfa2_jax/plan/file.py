@@ -157,7 +157,7 @@ def content_of(
     steps = [dict(zip(names, map("".join, table[step]), strict=True)) for step in choices]
     return {
         "edited": edited,
-        "setting": setting.model_dump(mode="json"),
+        "setting": setting.content(),
         "calibration": calibration and calibration.model_dump(mode="json"),
         "methods": dict(zip(letters(methods), map(str, methods), strict=True)),
         "steps": steps,

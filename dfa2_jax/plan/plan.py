@@ -357,6 +357,7 @@ ADVICE = {
     "doubled_batch": "calibrate with this kind of guidance.",
     "num_heads": "a plan serves one model.",
     "layers": "leave max_sequence_length to the plan, or calibrate with this one.",
+    "precision": "load the pipeline with this dtype, or calibrate with it.",
 }
 """What to do where a plan and a call differ."""
 

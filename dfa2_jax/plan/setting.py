@@ -3,10 +3,11 @@
 import logging
 from itertools import pairwise
 from math import log10
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from dfa2_jax.weights.dtypes import Precision
 from pallas_kernels.layout import Layout
 
 Count = Annotated[int, Field(ge=0, le=10_000_000)]
@@ -59,6 +60,8 @@ class Setting(Record):
     num_heads: Annotated[int, Field(ge=1, le=256)]
     layers: Annotated[tuple[AttentionLayer, ...], Field(strict=False, min_length=1, max_length=999)]
     """In order of execution."""
+    precision: Precision | None = None
+    """What blocks that are quantised multiply in. Files say nothing of others."""
 
     @field_validator("sigmas")
     @classmethod
@@ -73,6 +76,10 @@ class Setting(Record):
     @property
     def num_inference_steps(self) -> int:
         return len(self.sigmas) - 1
+
+    def content(self) -> dict[str, Any]:
+        """As files and digests have it."""
+        return self.model_dump(mode="json", exclude_defaults=True)
 
 
 class StepCalibration(Record):

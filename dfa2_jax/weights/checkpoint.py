@@ -14,9 +14,10 @@ from jax.typing import DTypeLike
 
 from dfa2_jax.io.digest import digest_of
 from dfa2_jax.io.errors import CheckpointError, blame, check_fields
-from dfa2_jax.weights.dtypes import FLOAT_DTYPES
+from dfa2_jax.weights.dtypes import FLOAT_DTYPES, Precision, as_precision
 from dfa2_jax.weights.leaf import Leaf, load_leaf
-from dfa2_jax.weights.spec import REQUIRED, ComponentSpec, PipelineSpec, class_names
+from dfa2_jax.weights.quantized import Place, Stacked, quantized_leaves
+from dfa2_jax.weights.spec import REQUIRED, ComponentSpec, ParameterPath, PipelineSpec, class_names
 
 
 def compute_dtype(spec: ComponentSpec, stored: DTypeLike, requested: DTypeLike | None, platform: str) -> np.dtype:
@@ -56,6 +57,11 @@ class Checkpoint(ABC):
         return self.spec.pipeline_class
 
     @property
+    def precision(self) -> Precision | None:
+        """What the transformer's blocks are stored for, one of `PRECISIONS`; None: their own dtype."""
+        return None
+
+    @property
     @abstractmethod
     def fingerprint(self) -> str:
         """Hexadecimal sha256 that names the transformer's source weights; both formats and all dtypes agree."""
@@ -70,10 +76,10 @@ class Checkpoint(ABC):
 
     @abstractmethod
     def stored_dtype(self, component: str) -> np.dtype:
-        """The dtype of the component's weights as stored (of most of them, where they differ)."""
+        """The dtype of the component's weights as stored (of most of them, where they differ), quantised ones aside."""
 
     @abstractmethod
-    def leaves(self, component: str) -> dict[tuple[Any, ...], Leaf]:
+    def leaves(self, component: str) -> dict[ParameterPath, Leaf]:
         """Every parameter of the component by its path in the model, all shapes checked."""
 
     def check_component(self, component: str) -> None:
@@ -103,24 +109,74 @@ class Checkpoint(ABC):
         """The component's model with shapes in place of arrays."""
         config, build = self.config(component), self.spec.components[component].build
         with blame(f"The {component} in {self.folder} has an unusable config.json"):
-            return nnx.eval_shape(lambda: build(config, dtype=dtype, rngs=nnx.Rngs(0)))
+            model = nnx.eval_shape(lambda: build(config, dtype=dtype, rngs=nnx.Rngs(0)))
+        if component == "transformer" and self.precision is not None:
+            self.quantize(component, model, self.precision)
+        return model
 
-    def load(self, component: str, dtype: DTypeLike | None = None) -> nnx.Module:
-        """The component's model with its weights on the default device (see `compute_dtype` for `dtype`).
+    def quantize(
+        self, component: str, model: nnx.Module, precision: Precision
+    ) -> dict[ParameterPath, tuple[ParameterPath, ...]]:
+        """As `spec.Quantize`.
 
         Raises:
-            CheckpointError: weights are missing, unknown or misshapen, or not finite.
+            CheckpointError: this kind of model has no blocks of 8 bits.
+        """
+        spec = self.spec.components[component]
+        if spec.quantize is None:
+            raise CheckpointError(f"{spec.class_name} has no blocks in {precision}: use one of {sorted(FLOAT_DTYPES)}.")
+        return spec.quantize(model, precision)
+
+    def model_and_leaves(
+        self, component: str, dtype: DTypeLike, precision: Precision | None
+    ) -> tuple[nnx.Module, dict[ParameterPath, Leaf]]:
+        """The component's model with shapes in place of arrays, and what fills them.
+
+        Args:
+            dtype: of what is not quantised.
+            precision: to quantise blocks to that are not yet.
+        """
+        model, leaves = self.abstract(component, dtype), self.leaves(component)
+        if precision is not None and self.precision is None:
+            leaves = quantized_leaves(leaves, self.quantize(component, model, precision), model)
+        return model, leaves
+
+    def load(self, component: str, dtype: Any = None) -> nnx.Module:
+        """The component's model with its weights on the default device.
+
+        Args:
+            dtype: as in `compute_dtype`, or one of `PRECISIONS`, which is the transformer's alone.
+
+        Raises:
+            CheckpointError: weights are missing, unknown or misshapen, or not finite, or of another precision.
         """
         self.check_component(component)
-        spec, stored = self.spec.components[component], self.stored_dtype(component)
-        dtype = compute_dtype(spec, stored, dtype, jax.default_backend())
-        graph, state = nnx.split(self.abstract(component, dtype))
-        leaves = self.leaves(component)
+        spec, stored, platform = self.spec.components[component], self.stored_dtype(component), jax.default_backend()
+        precision = as_precision(dtype)
+        dtype = None if precision else dtype
+        if component == "transformer":
+            if self.precision is not None and (precision or dtype) not in (None, self.precision):
+                raise CheckpointError(
+                    f"{self.folder} has a transformer in {self.precision}, not in {precision or dtype}: leave dtype "
+                    "out, or convert the source again."
+                )
+            if (precision or self.precision) and platform != "cpu" and stored == jnp.float32:
+                dtype = jnp.bfloat16  # the kernel gives no float32
+        else:
+            precision = None
+        model, leaves = self.model_and_leaves(component, compute_dtype(spec, stored, dtype, platform), precision)
+        graph, state = nnx.split(model)
         filled = []
         for path, variable in nnx.to_flat_state(state):
+            if isinstance(variable, Place):
+                filled.append((path, variable.replace(jnp.arange(variable.shape[0], dtype=variable.dtype))))
+                continue
             # Only trainable parameters live on the device: SD3's position table (452 MB) is cropped on the host.
             on_device = isinstance(variable, nnx.Param)
-            filled.append((path, variable.replace(load_leaf(leaves[path], variable.dtype, on_device=on_device))))
+            array = load_leaf(leaves[path], variable.dtype, on_device=on_device)
+            if isinstance(variable, Stacked) and path[-1] == "scale" and not (array > 0).all():
+                raise CheckpointError(f"{leaves[path].blocks[0].source} holds scales that are not positive.")
+            filled.append((path, variable.replace(array)))
         return nnx.merge(graph, nnx.from_flat_state(filled))
 
 

@@ -49,6 +49,8 @@ def is_finite(x: np.ndarray) -> bool:
     Two maxima over the bits, as signed and as unsigned integers, find both signs. On a slab in the cache they read
     25 GB/s in every dtype, where `np.isfinite` reads 16-bit floats at 1 GB/s.
     """
+    if np.issubdtype(x.dtype, np.integer):
+        return True
     bits = x.view(f"u{x.dtype.itemsize}")
     infinity = int(np.asarray(np.inf, x.dtype).view(bits.dtype))
     sign = 1 << (8 * x.dtype.itemsize - 1)

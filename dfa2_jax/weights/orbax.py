@@ -18,8 +18,9 @@ from dfa2_jax.io.digest import digest_of, file_sha256
 from dfa2_jax.io.errors import CheckpointError, raise_faults, read_json
 from dfa2_jax.weights.checkpoint import Checkpoint, check_pipeline
 from dfa2_jax.weights.chunks import CheckedAhead, Chunk
-from dfa2_jax.weights.dtypes import FLOAT_DTYPES
+from dfa2_jax.weights.dtypes import EIGHT_BITS, FLOAT_DTYPES, PRECISIONS, Precision
 from dfa2_jax.weights.leaf import Block, Leaf
+from dfa2_jax.weights.quantized import Place
 from dfa2_jax.weights.spec import PipelineSpec
 
 FORMAT, FORMAT_VERSION = "dfa2-jax checkpoint", 2
@@ -49,8 +50,8 @@ class StoredArray:
         if not isinstance(entry, dict):
             raise ValueError(f"{entry!r:.100} is not an object")
         dtype, shape, digests = entry.get("dtype"), entry.get("shape"), entry.get("sha256")
-        if not isinstance(dtype, str) or dtype not in FLOAT_DTYPES:
-            raise ValueError(f"dtype={dtype!r:.100} is not one of {sorted(FLOAT_DTYPES)}")
+        if not isinstance(dtype, str) or dtype not in (*FLOAT_DTYPES, *EIGHT_BITS):
+            raise ValueError(f"dtype={dtype!r:.100} is not one of {sorted((*FLOAT_DTYPES, *EIGHT_BITS))}")
         if not isinstance(shape, list) or not all(type(size) is int and size >= 0 for size in shape):
             raise ValueError(f"shape={shape!r:.100} is not a list of sizes")
         if not isinstance(digests, list) or not all(isinstance(x, str) and SHA256.fullmatch(x) for x in digests):
@@ -91,6 +92,7 @@ class Contents:
     classes: of each component, the scheduler among them.
     configs: each component's own config.
     arrays: of each component but the scheduler, by name.
+    precision: of the transformer's blocks, one of `PRECISIONS`; None: their own dtype.
     files: sha256 of every file but the arrays' chunks (and `UNSIGNED`), by path in the folder.
     digest: of all this.
     """
@@ -102,6 +104,7 @@ class Contents:
     arrays: dict[str, dict[str, StoredArray]]
     files: dict[str, str]
     digest: str
+    precision: Precision | None = None
 
     @classmethod
     def read(cls, folder: Path, verify: bool = True) -> "Contents":
@@ -133,12 +136,14 @@ class Contents:
             configs = {name: dict(entry["config"]) for name, entry in components.items()}
             arrays = {name: dict(entry["arrays"]) for name, entry in components.items() if name != "scheduler"}
             fingerprint, files = str(config["fingerprint"]), {**config["files"]}
+            if (precision := config.get("precision")) not in (None, *PRECISIONS):
+                raise ValueError(f"precision={precision!r:.100}")
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CheckpointError(
                 f"{path} lacks or garbles a field ({error!r:.200}). {convert_again(folder)}."
             ) from error
         parsed = {name: parse_arrays(folder, name, entries) for name, entries in arrays.items()}
-        return cls(config.get("pipeline_class"), fingerprint, classes, configs, parsed, files, digest)
+        return cls(config.get("pipeline_class"), fingerprint, classes, configs, parsed, files, digest, precision)
 
     def changed_files(self, folder: Path, within: str = ".") -> dict[str, list[str]]:
         """By kind of change, the files that are not as they were written, `within` a folder in this one."""
@@ -166,6 +171,10 @@ class ConvertedCheckpoint(Checkpoint):
         super().__init__(folder, spec, contents.classes, contents.configs)
 
     @property
+    def precision(self) -> Precision | None:
+        return self._contents.precision
+
+    @property
     def fingerprint(self) -> str:
         return self._contents.fingerprint
 
@@ -186,12 +195,13 @@ class ConvertedCheckpoint(Checkpoint):
         self.check_component(component)
         nbytes: Counter[np.dtype] = Counter()
         for array in self._contents.arrays[component].values():
-            nbytes[array.dtype] += array.nbytes
+            if array.dtype.name in FLOAT_DTYPES:
+                nbytes[array.dtype] += array.nbytes
         return nbytes.most_common(1)[0][0] if nbytes else jnp.dtype("float32")
 
     def leaves(self, component: str) -> dict[tuple[Any, ...], Leaf]:
         folder, arrays = self.folder / "weights" / component, self._contents.arrays.get(component, {})
-        state = nnx.to_flat_state(nnx.state(self.abstract(component, self.stored_dtype(component))))
+        state = nnx.to_flat_state(nnx.state(self.abstract(component, self.stored_dtype(component)), nnx.Not(Place)))
         fitting, faults = {}, {"arrays missing in config.json": [], "arrays without a parameter": [], "": []}
         for path, variable in state:
             name, shape = array_name(path), tuple(variable.shape)

@@ -6,8 +6,15 @@ from typing import Any, Protocol, runtime_checkable
 
 from flax import nnx
 
+from dfa2_jax.weights.dtypes import Precision
 from dfa2_jax.weights.rules import Place, Rule, same_place
 from dfa2_jax.weights.safetensors import Library
+
+ParameterPath = tuple[Any, ...]
+"""Where a parameter is in its model."""
+
+Quantize = Callable[[nnx.Module, Precision], dict[ParameterPath, tuple[ParameterPath, ...]]]
+"""Changes a model, and returns what each new array is made of, by their paths."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +28,7 @@ class ComponentSpec:
     place: where a block's parameters lie: `place(config)(path, block)` is the path and the place in its leading axis.
     library: whose rules say which weight files of its folder are read.
     float16_becomes: the dtype that the network takes where float16 would overflow; None: float16 is fine.
+    quantize: gives an abstract model's blocks weights of 8 bits (`nn.quantize`); None: it has none to give.
     """
 
     class_name: str
@@ -30,6 +38,7 @@ class ComponentSpec:
     place: Callable[[Any], Place] = lambda config: same_place
     library: Library = "diffusers"
     float16_becomes: str | None = None
+    quantize: Quantize | None = None
 
 
 @runtime_checkable

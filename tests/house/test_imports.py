@@ -38,6 +38,7 @@ WINGS = (
     "pallas_kernels.inspect",  # reads compiled programs; nothing in production imports it
     "pallas_kernels",  # the public names
     "pallas_kernels.api",
+    "pallas_kernels.products",
     "pallas_kernels.devices",
     "pallas_kernels.cost",
     "pallas_kernels.backends",
@@ -52,7 +53,13 @@ PUBLIC = ("dfa2_jax", "pallas_kernels")
 
 SHARED = {
     "dfa2_jax.families": {"base", "registry"},
-    "pallas_kernels.backends": {"base", "registry", "kernel_types", "triton"},  # jax_triton has Triton's tiles
+    "pallas_kernels.backends": {
+        "base",
+        "product",
+        "registry",
+        "kernel_types",
+        "triton",
+    },  # jax_triton has Triton's tiles
 }
 """Rooms of a wing that all other rooms may enter, or that enter all: a family imports no other family."""
 

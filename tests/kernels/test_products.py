@@ -9,9 +9,10 @@ import pytest
 from attention_cases import NEEDS_MOSAIC
 
 from pallas_kernels.backends.base import Device
+from pallas_kernels.backends.product import Product
 from pallas_kernels.inspect import aot
 from pallas_kernels.inspect.hlo import weight_copies
-from pallas_kernels.products import Product, choose_product, mosaic_lacks, quantized_matmul
+from pallas_kernels.products import MOSAIC, choose_product, quantized_matmul
 
 E4M3, INT8 = jnp.float8_e4m3fn, jnp.int8
 IMPLEMENTATIONS = ["xla", pytest.param("mosaic", marks=NEEDS_MOSAIC)]
@@ -85,12 +86,22 @@ def test_gelu_becomes_eight_bits_and_saturates(implementation):
     given = operands(E4M3, 128, 128, 128)
     given["column_scale"] = given["column_scale"].at[1, 7].set(1e6)
     wanted = np.asarray(jax.nn.gelu(exact(**given, layer=1).astype(np.float32), approximate=True), np.float64)
-    options = {"activation": "gelu_tanh", "out_dtype": E4M3, "out_scale": 0.01}
+    options = {"activation": "gelu_tanh", "out_dtype": E4M3, "out_scale": jnp.float32([0.01])}
     interpret = implementation == "mosaic"
     result = quantized_matmul(**given, layer=1, **options, implementation=implementation, interpret=interpret)
     assert result.dtype == E4M3
     values = float64(result)
     assert np.isfinite(values).all() and values[:, 7].max() == 448 and values.min() >= -18
+    rows = jnp.linspace(0.01, 0.02, 128, dtype=jnp.float32)
+    by_rows = quantized_matmul(
+        **given, layer=1, **options | {"out_scale": rows}, implementation=implementation, interpret=interpret
+    )
+    assert (
+        error(
+            by_rows[:, :7].astype(jnp.float32) * rows[:, None], wanted[:, :7].clip(max=448 * np.asarray(rows)[:, None])
+        )
+        < 0.03
+    )
     assert np.linalg.norm(values * 0.01 - wanted.clip(max=4.48)) / np.linalg.norm(wanted.clip(max=4.48)) < 0.03
     wide = quantized_matmul(
         **given, layer=1, activation="gelu_tanh", implementation=implementation, interpret=interpret
@@ -134,8 +145,12 @@ FAULTS = {
         r"both pairs must have one result, got \(64, 128\) x \(2, 128, 128\) and \(32, 128\)",
     ),
     "heads": ({"heads": jnp.zeros(1, jnp.int32), "head_dim": 96}, "128 columns are no heads of head_dim=96"),
-    "scale": ({"out_dtype": E4M3}, "out_scale=None is of out_dtype=float8_e4m3fn, got float8_e4m3fn"),
-    "no scale": ({"out_scale": 1.0}, "out_scale=1.0 is of out_dtype=float8_e4m3fn, got bfloat16"),
+    "scale": ({"out_dtype": E4M3}, "out_scale is of out_dtype=float8_e4m3fn, got no out_scale and float8_e4m3fn"),
+    "no scale": ({"out_scale": jnp.ones(1)}, "out_scale is of out_dtype=float8_e4m3fn, got an out_scale and bfloat16"),
+    "out rows": (
+        {"out_dtype": E4M3, "out_scale": jnp.ones(2)},
+        r"out_scale must be \[64\] or \[1\], got \(2,\)",
+    ),
     "activation": ({"activation": "relu"}, "activation='relu' is neither None nor 'gelu_tanh'"),
     "name": ({"implementation": "triton"}, r"implementation='triton' is not one of \('mosaic', 'xla'\)"),
     "interpret": ({"implementation": "xla", "interpret": True}, "interpret=True is for the kernel"),
@@ -181,12 +196,14 @@ H200 = Device(name="NVIDIA H200", capability=9.0)
     ids=["Blackwell", "depth", "columns", "float32", "rows", "heads", "CPU"],
 )
 def test_what_the_kernel_lacks_goes_to_xla(product, device, why, no_shape_checks):
-    lacking = mosaic_lacks(product, device)
+    lacking = MOSAIC.lacks_product(product, device)
     assert lacking is not None
     with pytest.raises(AssertionError, match=why):
         raise AssertionError(lacking)
     assert choose_product(product, device).implementation == "xla"
-    assert mosaic_lacks(described(), H200) is None and choose_product(described(), H200).implementation == "mosaic"
+    assert (
+        MOSAIC.lacks_product(described(), H200) is None and choose_product(described(), H200).implementation == "mosaic"
+    )
 
 
 def test_before_jax_0_11_products_are_xlas(monkeypatch, no_shape_checks):
@@ -226,7 +243,7 @@ def test_products_spill_nothing_and_read_weights_where_they_lie(dtype, rows, dep
     if "heads" in options:
         given["heads"] = array((options["heads"],), jnp.int32)
     if "out_dtype" in options:
-        static["out_scale"] = 1.0
+        given["out_scale"] = array((rows,), jnp.float32)
 
     @jax.jit
     def multiply(given, weights):

@@ -15,6 +15,7 @@ from dfa2_jax.families.flux.config import FluxConfig
 from dfa2_jax.families.flux.positions import rope_table
 from dfa2_jax.families.flux.rules import RULES
 from dfa2_jax.families.flux.transformer import FluxConditions, FluxTransformer
+from dfa2_jax.nn.quantize import quantize
 from dfa2_jax.options import Options
 from dfa2_jax.sampling.guidance import ClassifierFree, Guidance, NoGuidance
 from dfa2_jax.sampling.sinusoid import sinusoid
@@ -26,7 +27,11 @@ from dfa2_jax.weights.spec import ComponentSpec
 logger = logging.getLogger("dfa2_jax")
 
 TRANSFORMER = ComponentSpec(
-    class_name="FluxTransformer2DModel", config=FluxConfig.from_json, build=FluxTransformer, rules=RULES
+    class_name="FluxTransformer2DModel",
+    config=FluxConfig.from_json,
+    build=FluxTransformer,
+    rules=RULES,
+    quantize=quantize,
 )
 
 

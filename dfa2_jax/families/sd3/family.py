@@ -14,6 +14,7 @@ from dfa2_jax.families.sd3.config import SD3Config
 from dfa2_jax.families.sd3.positions import crop_positions
 from dfa2_jax.families.sd3.rules import RULES
 from dfa2_jax.families.sd3.transformer import PositionTable, SD3Conditions, SD3Transformer
+from dfa2_jax.nn.quantize import quantize
 from dfa2_jax.options import Options
 from dfa2_jax.sampling.guidance import ClassifierFree, Guidance, NoGuidance, SkipLayer
 from dfa2_jax.sampling.inputs import pad_steps
@@ -28,6 +29,7 @@ TRANSFORMER = ComponentSpec(
     build=SD3Transformer,
     rules=RULES,
     place=lambda config: config.place,
+    quantize=quantize,
 )
 
 

@@ -5,9 +5,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Num
 
 from pallas_kernels.backends.base import ComputesDense, Device, Problem
+from pallas_kernels.backends.product import Product
 from pallas_kernels.backends.registry import backend_named
 from pallas_kernels.layout import FULL, Layout
 
@@ -55,6 +56,28 @@ class Mosaic:
         from pallas_kernels.backends.mosaic.nested import nested_arrow_attention
 
         return nested_arrow_attention(problem, half_windows, interpret=interpret)
+
+    def lacks_product(self, product: Product[Any], device: Device) -> str | None:
+        """Why it cannot compute a product on this device. None: it can."""
+        if jax.__version_info__ < (0, 11):
+            return f"the Mosaic kernel needs jax 0.11 or newer (Python 3.12), this is {jax.__version__}"
+        if device.capability is not None and int(device.capability) != 9:
+            return f"the Mosaic kernel is for compute capability 9 (Hopper), not {device.capability}"
+        if any(x.shape[1] % 128 for x, _ in product.pairs) or product.columns % 128:
+            shapes = [(*x.shape, product.columns) for x, _ in product.pairs]
+            return f"the Mosaic kernel sums 128 values at a time, of 128 columns at least, not {shapes}"
+        if jnp.dtype(product.out_dtype).itemsize > 2:
+            return f"the Mosaic kernel gives 16 or 8 bits, not {jnp.dtype(product.out_dtype).name}"
+        if product.x.shape[0] < 64:
+            return f"the Mosaic kernel takes 64 rows at least, not {product.x.shape[0]}"
+        if product.heads is not None and product.head_dim % 64:
+            return f"the Mosaic kernel names heads of 64 or 128, not {product.head_dim}"
+        return device.no_gpu
+
+    def product(self, product: Product[Array], *, interpret: bool) -> Num[Array, "M E"]:
+        from pallas_kernels.backends.mosaic.matmul import quantized_matmul
+
+        return quantized_matmul(product, interpret=interpret)
 
     def dense(self, problem: Problem[Array], *, interpret: bool) -> Float[Array, "B T N H"]:
         return jnp.asarray(_dense_mosaic(problem.q, problem.k, problem.v, problem.layout, interpret))

@@ -22,7 +22,7 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.backends.kernel_types import Ref, Scalar
 from pallas_kernels.backends.mosaic.block import BLOCKS, COLUMNS, REGISTERS, ROWS, VECTOR, flat, matrix
-from pallas_kernels.products import Product, finished
+from pallas_kernels.backends.product import Product, finished
 
 DEPTH = 128
 """8-bit values of one swizzled row of shared memory: how far along the sums one piece goes."""
@@ -51,8 +51,8 @@ class Tiles(NamedTuple):
 
 
 TABLE = (Tiles(3, 192, 4, cluster=2), Tiles(2, 128, 6))
-"""The first whose columns divide the product's is taken. Of 11 tiles on an H200, 192 x 192 were the fastest at all
-shapes of FLUX.1-dev, by 2 to 12 %, and 128 x 128 the best with columns by 128 (docs: quantization)."""
+"""The first whose columns divide the product's is taken. Of 11 tiles on an H200, the first was the fastest at all
+shapes of FLUX.1-dev, by 2 to 12 %. The second was the best of those for columns by 128 (docs: quantization)."""
 
 INTERPRETED = Tiles(2, 128, 2)
 """In interpret mode, whose warpgroups wait in threads: more starve on two cores."""
@@ -122,7 +122,7 @@ def quantized_matmul(product: Product[Array], *, interpret: bool) -> Float[Array
     padded = cut.down * tiles.cluster * tiles.rows  # the last tile reads as many scales
     vectors = {"row": jnp.pad(product.row_scale, (0, padded - rows)), "column": product.column_scale}
     vectors |= {} if product.bias is None else {"bias": product.bias}
-    vectors |= {} if product.out_scale is None else {"out": 1 / product.out_scale[None]}
+    vectors |= {} if product.out_scale is None else {"out": jnp.pad(1 / product.out_scale, (0, padded - rows))}
     heads = {} if product.heads is None else {"heads": product.heads}
     call = plgpu.kernel(
         partial(_work, cut=cut, product=product, interpret=interpret),
@@ -195,8 +195,8 @@ def _work(
             row = first_row + warpgroup * ROWS
             for start in range(0, tiles.columns, COLUMNS):
                 column = first_column + start
-                scaled = partial(_scaled, vectors=vectors, entry=entry, first=weight_row(column))
-                values = finished(scaled(total[:, start : start + COLUMNS], row), product, vectors.get("out"))
+                values = total[:, start : start + COLUMNS]
+                values = _finished(values, row, weight_row(column), vectors, entry, product)
                 _store(values, staging.at[warpgroup], out, row, column, interpret)
 
         cut.each(job)
@@ -298,18 +298,21 @@ def _sums(ring: Ring, warpgroup: Scalar, passed: Scalar, cut: Cut, dtype: DTypeL
     return total
 
 
-def _scaled(values: Array, row: Scalar, *, vectors: dict[str, Ref], entry: Scalar, first: Scalar) -> Array:
-    """With scales and bias, float32. first: the weights' row that made the first column."""
-    shape = values.shape
+def _finished(
+    values: Array, row: Scalar, first: Scalar, vectors: dict[str, Ref], entry: Scalar, product: Product[Any]
+) -> Array:
+    """Scales, bias and activation of 64 rows of some columns. first: the weights' row that made the first column."""
+    shape, columns = values.shape, pl.ds(first, values.shape[1])
 
     def load(part: Ref, layout: Any, axis: int) -> Array:
         vector = plgpu.load(part, layout=layout, optimized=False)  # pyright: ignore[reportCallIssue] 0.10.2 wants an index
         return lax.broadcast_in_dim(vector.astype(jnp.float32), shape, [axis])
 
-    columns = pl.ds(first, shape[1])
     values = values.astype(jnp.float32) * load(vectors["row"].at[pl.ds(row, ROWS)], VECTOR, 0)
     values = values * load(vectors["column"].at[entry, columns], ACROSS, 1)
-    return values + load(vectors["bias"].at[entry, columns], ACROSS, 1) if "bias" in vectors else values
+    if "bias" in vectors:
+        values = values + load(vectors["bias"].at[entry, columns], ACROSS, 1)
+    return finished(values, product, load(vectors["out"].at[pl.ds(row, ROWS)], VECTOR, 0) if "out" in vectors else None)
 
 
 def _store(values: Array, tile: Ref, out: Ref, row: Scalar, column: Scalar, interpret: bool) -> None:
