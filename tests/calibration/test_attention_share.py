@@ -3,8 +3,10 @@
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import AbstractDevice, AbstractMesh
+from real_shapes import denoise_arguments
 
-from dfa2_jax.calibration.attention_share import multiplications, shares_of
+from dfa2_jax.calibration.attention_share import multiplications, shares_of, step_shares
 from dfa2_jax.options import Options
 
 
@@ -35,3 +37,17 @@ def test_share_of_sd35_is_that_of_its_layers(guided, pipelines):
     rest -= 9 * width**2 * joint[-1].num_text
     # Modulation, embeddings and the last projection are the rest of the rest.
     assert attention / (attention + 1.6 * rest) < share < attention / (attention + rest)
+
+
+def test_products_of_8_bits_count_by_half_where_a_kernel_computes_them():
+    """FLUX.1-dev at 1024 px on Hopper, which multiplies them at twice the rate of bfloat16."""
+    hopper = AbstractDevice(device_kind="NVIDIA H200", num_cores=None, platform="gpu")
+    shares = []
+    for precision in (None, "float8"):
+        graph, *arguments = denoise_arguments("FLUX.1-dev", 1024, precision)
+        with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=hopper)):
+            shares.append(step_shares(graph, *arguments[:3]))
+    plain, quantised = (share.attention for share in shares)
+    assert 0.15 < plain < 0.25
+    assert quantised == pytest.approx(plain / (plain + (1 - plain) / 2), rel=0.02)
+    assert shares[1].projections == pytest.approx(shares[0].projections / 2 * quantised / plain, rel=0.02)
