@@ -20,6 +20,7 @@ from dfa2_jax.families.registry import networks
 from dfa2_jax.families.sd3.positions import crop_positions
 from dfa2_jax.families.sd3.transformer import PositionTable, SD3Conditions
 from dfa2_jax.nn.attention import Planned, by_stack
+from dfa2_jax.nn.quantize import quantize
 from dfa2_jax.plan.plan import FULL_METHOD
 from dfa2_jax.plan.setting import AttentionLayer, Setting
 from dfa2_jax.sampling.guidance import ClassifierFree, NoGuidance
@@ -28,6 +29,7 @@ from dfa2_jax.sampling.loop import HeadPlans, State, denoise, denoise_planned
 from dfa2_jax.sampling.memory import empty_memory, stack_shapes
 from dfa2_jax.sampling.sinusoid import sinusoid
 from dfa2_jax.sampling.solvers.flow_euler import FlowMultistep
+from dfa2_jax.weights.quantized import Place, Stacked
 from pallas_kernels.mask import density
 
 
@@ -50,10 +52,20 @@ class Loop:
         side: visual tokens along each side of the image.
         guided: classifier-free guidance, a doubled batch.
         steps: of the schedule.
+        precision: of the blocks, where they are quantised.
     """
 
     def __init__(
-        self, class_name: str, config: dict[str, Any], *, side: int, num_text: int, guided: bool, steps: int, dtype: Any
+        self,
+        class_name: str,
+        config: dict[str, Any],
+        *,
+        side: int,
+        num_text: int,
+        guided: bool,
+        steps: int,
+        dtype: Any,
+        precision: str | None = None,
     ):
         kind = networks()[class_name]
         self.config, self.num_visual, self.num_text, self.steps = (
@@ -64,6 +76,8 @@ class Loop:
         )
         module = nnx.eval_shape(lambda: kind.build(self.config, dtype=dtype, rngs=nnx.Rngs(0)))
         nnx.pop(module, PositionTable)
+        if precision is not None:
+            quantize(module, precision)
         self.graph, shapes = nnx.split(module)
         self.params, self.dtype = random_like(shapes), jnp.dtype(dtype)
         self.batch = 2 if guided else 1
@@ -172,14 +186,27 @@ def kept(plan: Plan, steps: range) -> float:
 def random_like(shapes: Any) -> Any:
     """Normal parameters on the default device, scaled by fan-in; made one by one, each in one program of its shape."""
 
-    @partial(jax.jit, static_argnums=(1, 2))
-    def draw(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-        fan_in = shape[-2] if len(shape) > 1 else 1
-        return (jax.random.normal(key, shape, dtype) * fan_in**-0.5).astype(dtype)
+    @partial(jax.jit, static_argnums=(1, 2, 3))
+    def draw(key: jax.Array, shape: tuple[int, ...], dtype: Any, size: float) -> jax.Array:
+        kind = jnp.bfloat16 if jnp.dtype(dtype).itemsize == 1 else dtype
+        return (jax.random.normal(key, shape, kind) * size).astype(dtype)
 
-    leaves, tree = jax.tree.flatten(shapes)
-    keys = jax.random.split(jax.random.key(0), len(leaves))
-    return jax.tree.unflatten(tree, [draw(key, x.shape, x.dtype) for key, x in zip(keys, leaves, strict=True)])
+    flat, filled = nnx.to_flat_state(shapes), []
+    depths = {path[:-1]: x.shape[-1] for path, x in flat if path[-1] == "values"}
+    for key, (path, x) in zip(jax.random.split(jax.random.key(0), len(flat)), flat, strict=True):
+        if isinstance(x, Place):
+            array = jnp.arange(x.shape[0], dtype=x.dtype)
+        elif isinstance(x, Stacked) and path[-1] in ("scale", "length"):
+            array = jnp.full(x.shape, depths[path[:-1]] ** -0.5 / EIGHT if path[-1] == "scale" else 1.2, x.dtype)
+        else:
+            fan_in = x.shape[-2] if len(x.shape) > 1 else 1
+            array = draw(key, x.shape, x.dtype, EIGHT if path[-1] == "values" else fan_in**-0.5)
+        filled.append((path, x.replace(array)))
+    return nnx.from_flat_state(filled)
+
+
+EIGHT = 30.0
+"""Standard deviation of values of 8 bits, whose scales make up for it."""
 
 
 REST = 0.5

@@ -39,10 +39,10 @@ class Case(NamedTuple):
     guided: bool
     dtype: Any
 
-    def __call__(self, steps: int) -> Loop:
+    def __call__(self, steps: int, precision: str | None = None) -> Loop:
         class_name, config, *_ = self
         sizes = {"side": self.side, "num_text": self.num_text, "guided": self.guided, "dtype": self.dtype}
-        return Loop(class_name, config, steps=steps, **sizes)
+        return Loop(class_name, config, steps=steps, precision=precision, **sizes)
 
 
 def cut_sd35(side: int, num_text: int, heads: int, head_dim: int) -> Case:
