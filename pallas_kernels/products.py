@@ -11,14 +11,12 @@ from jaxtyping import Array, Float, Int, Num
 
 from pallas_kernels.backends import xla
 from pallas_kernels.backends.base import Device
-from pallas_kernels.backends.mosaic.backend import Mosaic
-from pallas_kernels.backends.product import EIGHT_BITS, Activation, Product
+from pallas_kernels.backends.product import EIGHT_BITS, Activation, ComputesProducts, Product
+from pallas_kernels.backends.registry import backend_named
 from pallas_kernels.checks import check_int32
 from pallas_kernels.devices import BackendChoice
 
 IMPLEMENTATIONS = ("mosaic", "xla")
-
-MOSAIC = Mosaic()
 
 
 @jax.enable_x64(False)
@@ -70,9 +68,11 @@ def quantized_matmul(
         raise ValueError(f"{interpret=} is for the kernel, implementation='mosaic', not {name!r}.")
     if name == "xla":
         return xla.quantized_matmul(product)
-    if why := MOSAIC.lacks_product(product, replace(device, interpreted=interpret)):
+    if why := mosaic_lacks(product, replace(device, interpreted=interpret)):
         raise NotImplementedError(f"implementation={name!r}: {why}; pass implementation='xla'.")
-    return MOSAIC.product(product, interpret=interpret)
+    backend = backend_named(name)
+    assert isinstance(backend, ComputesProducts)
+    return backend.product(product, interpret=interpret)
 
 
 def checked(
@@ -142,10 +142,21 @@ def _check_pairs(pairs: Sequence[tuple[Array, Array]], dims: int) -> None:
             raise ValueError(f"both pairs must have one result, got {x.shape} x {w.shape} and {a.shape} x {b.shape}.")
 
 
+def mosaic_lacks(product: Product[Any], device: Device) -> str | None:
+    """Why the kernel cannot compute a product, if so. A backend that cannot be imported lacks itself."""
+    try:
+        backend = backend_named("mosaic")
+    except ImportError as error:
+        return f"the backend 'mosaic' cannot be imported: {error}"
+    if not isinstance(backend, ComputesProducts):
+        return "the backend 'mosaic' computes no products"
+    return backend.lacks_product(product, device)
+
+
 def choose_product(product: Product[Any], device: Device) -> BackendChoice:
     """The best implementation for a product."""
     if device.generation != "hopper":
         return BackendChoice("xla", f"the default device is {device.name!r}, not a Hopper GPU")
-    if why := MOSAIC.lacks_product(product, device):
+    if why := mosaic_lacks(product, device):
         return BackendChoice("xla", why)
     return BackendChoice("mosaic", "for Hopper: 1.28 times as fast as XLA's with its scales (docs: quantization)")

@@ -70,7 +70,7 @@ class Weight(Protocol):
 
     def product(
         self, x: Any, bias: Float[Array, "*L E"] | None, heads: NamedHeads | None = None
-    ) -> Float[Array, "*dims E"]:
+    ) -> Float[Array, "*dims columns"]:
         """`x @ matrix + bias` of x [*dims, D], or the columns of some heads at their share of the work."""
         ...
 
@@ -87,7 +87,7 @@ class Plain(nnx.Module):
         x: Float[Array, "*dims D"],
         bias: Float[Array, " E"] | None,
         heads: NamedHeads | None = None,
-    ) -> Float[Array, "*dims E"]:
+    ) -> Float[Array, "*dims columns"]:
         """The bias is an operation of its own, which the next elementwise one takes in. XLA would make it part of the
         product, and copy the kernel of such a product out of the stack of layers (`linear.XLA_OPTIONS`)."""
         kernel = self.kernel[...]

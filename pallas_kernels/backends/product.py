@@ -1,12 +1,12 @@
 """The contract between `products` and the backends that multiply 8-bit operands."""
 
 from dataclasses import dataclass
-from typing import Any, Generic, Literal
+from typing import Any, Generic, Literal, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Num
 
-from pallas_kernels.backends.base import A
+from pallas_kernels.backends.base import A, Device
 
 EIGHT_BITS = (jnp.float8_e4m3fn, jnp.int8)
 
@@ -38,6 +38,15 @@ class Product(Generic[A]):
     def columns(self) -> int:
         """How many the result has."""
         return self.pairs[0][1].shape[1] if self.heads is None else self.heads.shape[0] * self.head_dim
+
+
+@runtime_checkable
+class ComputesProducts(Protocol):
+    def lacks_product(self, product: Product[Any], device: Device) -> str | None:
+        """Why it cannot compute a product on this device. None: it can."""
+        ...
+
+    def product(self, product: Product[Array], *, interpret: bool) -> Num[Array, "M E"]: ...
 
 
 def finished(
