@@ -1,14 +1,19 @@
 """Signals that end a program: all of them as Ctrl-C does, so that what is half-made is removed."""
 
+import _weakrefset
 import gc
 import os
 import signal
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+WEAK = (weakref.__file__, _weakrefset.__file__)
+"""Files of the callbacks of weak dictionaries and sets."""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -70,8 +75,8 @@ def _handled_by(handler: Callable[[int, FrameType | None], None]) -> Iterator[No
 
 
 def _is_collecting(frame: FrameType | None) -> bool:
-    """Whether a callback of the garbage collector runs."""
+    """Whether a callback of the garbage collector runs, or one of a weak dictionary or set, which it may call."""
     callbacks = {getattr(callback, "__code__", None) for callback in gc.callbacks}
-    while frame is not None and frame.f_code not in callbacks:
+    while frame is not None and frame.f_code not in callbacks and frame.f_code.co_filename not in WEAK:
         frame = frame.f_back
     return frame is not None

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 
 import pytest
 
@@ -78,6 +79,30 @@ def test_a_signal_within_a_callback_of_the_garbage_collector_is_not_lost():
             time.sleep(10)
     finally:
         gc.callbacks.remove(interrupted)
+
+
+@pytest.mark.usefixtures("nothing_ignored")
+def test_a_signal_within_a_weak_dictionary_s_callback_is_not_lost(monkeypatch):
+    """The collector calls it, too, and JAX has many."""
+
+    class Key:
+        def __hash__(self):
+            return 1
+
+    weak, key = weakref.WeakKeyDictionary(), Key()
+    weak[key] = None
+    monkeypatch.setattr(weak, "_iterating", _Sends())
+    with pytest.raises(Interrupted), interruptible():
+        del key
+        time.sleep(10)
+
+
+class _Sends:
+    """What a weak dictionary asks in its callback."""
+
+    def __bool__(self):
+        os.kill(os.getpid(), signal.SIGINT)
+        return False
 
 
 IMPORTING = """
