@@ -98,7 +98,7 @@ versions: $(AOT)/ready build/tiny next
 
 # What differs between versions of JAX: kernels, loops and what they compile to. Portable attention runs in the loops; what
 # steps skip and what is refused is decided by our own code.
-DIFFERS := $(addprefix tests/, kernels/test_a*.py kernels/test_backends.py families/test_real_shapes_lower.py \
+DIFFERS := $(addprefix tests/, kernels/test_a*.py kernels/test_backends.py kernels/test_p*.py families/test_real_shapes_lower.py \
 	sampling/test_calls.py sampling/test_compile_once.py sampling/test_planned.py)
 DECIDED := not [blockwise and not -blockwise and not skip and not refused and not density
 next: $(NEXT)/ready build/tiny

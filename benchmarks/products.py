@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from benchmarks.attention import measure
 from benchmarks.machine import describe_machine
 from dfa2_jax.io.atomic import write_whole
-from dfa2_jax.weights.quantized import quantized_rows
+from pallas_kernels.passes import quantized_rows
 from pallas_kernels.products import IMPLEMENTATIONS, quantized_matmul
 
 LAYERS = 4

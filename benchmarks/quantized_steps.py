@@ -3,7 +3,7 @@
     python -m benchmarks.quantized_steps [CASE ...] [--rounds 5] [--steps 2] [--keep 0.32]
 
 All of a case are timed in turn, round by round: weights are random, which time like real ones. Results are kept after
-every case, in benchmarks/results/quantized_<platform>.json.
+every case, in benchmarks/results/quantized_steps_<platform>.json.
 """
 
 import argparse
@@ -66,7 +66,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=2, help="timed at a time, after the first")
     parser.add_argument("--keep", type=float, default=0.32, help="the share of pairs that the plan keeps")
-    parser.add_argument("--out", type=Path, default=Path(f"benchmarks/results/quantized_{platform}.json"))
+    parser.add_argument("--out", type=Path, default=Path(f"benchmarks/results/quantized_steps_{platform}.json"))
     args = parser.parse_args()
     if unknown := [case for case in args.cases if case not in cases]:
         parser.error(f"unknown {unknown}: choose from {list(cases)}")

@@ -18,7 +18,7 @@ from dfa2_jax.io.errors import printable
 from dfa2_jax.io.signals import Interrupted, exiting, interruptible
 from dfa2_jax.io.terminal import answered
 from dfa2_jax.options import CALL, CalibrationOptions, Options, ReportOptions
-from dfa2_jax.weights.dtypes import FLOAT_DTYPES, PRECISIONS
+from dfa2_jax.weights.dtypes import FLOAT_DTYPES, PRECISIONS, TEXT_ENCODER_DTYPES
 
 DEMO = (
     "Sample with the small model that is installed with this package, dense and by its plan, and draw both side by "
@@ -211,6 +211,11 @@ def _add_dtype(parser: argparse.ArgumentParser) -> None:
         *ALIASES["dtype"],
         choices=(*FLOAT_DTYPES, *PRECISIONS),
         help="default: the checkpoint's; float32 on CPU",
+    )
+    parser.add_argument(
+        "--text-encoder-dtype",
+        choices=TEXT_ENCODER_DTYPES,
+        help="another one for text encoders; int8_weights halves T5",
     )
 
 

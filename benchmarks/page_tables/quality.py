@@ -239,17 +239,3 @@ def ablations_half(data: Any) -> Iterator[list[str]]:
     names = {"c 1.5": "arrows and caching"}
     for name, (point,) in data["rows"].items():
         yield [names.get(name, name), f"{point['density']:.2f}", f"{mean(point['ssim']):.2f}"]
-
-
-@table(
-    "quantized-toy",
-    "quantized_toy.json",
-    "dtype | PSNR to float32, dB: mean, worst | SSIM: mean, worst",
-    "python -m benchmarks.quantized --prompts 8 --batch 8",
-)
-def quantized_toy(data: Any) -> Iterator[list[str]]:
-    for one in data["rows"]:
-        psnr, ssim = (
-            f"{one[name]:.{digits}f}, {one[f'worst_{name}']:.{digits}f}" for name, digits in (("psnr", 1), ("ssim", 4))
-        )
-        yield [f"`{one['dtype']}`", psnr, ssim]

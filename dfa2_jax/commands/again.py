@@ -37,8 +37,13 @@ def run(args: argparse.Namespace) -> int:
         print(printable(f"{name} was {then}, and is {now}: pixels may differ"), file=sys.stderr)
     phase = nullcontext if args.quiet else told
     with phase("loading"):
-        kind = {"dtype": made.get("requested_dtype"), "torch_rounding": made.get("torch_rounding", False)}
-        pipeline = Pipeline.from_pretrained(folder, **kind, verify=args.verify)
+        pipeline = Pipeline.from_pretrained(
+            folder,
+            dtype=made.get("requested_dtype"),
+            text_encoder_dtype=made.get("text_encoder_dtype"),
+            torch_rounding=made.get("torch_rounding", False),
+            verify=args.verify,
+        )
     if pipeline.fingerprint != made.get("fingerprint"):
         raise ValueError(
             f"{args.image} was made with weights {made.get('fingerprint')}, and {folder} holds {pipeline.fingerprint}: "

@@ -29,7 +29,9 @@ def run(args: argparse.Namespace) -> int:
     resume = args.out.with_name(f"{args.out.name}.progress")
     replaceable(resume)
     with told("loading", not args.quiet):
-        pipeline = Pipeline.from_pretrained(args.folder, dtype=args.dtype, verify=args.verify)
+        pipeline = Pipeline.from_pretrained(
+            args.folder, dtype=args.dtype, text_encoder_dtype=args.text_encoder_dtype, verify=args.verify
+        )
     warn_unseen(pipeline.fingerprint, [*prompts, args.negative_prompt])
     options: dict[str, Any] = given(args, Options, CALL) | given(args, CalibrationOptions) | {"c": args.c or None}
     with alone(args.out):  # two processes would write one file of progress

@@ -14,6 +14,7 @@ import jax
 from dfa2_jax.commands.start import devices
 from dfa2_jax.nn.attention import arrow_implementation, dense_implementation
 from pallas_kernels import Device
+from pallas_kernels.products import product_implementation
 
 
 def run(args: argparse.Namespace) -> int:
@@ -30,6 +31,9 @@ def run(args: argparse.Namespace) -> int:
         for kind, choose in (("dense", dense_implementation), ("arrow", arrow_implementation)):
             choice = choose(dtype, head_dim)
             _tell(f"{kind} {model}", f"{choice.implementation}: {choice.why}")
+    for name, dtype in (("float8", "float8_e4m3fn"), ("int8", "int8")):
+        choice = product_implementation(dtype)
+        _tell(f"{name} products", f"{choice.implementation}: {choice.why}")
     if advice := missing_kernels(Device.current()):
         _tell("missing", advice)
     stats = device.memory_stats()

@@ -51,7 +51,9 @@ def run(args: argparse.Namespace) -> int:
     plan = None if args.plan is None else Plan.load(args.plan)
     phase = nullcontext if args.quiet else told
     with phase("loading"):
-        pipeline = Pipeline.from_pretrained(args.folder, dtype=args.dtype, verify=args.verify)
+        pipeline = Pipeline.from_pretrained(
+            args.folder, dtype=args.dtype, text_encoder_dtype=args.text_encoder_dtype, verify=args.verify
+        )
     options: dict[str, Any] = given(args, Options) | {"plan": plan, "progress": not args.quiet}
     options["num_images_per_prompt"] = 1  # a shot is one image
     negative = (args.negative_prompt, args.negative_prompt_2, args.negative_prompt_3)

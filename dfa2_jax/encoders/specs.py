@@ -5,6 +5,7 @@ from functools import partial
 from dfa2_jax.encoders import rules
 from dfa2_jax.encoders.clip import CLIPTextConfig, CLIPTextModel
 from dfa2_jax.encoders.t5 import T5Config, T5Encoder
+from dfa2_jax.nn.quantize import quantize_linears
 from dfa2_jax.weights.spec import ComponentSpec
 
 CLIP = ComponentSpec(
@@ -29,5 +30,6 @@ T5 = ComponentSpec(
     config=T5Config.from_json,
     build=T5Encoder,
     rules=rules.T5,
+    quantize=quantize_linears,
     float16_becomes="bfloat16",  # T5-XXL's activations leave float16's range in its MLPs
 )

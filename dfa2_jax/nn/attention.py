@@ -39,7 +39,10 @@ class AttentionCall:
 
 @runtime_checkable
 class Project(Protocol):
-    """Makes q, k and v of every token, of all heads or of those named, at the price of their projections."""
+    """Makes q, k and v of every token, of all heads or of those named, at the price of their projections.
+
+    Named heads come alone, in the order of their names; or in their places among all, where others hold anything.
+    """
 
     def __call__(self, heads: Int[Array, " n"] | None = None, /) -> QKV: ...
 
@@ -138,8 +141,9 @@ class ProjectionBranches:
     """A step takes the branches if they spare more than this share of all heads; at 1024 px a compromise."""
 
     @classmethod
-    def for_length(cls, num_rows: int) -> "ProjectionBranches":
-        return cls(6, 1 / 8) if num_rows >= MANY_ROWS else cls(2, 1 / 4)
+    def best(cls, num_rows: int, reads_in_place: bool) -> "ProjectionBranches":
+        """reads_in_place: products read weights in the stack of layers, so that no branch copies its own."""
+        return cls(6, 1 / 8) if reads_in_place or num_rows >= MANY_ROWS else cls(2, 1 / 4)
 
     def counts(self, num_heads: int) -> tuple[int, ...]:
         """How many heads each branch makes."""
@@ -167,10 +171,13 @@ class ProjectionBranches:
             if not count:
                 return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(project))
             order = jnp.argsort(cached)  # stable: those that are not cached come first
+            some = project(order[:count])
+            if some[0].shape[2] == len(cached):
+                return some
             # Gather heads in a separate last pass. Fused into the norms and RoPE, the gather made FLUX.1-dev's steps at
             # 2048 px 2 to 3 % slower.
             place = jnp.minimum(jnp.argsort(order), count - 1)
-            q, k, v = (take_heads(x, place) for x in project(order[:count]))
+            q, k, v = (take_heads(x, place) for x in some)
             return q, k, v
 
         return jax.lax.switch(self.branch(half_window), [partial(first, n) for n in self.counts(len(cached))])
@@ -181,10 +188,12 @@ class Planned:
     """Each head in full, inside an arrow or reused (DiTFastAttnV2, section 3). Remembers every layer's output.
 
     skip_projections: leave out cached heads' queries, keys and values (`ProjectionBranches`).
+    reads_in_place: as in `ProjectionBranches.best`.
     """
 
     implementation: str | None = None
     skip_projections: bool = True
+    reads_in_place: bool = False
 
     def memory(self, stack: jax.ShapeDtypeStruct) -> Float[Array, "L B T N H"]:
         return jnp.zeros(stack.shape, stack.dtype)
@@ -196,7 +205,8 @@ class Planned:
             qkv = project()
         else:
             _, batch, length, *_ = memory.shape
-            qkv = ProjectionBranches.for_length(batch * length).qkv(project, plan.half_window)
+            branches = ProjectionBranches.best(batch * length, self.reads_in_place)
+            qkv = branches.qkv(project, plan.half_window)
         memory = arrow_attention(
             *qkv,
             plan.half_window,

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 
 from dfa2_jax.nn.attention import BlockAttention
 from dfa2_jax.nn.linear import MLP
-from dfa2_jax.nn.norms import AdaLN, layer_norm
+from dfa2_jax.nn.norms import AdaLN
 from dfa2_jax.nn.streams import Context, DualStream, Projections, Stream
 
 Visual = Float[Array, "B V D"]
@@ -58,7 +58,8 @@ class DualBlock(JointBlock):
         out = attention("attn", lambda heads=None: context.joined(v.qkv(heads), t.qkv(heads)), context.layout)
         visual, text = v.write(visual, out[:, context.layout.visual]), t.write(text, out[:, context.layout.text])
 
-        visual = v.write2(visual, attention("attn2", v.qkv2, context.visual_alone))
+        out = attention("attn2", lambda heads=None: context.sequence(v.qkv2(heads)), context.visual_alone)
+        visual = v.write2(visual, out)
 
         return v.feed_forward(visual), t.feed_forward(text)
 
@@ -73,8 +74,8 @@ class SingleBlock(nnx.Module):
 
     def __call__(self, x: Float[Array, "B S D"], context: Context, attention: BlockAttention) -> Float[Array, "B S D"]:
         (modulation,) = self.norm(context.vector)
-        normed = modulation(layer_norm(x))
+        normed = self.attn.modulated(x, modulation)
 
-        out = attention("attn", lambda heads=None: context.rotated(self.attn.qkv(normed, heads)), context.layout)
+        out = attention("attn", lambda heads=None: context.sequence(self.attn.qkv(normed, heads)), context.layout)
 
-        return x + modulation.gate * (self.attn.out(out) + self.ff(normed, modulation.length))
+        return x + modulation.gate * (self.attn.out(out) + self.ff(normed))

@@ -8,6 +8,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from dfa2_jax.nn.modulation import Modulation
 from dfa2_jax.nn.weights import NamedHeads, Plain, Quantized, Weight, gelu_tanh, split_heads
 
 XLA_OPTIONS = {"xla_gpu_enable_triton_gemm": False, "xla_gpu_dot_merger_threshold_mb": 0}
@@ -34,12 +35,15 @@ class Linear(nnx.Module):
     def bias_array(self) -> Float[Array, "*L E"] | None:
         return None if self.bias is None else self.bias[...]
 
-    def __call__(self, x: Float[Array, "*dims D"]) -> Float[Array, "*dims E"]:
+    def __call__(self, x: Any) -> Float[Array, "*dims E"]:
+        """x: [*dims, D], or as `modulated` gives it."""
         return self.weight.product(x, self.bias_array)
 
-    def heads(
-        self, x: Float[Array, "B T D"], num_heads: int, which: Int[Array, " n"] | None = None
-    ) -> Float[Array, "B T n H"]:
+    def modulated(self, x: Float[Array, "B T D"], modulation: Modulation) -> Any:
+        """The modulated layer norm of x, as the weight multiplies it."""
+        return self.weight.modulated(x, modulation)
+
+    def heads(self, x: Any, num_heads: int, which: Int[Array, " n"] | None = None) -> Float[Array, "B T n H"]:
         """The output by heads: all of them, or those that are named, for their share of the work."""
         named = None if which is None else NamedHeads(num_heads, which)
         out = self.weight.product(x, self.bias_array, named)
@@ -64,11 +68,9 @@ class MLP(nnx.Module):
         self.down = Linear(hidden, out_features or in_features, use_bias=down_bias, dtype=dtype, rngs=rngs)
         self.activation = activation
 
-    def __call__(self, x: Float[Array, "*dims D"], length: Float[Array, " B"] | None = None) -> Float[Array, "*dims E"]:
-        """length: a bound of the longest token's Euclidean length, of each image, where there is one."""
+    def __call__(self, x: Any) -> Float[Array, "*dims E"]:
+        """x: [*dims, D], or as `up.modulated` gives it."""
         up, down = self.up.weight, self.down.weight
         if isinstance(up, Quantized) and isinstance(down, Quantized) and self.activation is gelu_tanh:
-            is_float8 = down.values.dtype == jnp.float8_e4m3fn
-            hidden = up.gelu(x, self.up.bias_array, length if is_float8 else None)
-            return down.product(hidden, self.down.bias_array, out_dtype=x.dtype)
+            return down.product(up.gelu(x, self.up.bias_array, down.values.dtype), self.down.bias_array)
         return self.down(self.activation(self.up(x)))

@@ -44,6 +44,16 @@ def quantize(model: nnx.Module, precision: str) -> dict[ParameterPath, tuple[Par
     return made
 
 
+def quantize_linears(model: nnx.Module, precision: str) -> dict[ParameterPath, tuple[ParameterPath, ...]]:
+    """As `quantize`, of every stacked linear layer for itself: a text encoder's."""
+    made: dict[ParameterPath, tuple[ParameterPath, ...]] = {}
+    for path, module in list(nnx.iter_modules(model)):
+        for name, linear in vars(module).items():
+            if isinstance(linear, Linear) and _stacked(linear):
+                made |= _replace(module, name, path, {name: linear}, precision)
+    return made
+
+
 def _stacked(linear: Linear) -> bool:
     return isinstance(linear.weight, Plain) and linear.weight.kernel.ndim == 3
 
@@ -62,6 +72,7 @@ def _replace(
             depth,
             columns,
             dtype=jnp.float8_e4m3fn if name in FLOAT8.get(precision, ()) else jnp.int8,
+            out_dtype=kernels[0].dtype,
             weights_alone=precision == "int8_weights",
         )
     )

@@ -10,13 +10,14 @@ from jaxtyping import Array, Float, Int
 
 from dfa2_jax.nn.attention import QKV, Heads
 from dfa2_jax.nn.linear import MLP, Linear
-from dfa2_jax.nn.norms import AdaLN, AdaLNOut, Modulation, RMSNorm, layer_norm
-from dfa2_jax.nn.rope import Rope, rotate
+from dfa2_jax.nn.modulation import Modulation
+from dfa2_jax.nn.norms import AdaLN, AdaLNOut, RMSNorm
 from dfa2_jax.nn.weights import merge_heads
 from pallas_kernels.layout import Layout
+from pallas_kernels.passes import Projected, Rope, normed_qkv, rotate
 
-VisualQKV = tuple[Float[Array, "B V N H"], Float[Array, "B V N H"], Float[Array, "B V N H"]]
-JointQKV = tuple[Float[Array, "B S N H"], Float[Array, "B S N H"], Float[Array, "B S N H"]]
+StreamQKV = tuple[Float[Array, "B _ N H"], Float[Array, "B _ N H"], Float[Array, "B _ N H"]] | Projected
+"""A stream's queries, keys and values: with their norms, or before them. Streams differ in length."""
 
 
 @dataclass(frozen=True)
@@ -32,15 +33,17 @@ class Context:
         """The layout of an attention that sees no text."""
         return Layout(num_text=0, num_visual=self.layout.num_visual, text_first=self.layout.text_first)
 
-    def rotated(self, qkv: JointQKV) -> JointQKV:
-        q, k, v = qkv
-        return qkv if self.rope is None else (rotate(q, self.rope), rotate(k, self.rope), v)
-
-    def joined(self, visual: VisualQKV, text: QKV) -> JointQKV:
+    def joined(self, visual: StreamQKV, text: StreamQKV) -> QKV:
         """Both streams as one sequence."""
-        pairs = zip(text, visual, strict=True) if self.layout.text_first else zip(visual, text, strict=True)
-        q, k, v = (jnp.concatenate(pair, axis=1) for pair in pairs)
-        return self.rotated((q, k, v))
+        return self.sequence(text, visual) if self.layout.text_first else self.sequence(visual, text)
+
+    def sequence(self, *streams: StreamQKV) -> QKV:
+        """Streams in their order, normed and rotated."""
+        projected = [stream for stream in streams if isinstance(stream, Projected)]
+        if projected:
+            return normed_qkv(projected, self.rope)
+        q, k, v = (jnp.concatenate(parts, axis=1) for parts in zip(*streams, strict=True))
+        return (q, k, v) if self.rope is None else (rotate(q, self.rope), rotate(k, self.rope), v)
 
 
 class Projections(nnx.Module):
@@ -67,14 +70,19 @@ class Projections(nnx.Module):
         self.to_out = project() if writes else None
         self.norm_q, self.norm_k = norm(), norm()
 
-    def qkv(self, x: Float[Array, "B T D"], heads: Int[Array, " n"] | None = None) -> QKV:
-        """Queries, keys and values, of all heads or of those named."""
-        if self.to_qkv is None:
-            q, k, v = (to.heads(x, self.num_heads, heads) for to in (self.to_q, self.to_k, self.to_v))
-        else:
+    def modulated(self, x: Float[Array, "B T D"], modulation: Modulation) -> Any:
+        """The modulated layer norm of x, as `qkv` takes it."""
+        return (self.to_qkv or self.to_q).modulated(x, modulation)
+
+    def qkv(self, x: Any, heads: Int[Array, " n"] | None = None) -> StreamQKV:
+        """Queries, keys and values, of all heads or of those named; before their norms, where their weights are one."""
+        norms = None if self.norm_q is None or self.norm_k is None else (self.norm_q, self.norm_k)
+        if self.to_qkv is not None:
             every = None if heads is None else jnp.concatenate([heads + i * self.num_heads for i in range(3)])
-            q, k, v = jnp.split(self.to_qkv.heads(x, 3 * self.num_heads, every), 3, axis=2)
-        return (q, k, v) if self.norm_q is None or self.norm_k is None else (self.norm_q(q), self.norm_k(k), v)
+            scales = None if norms is None else (norms[0].scale[...], norms[1].scale[...])
+            return Projected(self.to_qkv.heads(x, 3 * self.num_heads, every), self.num_heads, scales, heads)
+        q, k, v = (to.heads(x, self.num_heads, heads) for to in (self.to_q, self.to_k, self.to_v))
+        return (q, k, v) if norms is None else (norms[0](q), norms[1](k), v)
 
     def out(self, heads: Heads) -> Float[Array, "B T D"]:
         assert self.to_out is not None
@@ -94,7 +102,7 @@ class Stream(nnx.Module):
 
     def modulated(self, x: Float[Array, "B T D"], context: Context) -> "Modulated":
         attn, mlp = self.norm(context.vector)
-        return Modulated(self, attn, mlp, attn(layer_norm(x)))
+        return Modulated(self, attn, mlp, self.attn.modulated(x, attn))
 
 
 @dataclass(frozen=True)
@@ -104,16 +112,17 @@ class Modulated:
     stream: Stream
     attn: Modulation
     mlp: Modulation
-    x: Float[Array, "B T D"]
+    x: Any
+    """As `Projections.modulated` gives it."""
 
-    def qkv(self, heads: Int[Array, " n"] | None = None) -> QKV:
+    def qkv(self, heads: Int[Array, " n"] | None = None) -> StreamQKV:
         return self.stream.attn.qkv(self.x, heads)
 
     def write(self, x: Float[Array, "B T D"], out: Heads) -> Float[Array, "B T D"]:
         return x + self.attn.gate * self.stream.attn.out(out)
 
     def feed_forward(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        return x + self.mlp.gate * self.stream.ff(self.mlp(layer_norm(x)), self.mlp.length)
+        return x + self.mlp.gate * self.stream.ff(self.stream.ff.up.modulated(x, self.mlp))
 
 
 class DualStream(Stream):
@@ -127,16 +136,15 @@ class DualStream(Stream):
 
     def modulated(self, x: Float[Array, "B T D"], context: Context) -> "DualModulated":
         attn, mlp, attn2 = self.norm(context.vector)
-        normed = layer_norm(x)
-        return DualModulated(self, attn, mlp, attn(normed), attn2, attn2(normed))
+        return DualModulated(self, attn, mlp, self.attn.modulated(x, attn), attn2, self.attn2.modulated(x, attn2))
 
 
 @dataclass(frozen=True)
 class DualModulated(Modulated):
     attn2: Modulation
-    x2: Float[Array, "B T D"]
+    x2: Any
 
-    def qkv2(self, heads: Int[Array, " n"] | None = None) -> QKV:
+    def qkv2(self, heads: Int[Array, " n"] | None = None) -> StreamQKV:
         assert isinstance(self.stream, DualStream)
         return self.stream.attn2.qkv(self.x2, heads)
 
@@ -161,7 +169,7 @@ class ReadOnly:
     stream: ReadOnlyStream
     x: Float[Array, "B T D"]
 
-    def qkv(self, heads: Int[Array, " n"] | None = None) -> QKV:
+    def qkv(self, heads: Int[Array, " n"] | None = None) -> StreamQKV:
         return self.stream.attn.qkv(self.x, heads)
 
     def write(self, x: Float[Array, "B T D"], out: Any) -> Float[Array, "B T D"]:

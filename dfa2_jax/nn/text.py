@@ -6,8 +6,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from dfa2_jax.nn.norms import layer_norm
 from dfa2_jax.nn.weights import matmul_precision
+from pallas_kernels.passes import layer_norm
 
 
 def embedding(rows: int, width: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.Param:

@@ -11,11 +11,15 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Num
 
 from dfa2_jax.nn.carrier import carrier
-from dfa2_jax.weights.quantized import FLOAT8_MOST, Place, Stacked, quantized_rows
+from dfa2_jax.nn.modulation import Modulation
+from dfa2_jax.weights.quantized import Place, Stacked
+from pallas_kernels.passes import quantized_rows
 from pallas_kernels.products import quantized_matmul
 
 MANY_ROWS = 12_000
 """From this many rows on, a product takes longer to read weights in the stack than to copy them (docs: performance)."""
+
+GELU: dict[str, Any] = {"activation": "gelu_tanh"}
 
 ROUNDED = 1.1
 """What rounding to 8 bits can lengthen a token by, and more."""
@@ -74,6 +78,10 @@ class Weight(Protocol):
         """`x @ matrix + bias` of x [*dims, D], or the columns of some heads at their share of the work."""
         ...
 
+    def modulated(self, x: Float[Array, "B T D"], modulation: Modulation) -> Any:
+        """The modulated layer norm of x, as `product` takes it."""
+        ...
+
 
 class Plain(nnx.Module):
     """A matrix as it is, in the dtype that it is multiplied in."""
@@ -101,17 +109,25 @@ class Plain(nnx.Module):
         bias = bias if heads is None else heads.columns(bias)
         return out + bias.reshape((1,) * (out.ndim - 1) + (-1,))
 
+    def modulated(self, x: Float[Array, "B T D"], modulation: Modulation) -> Float[Array, "B T D"]:
+        return modulation(x)
+
 
 @carrier
 class EightBits:
-    """Activations of 8 bits, with a float32 scale for each token."""
+    """Activations of 8 bits, with a float32 scale for each token.
+
+    length: a bound of the longest token's Euclidean length, of each image, where one is known.
+    """
 
     values: Num[Array, "*dims D"]
     scale: Float[Array, "*dims"]
+    length: Float[Array, " B"] | None = None
 
-    @classmethod
-    def of(cls, x: Float[Array, "*dims D"], dtype: DTypeLike) -> "EightBits":
-        return cls(*quantized_rows(x, dtype))
+
+def reads_in_place(model: nnx.Module) -> bool:
+    """Whether products read weights where they lie in the stack of layers: those of 8 bits do."""
+    return any(isinstance(module, Quantized) and not module.weights_alone for _, module in nnx.iter_modules(model))
 
 
 class Quantized(nnx.Module):
@@ -122,14 +138,24 @@ class Quantized(nnx.Module):
 
     Attributes:
         length: the largest Euclidean length of a row, of each layer.
+        out_dtype: of products.
     """
 
-    def __init__(self, layers: int, in_features: int, out_features: int, *, dtype: DTypeLike, weights_alone: bool):
+    def __init__(
+        self,
+        layers: int,
+        in_features: int,
+        out_features: int,
+        *,
+        dtype: DTypeLike,
+        out_dtype: DTypeLike,
+        weights_alone: bool,
+    ):
         self.values = Stacked(jnp.zeros((layers, out_features, in_features), dtype))
         self.scale = Stacked(jnp.ones((layers, out_features), jnp.float32))
         self.length = Stacked(jnp.ones((layers,), jnp.float32))
         self.layer = Place(jnp.arange(layers, dtype=jnp.int32))
-        self.weights_alone = weights_alone
+        self.out_dtype, self.weights_alone = jnp.dtype(out_dtype), weights_alone
 
     def product(
         self,
@@ -144,43 +170,48 @@ class Quantized(nnx.Module):
 
         Args:
             x: [*dims, D], or `EightBits`.
-            out_dtype: None: that of `x`.
+            out_dtype: None: that of all products.
             finish: `activation` and `out_scale` of `quantized_matmul`.
         """
         if self.weights_alone:
             return self._widened(x, bias, heads)
-        out_dtype = jnp.dtype(x.dtype if out_dtype is None else out_dtype)
-        x = x if isinstance(x, EightBits) else EightBits.of(x, self.values.dtype)
+        x = x if isinstance(x, EightBits) else EightBits(*quantized_rows(x, self.values.dtype))
         named = {} if heads is None else {"heads": heads.which, "head_dim": self.values.shape[1] // heads.num_heads}
         out = quantized_matmul(
             x.values.reshape(-1, x.values.shape[-1]), self.values[...], x.scale.reshape(-1), self.scale[...], bias,
-            layer=self.layer[...], out_dtype=out_dtype, **named, **finish,
+            layer=self.layer[...], out_dtype=out_dtype or self.out_dtype, **named, **finish,
         )  # fmt: skip
         return out.reshape(*x.scale.shape, -1)
 
+    def modulated(self, x: Float[Array, "B T D"], modulation: Modulation) -> Float[Array, "B T D"] | EightBits:
+        if self.weights_alone:
+            return modulation(x)
+        rows = quantized_rows(x, self.values.dtype, (modulation.scale, modulation.shift))
+        return EightBits(*rows, modulation.length)
+
     def gelu(
-        self, x: Float[Array, "B T D"], bias: Float[Array, "L E"] | None, length: Float[Array, " B"] | None
+        self, x: Float[Array, "B T D"] | EightBits, bias: Float[Array, "L E"] | None, dtype: DTypeLike
     ) -> Float[Array, "B T E"] | EightBits:
-        """The activation of the product, float8 at once where a bound is known.
+        """The activation of the product, float8 at once where that is `dtype` and a bound is known.
 
         No value exceeds the product of both lengths and the bias (Cauchy and Schwarz), and GELU makes none larger. A
         float8 has nearly the same relative error at every size, so the bound may be loose. To look for the largest
         values takes a pass: 0.17 ms of 0.43 at FLUX.1-dev's 1024 px, on an H200 (docs: quantization).
 
         Args:
-            length: of the longest token of each image. None: the result keeps the dtype of `x`.
+            dtype: that the result is multiplied in.
         """
-        if self.weights_alone:
-            return gelu_tanh(self._widened(x, bias, None))
-        if length is None:
-            return self.product(x, bias, activation="gelu_tanh")
+        if not isinstance(x, EightBits):
+            return gelu_tanh(self.product(x, bias)) if self.weights_alone else self.product(x, bias, **GELU)
+        if x.length is None or dtype != jnp.float8_e4m3fn:
+            return self.product(x, bias, **GELU)
         layer = self.layer[...]
-        most = length * self.length[...][layer] * ROUNDED
+        most = x.length * self.length[...][layer] * ROUNDED
         if bias is not None:
             most = most + jnp.abs(bias[layer].astype(jnp.float32)).max()
-        scale = jnp.broadcast_to(most[:, None] / FLOAT8_MOST, x.shape[:2])
-        float8 = {"out_dtype": jnp.float8_e4m3fn, "out_scale": scale.reshape(-1)}
-        return EightBits(self.product(x, bias, activation="gelu_tanh", **float8), scale)
+        scale = jnp.broadcast_to(most[:, None] / float(jnp.finfo(dtype).max), x.scale.shape)
+        float8 = {"out_dtype": dtype, "out_scale": scale.reshape(-1)}
+        return EightBits(self.product(x, bias, **GELU, **float8), scale)
 
     def _widened(
         self, x: Float[Array, "*dims D"], bias: Float[Array, "L E"] | None, heads: NamedHeads | None

@@ -9,6 +9,7 @@ from flax import nnx
 from dfa2_jax.encoders.tokenizers import Tokenizer, load_tokenizer
 from dfa2_jax.pipeline.fit import check_ids, check_tokenizer
 from dfa2_jax.weights.checkpoint import Checkpoint
+from dfa2_jax.weights.dtypes import as_precision
 
 
 @partial(jax.jit, static_argnames=("graph", "method"))
@@ -29,11 +30,17 @@ class Component:
 
 
 class Networks:
-    """A checkpoint's networks and tokenizers by name, each loaded once."""
+    """A checkpoint's networks and tokenizers by name, each loaded once.
 
-    def __init__(self, checkpoint: Checkpoint, dtype: Any):
+    Args:
+        dtype: of the networks; what the transformer's blocks are quantised to is not the others'.
+        text_encoder_dtype: of text encoders. None: as the others. "int8_weights" is T5's alone.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, dtype: Any, text_encoder_dtype: Any = None):
         self.configs = checkpoint.configs
-        self._checkpoint, self._dtype = checkpoint, dtype
+        self._checkpoint, self._dtype = checkpoint, None if as_precision(dtype) else dtype
+        self._text_encoder_dtype = text_encoder_dtype
         self._loaded: dict[str, Component] = {}
         self._tokenizers: dict[str, Tokenizer] = {}
 
@@ -45,8 +52,15 @@ class Networks:
 
     def __getitem__(self, name: str) -> Component:
         if name not in self._loaded:
-            self._loaded[name] = Component(self._checkpoint.load(name, self._dtype))
+            self._loaded[name] = Component(self._checkpoint.load(name, self._dtype_of(name)))
         return self._loaded[name]
+
+    def _dtype_of(self, name: str) -> Any:
+        dtype = self._text_encoder_dtype
+        if dtype is None or not name.startswith("text_encoder"):
+            return self._dtype
+        can_be = not as_precision(dtype) or self._checkpoint.spec.components[name].quantize is not None
+        return dtype if can_be else self._dtype
 
     def encode(self, encoder: str, tokenizer: str, prompts: list[str], length: int | None, *args: Any) -> Any:
         """States of prompts, cut or padded to `length` tokens; None if the folder has no such encoder."""

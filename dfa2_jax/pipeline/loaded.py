@@ -1,6 +1,7 @@
 """A folder's networks, loaded, with what their family knows of them."""
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -16,18 +17,19 @@ from dfa2_jax.pipeline.fit import check_fit
 from dfa2_jax.pipeline.request import ModelSizes, Request
 from dfa2_jax.sampling.tokens import Grid
 from dfa2_jax.weights.checkpoint import Checkpoint
-from dfa2_jax.weights.dtypes import FLOAT_DTYPES, PRECISIONS, Precision, as_precision
+from dfa2_jax.weights.dtypes import FLOAT_DTYPES, PRECISIONS, TEXT_ENCODER_DTYPES, Precision, as_precision
 from pallas_kernels import Device
 
 
-def check_dtype(dtype: Any) -> None:
-    """
+def dtype_named(name: str, dtype: Any, known: Sequence[str]) -> str | None:
+    """What the argument `name` is called; None: it is not given.
+
     Raises:
-        ValueError: networks neither compute in it nor are quantised to it, or this GPU has no products of it.
+        ValueError: networks neither compute in it nor are quantised to it.
     """
-    known = (*FLOAT_DTYPES, *PRECISIONS)
     if dtype is not None and _name(dtype) not in known:
-        raise ValueError(f"dtype={dtype!r:.100} is none of {', '.join(known)}.")
+        raise ValueError(f"{name}={dtype!r:.100} is none of {', '.join(known)}.")
+    return None if dtype is None else _name(dtype)
 
 
 def check_precision(precision: str | None) -> None:
@@ -57,7 +59,7 @@ class Loaded:
 
     Attributes:
         folder: of the checkpoint.
-        requested_dtype: what the caller asked for; None: the checkpoint's own.
+        requested_dtype, text_encoder_dtype: what the caller asked for; None: the checkpoint's own.
         precision: of the products in the transformer's blocks, where they are quantised; else None.
         config: sizes of the transformer.
         family: what this kind of model does its own way.
@@ -72,11 +74,18 @@ class Loaded:
             and latents, closer to the float32 image).
     """
 
-    def __init__(self, checkpoint: Checkpoint, *, dtype: Any = None, torch_rounding: bool = False):
-        check_dtype(dtype)
-        self.networks = Networks(checkpoint, dtype)
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        *,
+        dtype: Any = None,
+        text_encoder_dtype: Any = None,
+        torch_rounding: bool = False,
+    ):
+        self.requested_dtype = dtype_named("dtype", dtype, (*FLOAT_DTYPES, *PRECISIONS))
+        self.text_encoder_dtype = dtype_named("text_encoder_dtype", text_encoder_dtype, TEXT_ENCODER_DTYPES)
+        self.networks = Networks(checkpoint, dtype, self.text_encoder_dtype)
         self.folder = checkpoint.folder
-        self.requested_dtype = None if dtype is None else _name(dtype)
         self.precision: Precision | None = as_precision(dtype) or checkpoint.precision
         check_precision(self.precision)
         self.pipeline_class: str = checkpoint.pipeline_class

@@ -39,7 +39,13 @@ class Pipeline(Loaded):
     @classmethod
     @suggests_names
     def from_pretrained(
-        cls, folder: str | PathLike[str], *, dtype: Any = None, torch_rounding: bool = False, verify: bool = True
+        cls,
+        folder: str | PathLike[str],
+        *,
+        dtype: Any = None,
+        text_encoder_dtype: Any = None,
+        torch_rounding: bool = False,
+        verify: bool = True,
     ) -> "Pipeline":
         """Open a diffusers folder, or one that `dfa2-convert` wrote. Text encoders are loaded when first needed.
 
@@ -48,6 +54,7 @@ class Pipeline(Loaded):
             dtype: None keeps the checkpoint's, except T5 and VAE stored in float16 (they overflow) and float32 on CPU.
                 "float8" and "int8" quantise the transformer's blocks, weights and activations; "int8_weights" weights
                 alone, for memory.
+            text_encoder_dtype: another one for text encoders; "int8_weights" halves T5, and leaves CLIPs as they are.
             torch_rounding: round where torch does in `dtype`, to reproduce diffusers' 16-bit images. False keeps
                 sinusoids and latents in float32, closer to the float32 image.
             verify: compare a converted folder's weights with their checksums as they are read.
@@ -56,7 +63,7 @@ class Pipeline(Loaded):
             CheckpointError: what is wrong with which file.
         """
         checkpoint = open_checkpoint(find_model(folder), verify=verify)
-        return cls(checkpoint, dtype=dtype, torch_rounding=torch_rounding)
+        return cls(checkpoint, dtype=dtype, text_encoder_dtype=text_encoder_dtype, torch_rounding=torch_rounding)
 
     def to(self, *args: Any, **kwargs: Any) -> NoReturn:
         """diffusers' way to a GPU, which JAX has not.

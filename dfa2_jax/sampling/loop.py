@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 from dfa2_jax.nn.attention import Attend, Dense, LayerPlan, Planned, ProjectionBranches, dense_plans, gpu_kind
 from dfa2_jax.nn.carrier import carrier
 from dfa2_jax.nn.linear import XLA_OPTIONS
+from dfa2_jax.nn.weights import reads_in_place
 from dfa2_jax.sampling.inputs import Inputs
 
 
@@ -174,11 +175,13 @@ def denoise_planned(
             of a step that computes every head.
     """
     model = nnx.merge(graph, params)
-    branches = ProjectionBranches.for_length(max(x.shape[1] * x.shape[2] for x in jax.tree.leaves(state.memory)))
+    in_place = reads_in_place(model)
+    num_rows = max(x.shape[1] * x.shape[2] for x in jax.tree.leaves(state.memory))
+    branches = ProjectionBranches.best(num_rows, in_place)
     options = {"rounding": rounding, "implementation": implementation, "unroll": unroll}
 
     def step(skip: bool, i: Array, plans: dict[str, Any] | None, state: State) -> State:
-        return denoise_step(model, Planned(implementation, skip), inputs, i, state, plans, **options)
+        return denoise_step(model, Planned(implementation, skip, in_place), inputs, i, state, plans, **options)
 
     def later(i: Array, state: State) -> State:
         at_step = plans.at(i)

@@ -137,7 +137,7 @@ class Checkpoint(ABC):
             precision: to quantise blocks to that are not yet.
         """
         model, leaves = self.abstract(component, dtype), self.leaves(component)
-        if precision is not None and self.precision is None:
+        if precision is not None and (component != "transformer" or self.precision is None):
             leaves = quantized_leaves(leaves, self.quantize(component, model, precision), model)
         return model, leaves
 
@@ -145,7 +145,7 @@ class Checkpoint(ABC):
         """The component's model with its weights on the default device.
 
         Args:
-            dtype: as in `compute_dtype`, or one of `PRECISIONS`, which is the transformer's alone.
+            dtype: as in `compute_dtype`, or one of `PRECISIONS`.
 
         Raises:
             CheckpointError: weights are missing, unknown or misshapen, or not finite, or of another precision.
@@ -162,8 +162,6 @@ class Checkpoint(ABC):
                 )
             if (precision or self.precision) and platform != "cpu" and stored == jnp.float32:
                 dtype = jnp.bfloat16  # the kernel gives no float32
-        else:
-            precision = None
         model, leaves = self.model_and_leaves(component, compute_dtype(spec, stored, dtype, platform), precision)
         graph, state = nnx.split(model)
         filled = []

@@ -16,5 +16,8 @@ def as_precision(dtype: object) -> Precision | None:
     return next((precision for precision in PRECISIONS if precision == dtype), None)
 
 
+TEXT_ENCODER_DTYPES = (*FLOAT_DTYPES, "int8_weights")
+"""What text encoders may be loaded in. T5's hidden activations vary too much in size for 8 bits."""
+
 EIGHT_BITS = ("float8_e4m3fn", "int8")
 """Types of quantised weights in a converted folder."""

@@ -12,12 +12,7 @@ from jaxtyping import Array, Float, Num
 
 from dfa2_jax.weights.leaf import Block, Leaf, not_finite_error
 from dfa2_jax.weights.spec import ParameterPath
-
-FLOAT8_MOST = 448.0
-"""The largest float8_e4m3fn."""
-
-SMALLEST = 1e-12
-"""In place of a row's largest magnitude, where all of it is 0."""
+from pallas_kernels.passes import quantized_rows
 
 
 class Stacked(nnx.Param):
@@ -26,16 +21,6 @@ class Stacked(nnx.Param):
 
 class Place(nnx.Variable):
     """A layer's place in its stack, int32: 0, 1, 2 and so on."""
-
-
-def quantized_rows(x: Float[Array, "*dims D"], dtype: DTypeLike) -> tuple[Num[Array, "*dims D"], Float[Array, "*dims"]]:
-    """Values of 8 bits, and a float32 scale for each row: its largest magnitude becomes the largest value."""
-    is_integer = jnp.issubdtype(dtype, jnp.integer)
-    most = 127.0 if is_integer else FLOAT8_MOST
-    x32 = x.astype(jnp.float32)
-    scale = jnp.maximum(jnp.abs(x32).max(axis=-1), SMALLEST) / most
-    values = jnp.clip(x32 / scale[..., None], -most, most)  # XLA's own cast to float8 makes what is above NaN
-    return (jnp.round(values) if is_integer else values).astype(dtype), scale
 
 
 def quantized_leaves(

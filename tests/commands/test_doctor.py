@@ -27,7 +27,13 @@ def test_without_a_device_one_line_says_so(arguments, cache, tmp_path, monkeypat
 def test_doctor_names_device_and_attention(capsys):
     assert cli.main(["doctor"]) == 0
     printed = capsys.readouterr().out
-    for words in (f"jax               {jax.__version__}", "blockwise: the default device is", "host memory", "driver"):
+    for words in (
+        f"jax               {jax.__version__}",
+        "blockwise: the default device is",
+        "int8 products     xla: ",
+        "host memory",
+        "driver",
+    ):
         assert words in printed
     assert f"python            {platform.python_version()}" in printed and "Mosaic kernels" not in printed
 

@@ -39,6 +39,7 @@ WINGS = (
     "pallas_kernels",  # the public names
     "pallas_kernels.api",
     "pallas_kernels.products",
+    "pallas_kernels.passes",
     "pallas_kernels.devices",
     "pallas_kernels.cost",
     "pallas_kernels.backends",
@@ -55,6 +56,7 @@ SHARED = {
     "dfa2_jax.families": {"base", "registry"},
     "pallas_kernels.backends": {
         "base",
+        "passes",
         "product",
         "registry",
         "kernel_types",

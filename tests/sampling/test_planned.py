@@ -134,7 +134,7 @@ def gpu_loops(monkeypatch):
 @pytest.mark.parametrize("num_rows", [11_999, 12_000])
 @pytest.mark.parametrize("num_heads", [1, 3, 24, 38])
 def test_a_layer_projects_no_more_heads_than_it_must(num_heads, num_rows):
-    branches = attention.ProjectionBranches.for_length(num_rows)
+    branches = attention.ProjectionBranches.best(num_rows, False)
     counts = branches.counts(num_heads)
     assert counts[0] == 0 and counts[-1] == num_heads and len(counts) <= (7 if num_rows == 12_000 else 3)
     computed = np.arange(num_heads + 1)[:, None] > np.arange(num_heads)
@@ -178,7 +178,7 @@ def test_steps_that_skip_projections_give_what_others_give(case, long, worth, pi
             jax.debug.callback(lambda: ran.append(self.skip_projections))
             return super().__call__(*args)
 
-    want = run(lambda implementation, skip: attention.Planned(implementation, skip_projections=False))
+    want = run(lambda implementation, *_: attention.Planned(implementation, skip_projections=False))
     request.getfixturevalue("gpu_loops")
     np.testing.assert_allclose(run(Counted), want, atol=1e-5)
     jax.effects_barrier()

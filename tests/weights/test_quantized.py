@@ -9,20 +9,24 @@ import pytest
 from flax import nnx
 
 import dfa2_jax.pipeline.loaded
+import dfa2_jax.sampling.loop as sampling
 from dfa2_jax import Pipeline, Plan, PlanError, calibrate
 from dfa2_jax.cli import convert, main
 from dfa2_jax.conversion import convert_checkpoint
 from dfa2_jax.io.digest import digest_of
 from dfa2_jax.io.errors import CheckpointError
+from dfa2_jax.nn import attention
+from dfa2_jax.nn.attention import Planned
 from dfa2_jax.nn.quantize import quantize
 from dfa2_jax.nn.streams import Projections
 from dfa2_jax.nn.weights import EightBits, Quantized
 from dfa2_jax.sampling.loop import denoise_planned
 from dfa2_jax.weights.dtypes import PRECISIONS
 from dfa2_jax.weights.leaf import Block, Leaf
-from dfa2_jax.weights.quantized import Place, quantized_leaves, quantized_rows
+from dfa2_jax.weights.quantized import Place, quantized_leaves
 from dfa2_jax.weights.verify import verify_folder
 from pallas_kernels import Device
+from pallas_kernels.passes import quantized_rows
 
 CALL = {"height": 64, "width": 64, "max_sequence_length": 16, "progress": False}
 FOLDERS = ["tiny_flux_dev", "tiny_sd35"]
@@ -84,6 +88,29 @@ def test_a_converted_folder_is_what_is_quantised_while_it_is_loaded(precision, t
     assert capsys.readouterr().out.count(".png") == 1
 
 
+def test_projections_that_are_spared_change_nothing(pipelines, monkeypatch):
+    """Heads that are computed land in their places; 8-bit weights are read in place, so a layer has all branches."""
+    pipeline = pipelines("tiny_flux_dev", "float8")
+    plan = Plan.full(pipeline.setting(prompt="red", height=64, width=64, max_sequence_length=16, num_inference_steps=4))
+    for step, cached in enumerate(([0], [1, 2], [*range(plan.setting.num_heads)]), start=1):
+        plan = plan.with_method(step, None, cached, "cached")
+    parts, images = [], []
+
+    class Counted(attention.ProjectionBranches):
+        def counts(self, num_heads):
+            parts.append(self.parts)
+            return super().counts(num_heads)
+
+    monkeypatch.setattr(attention, "ProjectionBranches", Counted)
+    for skips in (True, False):
+        monkeypatch.setattr(sampling, "Planned", lambda _, __, *in_place, skips=skips: Planned(None, skips, *in_place))
+        denoise_planned.clear_cache()
+        images.append(pipeline("red", plan=plan, progress=False, output_type="latent").images)
+    denoise_planned.clear_cache()
+    assert set(parts) == {6}
+    np.testing.assert_allclose(*images, atol=2e-5)
+
+
 def test_plans_are_of_a_precision_and_compile_nothing(pipelines, tmp_path):
     """Calibrated on the quantised model; another plan, with other heads, runs the same program."""
     pipeline, plain = pipelines("tiny_flux_dev", "float8"), pipelines("tiny_flux_dev", None)
@@ -138,6 +165,7 @@ def test_named_heads_are_the_columns_of_all(precision):
     whole.to_qkv.weight.layer = Place(jnp.int32(1))
     x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 5, 64)), jnp.float32)
     every, some = whole.qkv(x), whole.qkv(x, jnp.array([3, 1], jnp.int32))
+    every, some = (jnp.split(projected.heads, 3, axis=2) for projected in (every, some))
     for all_heads, named in zip(every, some, strict=True):
         np.testing.assert_array_equal(np.asarray(named), np.asarray(all_heads)[:, :, [3, 1]])
     kernels = [getattr(module.attn, name).weight.kernel[1] for name in ("to_q", "to_k", "to_v")]
@@ -162,14 +190,15 @@ def test_rows_have_the_largest_value_and_no_nan(dtype):
 def test_a_hidden_value_cannot_exceed_its_bound():
     """Not even where a token lies along a row of the weights."""
     rng = np.random.default_rng(0)
-    weight = Quantized(2, 128, 256, dtype=jnp.int8, weights_alone=False)
+    weight = Quantized(2, 128, 256, dtype=jnp.int8, out_dtype=jnp.float32, weights_alone=False)
     rows = jnp.asarray(rng.standard_normal((2, 256, 128)), jnp.float32)
     weight.values[...], weight.scale[...] = quantized_rows(rows, jnp.int8)
     weight.length[...] = jnp.linalg.norm(rows, axis=2).max(axis=1)
     weight.layer = Place(jnp.int32(1))
     longest = int(jnp.linalg.norm(rows[1], axis=1).argmax())
     x = jnp.stack([rows[1, longest], rows[1, 0] * 0.1])[None]
-    hidden = weight.gelu(x, None, jnp.linalg.norm(x, axis=2).max(axis=1))
+    activations = EightBits(*quantized_rows(x, jnp.int8), jnp.linalg.norm(x, axis=2).max(axis=1))
+    hidden = weight.gelu(activations, None, jnp.float8_e4m3fn)
     assert isinstance(hidden, EightBits)
     assert 448 / 1.25 < np.abs(np.asarray(hidden.values, np.float32)).max() < 448
     exact = np.asarray(jax.nn.gelu(x @ rows[1].T, approximate=True))
@@ -212,3 +241,31 @@ def test_a_gpu_without_float8_says_int8(tiny_flux_dev, monkeypatch):
         ValueError, match="dtype='float4' is none of float32, bfloat16, float16, float8, int8, int8_wei"
     ):
         Pipeline.from_pretrained(tiny_flux_dev, dtype="float4")
+
+
+def test_t5_may_have_weights_of_8_bits(tiny_sd35, pipelines, tmp_path, capsys):
+    """A converted folder's, too, whatever its transformer is in; CLIPs stay as they are."""
+    plain = pipelines("tiny_sd35", None)
+    small = Pipeline.from_pretrained(tiny_sd35, text_encoder_dtype="int8_weights")
+    texts = [["a red circle"]] * 3
+    (exact, pooled), (ours, same) = ((x.text, x.pooled) for x in (one.encode_prompt(texts) for one in (plain, small)))
+    clip = pipelines("tiny_sd35", None).networks.config("text_encoder").max_position_embeddings
+    np.testing.assert_array_equal(same, pooled)
+    np.testing.assert_array_equal(ours[:, :clip], exact[:, :clip])
+    t5, wanted = np.asarray(ours[:, clip:], np.float64), np.asarray(exact[:, clip:], np.float64)
+    assert 1e-4 < np.linalg.norm(t5 - wanted) / np.linalg.norm(wanted) < 0.02
+    kinds = {str(leaf.dtype) for leaf in jax.tree.leaves(small.networks["text_encoder_3"].params)}
+    assert kinds == {"int8", "int32", "float32"}
+    folder = tmp_path / "converted"
+    convert_checkpoint(tiny_sd35, folder, dtype="int8")
+    both = Pipeline.from_pretrained(folder, text_encoder_dtype="int8_weights")
+    np.testing.assert_array_equal(both.encode_prompt(texts).text, ours)
+    arguments = ["--prompt", "red", "--height", "64", "--width", "64", "--steps", "1", "--max-sequence-length", "16"]
+    arguments += ["--text-encoder-dtype", "int8_weights", "--out", str(tmp_path), "--quiet"]
+    assert main(["sample", str(tiny_sd35), *arguments]) == 0
+    image = capsys.readouterr().out.strip()
+    assert main(["again", image, "--out", str(tmp_path / "again.png"), "--quiet"]) == 0
+    with pytest.raises(
+        ValueError, match="text_encoder_dtype='int8' is none of float32, bfloat16, float16, int8_weights"
+    ):
+        Pipeline.from_pretrained(tiny_sd35, text_encoder_dtype="int8")

@@ -1,11 +1,13 @@
 """What the Triton kernels compute, and what for. JAX will drop Pallas's Triton, so they are imported where they run."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.backends.base import Device, Problem
+from pallas_kernels.backends.passes import QKV, Projected, Rope, ScaleAndShift
 from pallas_kernels.backends.triton.tiles import Tiles, tiles_for, tiles_lack
 
 
@@ -33,3 +35,15 @@ class Triton:
 
         tiles = self.tiles or tiles_for(problem, Device.current())
         return nested_arrow_attention(problem, half_windows, tiles, interpret=interpret)
+
+    def quantized_rows(
+        self, x: Float[Array, "*dims D"], modulation: ScaleAndShift | None, *, interpret: bool
+    ) -> tuple[Int[Array, "*dims D"], Float[Array, "*dims"]]:
+        from pallas_kernels.backends.triton.rows import quantized_rows
+
+        return quantized_rows(x, modulation, interpret=interpret)
+
+    def normed_qkv(self, streams: Sequence[Projected], rope: Rope | None, *, interpret: bool) -> QKV:
+        from pallas_kernels.backends.triton.qkv import normed_qkv
+
+        return normed_qkv(streams, rope, interpret=interpret)

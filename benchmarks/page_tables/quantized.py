@@ -1,0 +1,34 @@
+"""Tables of docs/quantization.md."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from benchmarks.page_tables.base import table
+
+
+@table(
+    "quantized-toy",
+    "quantized_toy.json",
+    "dtype | layers in float8 | PSNR to float32, dB: mean, worst | SSIM: mean, worst",
+    "python -m benchmarks.quantized --prompts 8 --batch 8",
+)
+def quantized_toy(data: Any) -> Iterator[list[str]]:
+    shipped = {"float8": "`down`"}
+    for one in data["rows"]:
+        psnr, ssim = (
+            f"{one[name]:.{digits}f}, {one[f'worst_{name}']:.{digits}f}" for name, digits in (("psnr", 1), ("ssim", 4))
+        )
+        kinds = one["in_float8"]
+        layers = shipped.get(one["dtype"], "") if kinds is None else ", ".join(f"`{kind}`" for kind in kinds)
+        yield [f"`{one['dtype']}`" if kinds is None else "", layers, psnr, ssim]
+
+
+@table("quantized-steps", "quantized_steps_gpu.json", "model, size | dtype | weights, GB | dense, ms | by a plan, ms")
+def quantized_steps(data: Any) -> Iterator[list[str]]:
+    for case, one in data["rows"].items():
+        for dtype, nbytes in one["weights_gb"].items():
+            dense, planned = (
+                f"{one['ms_per_step'][name]:.1f} ({one['speedup'][name]:.2f}x)"
+                for name in (f"{dtype}, dense", f"{dtype}, planned")
+            )
+            yield [f"{case} px", f"`{dtype}`", f"{nbytes:.1f}", dense, planned]

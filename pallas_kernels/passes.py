@@ -1,0 +1,113 @@
+"""What stands between products and attention, in one pass each: norms with 8-bit results, norms with rotary positions.
+
+On NVIDIA GPUs they are Triton kernels. XLA makes two to five fusions of each (docs: quantization).
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Num
+
+from pallas_kernels.backends import passes
+from pallas_kernels.backends.base import Device
+from pallas_kernels.backends.passes import QKV, ComputesPasses, ScaleAndShift
+from pallas_kernels.backends.passes import Projected as Projected
+from pallas_kernels.backends.passes import Rope as Rope
+from pallas_kernels.backends.passes import layer_norm as layer_norm
+from pallas_kernels.backends.passes import rms_norm as rms_norm
+from pallas_kernels.backends.passes import rotate as rotate
+from pallas_kernels.backends.registry import backend_named
+
+IMPLEMENTATIONS = ("triton", "xla")
+WIDEST = 8192
+"""A row lies in one program's registers: 64 values a thread."""
+
+
+@jax.enable_x64(False)
+def quantized_rows(
+    x: Float[Array, "*dims D"],
+    dtype: DTypeLike,
+    modulation: ScaleAndShift | None = None,
+    *,
+    implementation: str | None = None,
+    interpret: bool = False,
+) -> tuple[Num[Array, "*dims D"], Float[Array, "*dims"]]:
+    """Values of 8 bits, and a float32 scale for each row: its largest magnitude becomes 127, or 448 of float8.
+
+    Args:
+        dtype: int8 or float8_e4m3fn.
+        modulation: scale and shift of an adaptive layer norm, which rows [B, T, D] go through first.
+        implementation: "triton", for int8 of 16-bit rows, or "xla". None: the best for the device.
+        interpret: run the kernel on any device, slowly, for tests.
+
+    Raises:
+        ValueError: there is no such implementation.
+        NotImplementedError: the named implementation cannot do this.
+    """
+    lacking = None
+    if jnp.dtype(dtype) != jnp.int8:
+        lacking = f"it writes int8, not {jnp.dtype(dtype)}"
+    elif x.shape[-1] > WIDEST:
+        lacking = f"it takes rows of {WIDEST} values at most, not {x.shape[-1]}"
+    if kernels := _kernels(x, lacking, implementation, interpret):
+        return kernels.quantized_rows(x, modulation, interpret=interpret)
+    if modulation is not None:
+        scale, shift = modulation
+        x = passes.layer_norm(x) * (1 + scale) + shift
+    return passes.quantized_rows(x, dtype)
+
+
+@jax.enable_x64(False)
+def normed_qkv(
+    streams: Sequence[Projected],
+    rope: Rope | None = None,
+    *,
+    implementation: str | None = None,
+    interpret: bool = False,
+) -> QKV:
+    """Queries, keys and values of one or two streams as one sequence: normed by head, rotated, each head in its place.
+
+    Heads that the streams do not name hold anything.
+
+    Args:
+        streams: in the order of the sequence, with the same heads.
+        rope: of all positions of the sequence; None: queries and keys are not rotated.
+        implementation: "triton", for 16 bits and head dims of 64 or 128, or "xla". None: the best for the device.
+        interpret: run the kernel on any device, slowly, for tests.
+
+    Raises:
+        ValueError: there is no such implementation.
+        NotImplementedError: the named implementation cannot do this.
+    """
+    heads = streams[0].heads
+    lacking = None if heads.shape[-1] in (64, 128) else f"it takes heads of 64 or 128, not {heads.shape[-1]}"
+    if kernels := _kernels(heads, lacking, implementation, interpret):
+        return kernels.normed_qkv(streams, rope, interpret=interpret)
+    return passes.normed_qkv(streams, rope)
+
+
+def _kernels(x: Array, lacking: str | None, implementation: str | None, interpret: bool) -> ComputesPasses | None:
+    """The backend that has the kernels; None: XLA is to compute.
+
+    Args:
+        lacking: why the kernel cannot, if so.
+    """
+    if implementation not in (None, *IMPLEMENTATIONS):
+        raise ValueError(f"{implementation=} is not one of {IMPLEMENTATIONS}.")
+    if interpret and implementation != "triton":
+        raise ValueError(f"{interpret=} is for the kernel, implementation='triton', not {implementation!r}.")
+    device = Device.current()
+    if lacking is None and jnp.dtype(x.dtype).itemsize != 2:
+        lacking = f"it takes 16 bits, not {x.dtype}"
+    if lacking is None and x.size >= 2**31:
+        lacking = f"it counts values in 32 bits, and {x.shape} are more"
+    lacking = lacking or replace(device, interpreted=interpret).no_gpu
+    if lacking and implementation == "triton":
+        raise NotImplementedError(f"{implementation=}: {lacking}; pass implementation='xla'.")
+    if lacking or implementation == "xla":
+        return None
+    backend = backend_named("triton")
+    return backend if isinstance(backend, ComputesPasses) else None
