@@ -1,6 +1,6 @@
 """What stands between products and attention, in one pass each: norms with 8-bit results, norms with rotary positions.
 
-On NVIDIA GPUs they are Triton kernels. XLA makes two to five fusions of each (docs: quantization).
+Modulations are here, too: products of a row or two with weights of 8 bits. On NVIDIA GPUs they are Triton kernels. XLA makes two to five fusions of each (docs: quantization).
 """
 
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Num
+from jaxtyping import Array, Float, Int, Num
 
 from pallas_kernels.backends import passes
 from pallas_kernels.backends.base import Device
@@ -22,6 +22,8 @@ from pallas_kernels.backends.passes import rotate as rotate
 from pallas_kernels.backends.registry import backend_named
 
 IMPLEMENTATIONS = ("triton", "xla")
+FEW = 4
+"""Rows that a product of weights alone has in registers."""
 WIDEST = 8192
 """A row lies in one program's registers: 64 values a thread."""
 
@@ -87,6 +89,39 @@ def normed_qkv(
     if kernels := _kernels(heads, lacking, implementation, interpret):
         return kernels.normed_qkv(streams, rope, interpret=interpret)
     return passes.normed_qkv(streams, rope)
+
+
+@jax.enable_x64(False)
+def weight_only_matmul(
+    x: Float[Array, "M K"],
+    w: Int[Array, "L E K"],
+    column_scale: Float[Array, "L E"],
+    bias: Float[Array, "L E"] | None = None,
+    *,
+    layer: Int[Array, ""] | int,
+    implementation: str | None = None,
+    interpret: bool = False,
+) -> Float[Array, "M E"]:
+    """`(x @ w[layer].T) * column_scale + bias` of int8 weights, which become as wide as `x` in the product.
+
+    Args:
+        implementation: "triton", for four rows at most of 16 bits, which reads the weights where they lie, or "xla".
+            None: the best for the device.
+        interpret: run the kernel on any device, slowly, for tests.
+
+    Raises:
+        ValueError: there is no such implementation.
+        NotImplementedError: the named implementation cannot do this.
+    """
+    (rows, depth), (_, columns, _), layer = x.shape, w.shape, jnp.asarray(layer, jnp.int32)
+    lacking = None
+    if rows > FEW or depth % 128 or columns % 16 or w.size >= 2**31:
+        lacking = f"it takes {FEW} rows at most, sums of 128 values and 16 columns, not {(*x.shape, columns)}"
+    if kernels := _kernels(x, lacking, implementation, interpret):
+        return kernels.few_rows(x, w, column_scale, bias, layer, interpret=interpret)
+    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    out = jnp.dot(x, w[layer].astype(x.dtype).T, precision=precision).astype(jnp.float32) * column_scale[layer][None]
+    return (out if bias is None else out + bias[layer].astype(jnp.float32)[None]).astype(x.dtype)
 
 
 def _kernels(x: Array, lacking: str | None, implementation: str | None, interpret: bool) -> ComputesPasses | None:

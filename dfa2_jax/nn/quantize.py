@@ -1,14 +1,19 @@
 """Blocks whose products are of 8 bits: which of a transformer's weights that are, and what they are made of.
 
-Projections and MLPs of the stacked blocks are quantised. Modulations, embedders and the last layers are not: they are
-a few rows' work, and the whole image depends on them. Queries, keys and values of one input have one matrix. A
-product of 9,216 columns takes 0.88 of the time of three of 3,072 (docs: quantization).
+Projections and MLPs of the stacked blocks are quantised. Embedders and the last layers are not: they are a few rows'
+work, and the whole image depends on them. Modulations have weights of 8 bits where blocks multiply in 8 bits. A product
+of one row waits for its weights alone, and FLUX.1-dev's modulations are 6.5 of its 23.8 GB. They add 1 % to the
+velocity's error. Where only weights are of 8 bits they would add 6 %, and stay.
+
+Queries, keys and values of one input have one matrix. A product of 9,216 columns takes 0.88 of the time of three of
+3,072 (docs: quantization).
 """
 
 import jax.numpy as jnp
 from flax import nnx
 
 from dfa2_jax.nn.linear import MLP, Linear
+from dfa2_jax.nn.norms import AdaLN
 from dfa2_jax.nn.streams import Projections
 from dfa2_jax.nn.weights import Plain, Quantized
 from dfa2_jax.weights.quantized import Stacked
@@ -38,6 +43,8 @@ def quantize(model: nnx.Module, precision: str) -> dict[ParameterPath, tuple[Par
                 delattr(module, name)
             if module.to_out is not None:
                 made |= _replace(module, "to_out", path, {"to_out": module.to_out}, precision)
+        if isinstance(module, AdaLN) and _stacked(module.linear) and precision != "int8_weights":
+            made |= _replace(module, "linear", path, {"linear": module.linear}, "int8_weights")
         if isinstance(module, MLP) and _stacked(module.up):
             for name in ("up", "down"):
                 made |= _replace(module, name, path, {name: getattr(module, name)}, precision)

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int, Num
 from dfa2_jax.nn.carrier import carrier
 from dfa2_jax.nn.modulation import Modulation
 from dfa2_jax.weights.quantized import Place, Stacked
-from pallas_kernels.passes import quantized_rows
+from pallas_kernels.passes import quantized_rows, weight_only_matmul
 from pallas_kernels.products import quantized_matmul
 
 MANY_ROWS = 12_000
@@ -134,7 +134,7 @@ class Quantized(nnx.Module):
     """Matrices of 8 bits, one for each layer of a stack, with a scale for each output channel.
 
     Activations become 8 bits, too, with a scale for each token. Where `weights_alone`, the product is one of the
-    activations' own dtype instead. That serves memory.
+    activations' own dtype instead. That serves memory, and products of few rows.
 
     Attributes:
         length: the largest Euclidean length of a row, of each layer.
@@ -216,13 +216,14 @@ class Quantized(nnx.Module):
     def _widened(
         self, x: Float[Array, "*dims D"], bias: Float[Array, "L E"] | None, heads: NamedHeads | None
     ) -> Float[Array, "*dims columns"]:
-        layer = self.layer[...]
+        values, scale, layer = self.values[...], self.scale[...], self.layer[...]
+        if heads is None:
+            out = weight_only_matmul(x.reshape(-1, x.shape[-1]), values, scale, bias, layer=layer)
+            return out.reshape(*x.shape[:-1], -1)
 
-        def of_layer(stack: Array) -> Array:
-            matrix = stack[layer].astype(x.dtype).T
-            return matrix if heads is None else heads.columns(matrix)
+        def named(stack: Array) -> Array:
+            return heads.columns(stack[layer].astype(x.dtype).T)
 
-        kernel, scale = of_layer(self.values[...]), of_layer(self.scale[...])
         lead = (1,) * (x.ndim - 1)
-        out = jnp.dot(x, kernel, precision=matmul_precision(x.dtype)) * scale.reshape(*lead, -1)
-        return out if bias is None else out + of_layer(bias).reshape(*lead, -1)
+        out = jnp.dot(x, named(values), precision=matmul_precision(x.dtype)) * named(scale).reshape(*lead, -1)
+        return out if bias is None else out + named(bias).reshape(*lead, -1)

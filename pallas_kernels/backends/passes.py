@@ -45,6 +45,17 @@ class ComputesPasses(Protocol):
 
     def normed_qkv(self, streams: Sequence[Projected], rope: Rope | None, *, interpret: bool) -> QKV: ...
 
+    def few_rows(
+        self,
+        x: Float[Array, "M K"],
+        w: Int[Array, "L E K"],
+        column_scale: Float[Array, "L E"],
+        bias: Float[Array, "L E"] | None,
+        layer: Int[Array, ""],
+        *,
+        interpret: bool,
+    ) -> Float[Array, "M E"]: ...
+
 
 def largest_of(dtype: DTypeLike) -> float:
     """The largest 8-bit value in use: 127, or 448 of float8_e4m3fn."""

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.inspect import aot
-from pallas_kernels.passes import Projected, normed_qkv, quantized_rows
+from pallas_kernels.passes import Projected, normed_qkv, quantized_rows, weight_only_matmul
 
 BITS16 = [jnp.bfloat16, jnp.float16]
 IMPLEMENTATIONS = ["triton", "xla"]
@@ -83,6 +83,20 @@ def test_queries_keys_and_values_equal_float64(implementation, dtype, lengths, h
         assert np.linalg.norm(out - exact) < 0.8 * EPS[dtype] * np.linalg.norm(exact)
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", BITS16)
+@pytest.mark.parametrize(("rows", "has_bias"), [(1, True), (3, False)])
+def test_weights_alone_equal_float64(implementation, dtype, rows, has_bias):
+    """The second of three layers, at a depth of three pieces."""
+    rng = np.random.default_rng(0)
+    x, w = draw((rows, 384), dtype, 1), jnp.asarray(rng.integers(-127, 128, (3, 48, 384)), jnp.int8)
+    scale, bias = jnp.asarray(rng.uniform(0.5, 2, (3, 48)) / 100, jnp.float32), draw((3, 48), dtype, 2)
+    given = bias if has_bias else None
+    out = weight_only_matmul(x, w, scale, given, layer=1, **how(implementation))
+    wanted = float64(x) @ float64(w[1]).T * float64(scale[1]) + (float64(bias[1]) if has_bias else 0)
+    assert out.dtype == dtype and np.abs(float64(out) - wanted).max() < 2 * EPS[dtype] * np.abs(wanted).max()
+
+
 @pytest.mark.parametrize(
     ("given", "why"),
     [
@@ -105,6 +119,9 @@ def test_faults_of_passes_are_named():
         normed_qkv([stream], implementation="triton", interpret=True)
     with pytest.raises(NotImplementedError, match="it runs on NVIDIA GPUs, the default device is 'cpu'"):
         quantized_rows(jnp.zeros((1, 8), jnp.bfloat16), jnp.int8, implementation="triton")
+    w, scale = jnp.zeros((1, 16, 128), jnp.int8), jnp.ones((1, 16))
+    with pytest.raises(NotImplementedError, match=r"it takes 4 rows at most, .*, not \(5, 128, 16\)"):
+        weight_only_matmul(jnp.zeros((5, 128), jnp.bfloat16), w, scale, layer=0, implementation="triton")
     with pytest.raises(ValueError, match="implementation='mosaic' is not one of"):
         normed_qkv([stream], implementation="mosaic")
     with pytest.raises(ValueError, match="interpret=True is for the kernel"):
@@ -155,3 +172,17 @@ def test_queries_keys_and_values_spill_nothing(gpu, lengths, batch, num_heads, h
     (kernel,) = [kernel for kernel in kernels if kernel.name.startswith("normed_qkv")]
     assert kernel.spill_bytes == 0
     assert compiled.temp_bytes < 1000, "heads are read where they lie, and nothing is copied"
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize(("rows", "depth", "columns"), [(1, 3072, 18432), (1, 3072, 9216), (2, 2432, 14592)])
+@pytest.mark.parametrize("gpu", ["h200", "a100"])
+def test_modulations_read_weights_where_they_lie(gpu, rows, depth, columns):
+    target = aot.target(gpu)
+    x, w = array(rows, depth), array(3, columns, depth, dtype=jnp.int8)
+    given = x, w, array(3, columns, dtype=jnp.float32), array(3, columns), array(dtype=jnp.int32)
+    run = jax.jit(lambda x, w, scale, bias, layer: weight_only_matmul(x, w, scale, bias, layer=layer))
+    compiled, kernels = aot.kernels(target, run, *target.abstract(given))
+    (kernel,) = [kernel for kernel in kernels if kernel.name.startswith("few_rows")]
+    assert kernel.spill_bytes == 0 and compiled.temp_bytes < 1000
+    assert "ld.global.v4.b32" in kernel.ptx, "16 weights at a time"

@@ -76,7 +76,8 @@ def test_a_converted_folder_is_what_is_quantised_while_it_is_loaded(precision, t
     assert verify_folder(folder) == []
     arrays = json.loads((folder / "config.json").read_text())["components"]["transformer"]["arrays"]
     kinds = {(name.split(".")[-3], entry["dtype"]) for name, entry in arrays.items() if name.endswith(".values")}
-    eight = {"to_qkv", "to_out", "up", "down"}
+    modulations = set() if precision == "int8_weights" else {"linear"}
+    eight = {"to_qkv", "to_out", "up", "down", *modulations}
     float8 = {"down"} if precision == "float8" else set()
     assert kinds == {(name, "float8_e4m3fn" if name in float8 else "int8") for name in eight}
     with pytest.raises(CheckpointError, match=f"a transformer in {precision}, not in bfloat16: leave dtype out"):

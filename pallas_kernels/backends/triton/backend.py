@@ -47,3 +47,17 @@ class Triton:
         from pallas_kernels.backends.triton.qkv import normed_qkv
 
         return normed_qkv(streams, rope, interpret=interpret)
+
+    def few_rows(
+        self,
+        x: Float[Array, "M K"],
+        w: Int[Array, "L E K"],
+        column_scale: Float[Array, "L E"],
+        bias: Float[Array, "L E"] | None,
+        layer: Int[Array, ""],
+        *,
+        interpret: bool,
+    ) -> Float[Array, "M E"]:
+        from pallas_kernels.backends.triton.few_rows import few_rows
+
+        return few_rows(x, w, column_scale, bias, layer, interpret=interpret)
