@@ -1,6 +1,7 @@
 """What stands between products and attention, in one pass each: norms with 8-bit results, norms with rotary positions.
 
-Modulations are here, too: products of a row or two with weights of 8 bits. On NVIDIA GPUs they are Triton kernels. XLA makes two to five fusions of each (docs: quantization).
+Modulations are here, too: products of a row or two with weights of 8 bits. On NVIDIA GPUs all are Triton kernels. XLA
+makes two to five fusions of each pass (docs: quantization).
 """
 
 from collections.abc import Sequence
