@@ -32,3 +32,14 @@ def quantized_steps(data: Any) -> Iterator[list[str]]:
                 for name in (f"{dtype}, dense", f"{dtype}, planned")
             )
             yield [f"{case} px", f"`{dtype}`", f"{nbytes:.1f}", dense, planned]
+
+
+CHOICES = ("int8", "int8, Hadamard", "int8, blocks", "e4m3", "e4m3, Hadamard", "e4m3, blocks")
+
+
+@table("outliers", "outliers.json", "model | layers | largest / rms | " + " | ".join(CHOICES))
+def outliers(data: Any) -> Iterator[list[str]]:
+    for model, kinds in data["rows"].items():
+        for kind, one in kinds.items():
+            errors = (f"{100 * one[choice][0]:.2f}, {100 * one[choice][1]:.2f}" for choice in CHOICES)
+            yield [model, f"`{kind}`", f"{one['peak']:.1f}", *errors]
