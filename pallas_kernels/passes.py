@@ -4,7 +4,7 @@ Modulations are here, too: products of a row or two with weights of 8 bits. On N
 makes two to five fusions of each pass (docs: quantization).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import jax
@@ -42,14 +42,17 @@ def quantized_rows(
 
     Args:
         dtype: int8 or float8_e4m3fn.
-        modulation: scale and shift of an adaptive layer norm, which rows [B, T, D] go through first.
+        modulation: scale and shift of an adaptive layer norm, which rows [B, T, D] go through first. Each image has its
+            own, or all have one.
         implementation: "triton", for int8 of 16-bit rows, or "xla". None: the best for the device.
         interpret: run the kernel on any device, slowly, for tests.
 
     Raises:
-        ValueError: there is no such implementation.
+        ValueError: there is no such implementation, or shapes contradict each other; the message shows both.
         NotImplementedError: the named implementation cannot do this.
     """
+    if modulation is not None:
+        _check("scale and shift", modulation, (x.shape[0], 1, x.shape[-1]), (1, 1, x.shape[-1]))
     lacking = None
     if jnp.dtype(dtype) != jnp.int8:
         lacking = f"it writes int8, not {jnp.dtype(dtype)}"
@@ -82,10 +85,16 @@ def normed_qkv(
         interpret: run the kernel on any device, slowly, for tests.
 
     Raises:
-        ValueError: there is no such implementation.
+        ValueError: there is no such implementation, or shapes contradict each other; the message shows both.
         NotImplementedError: the named implementation cannot do this.
     """
-    heads = streams[0].heads
+    heads, which = streams[0].heads, streams[0].which
+    batch, _, _, dim = heads.shape
+    made = streams[0].num_heads if which is None else len(which)
+    for stream in streams:
+        _check("heads", [stream.heads], (batch, stream.heads.shape[1], 3 * made, dim))
+        _check("norms", stream.norms or (), (dim,))
+    _check("rope", rope or (), (sum(stream.heads.shape[1] for stream in streams), dim // 2))
     lacking = None if heads.shape[-1] in (64, 128) else f"it takes heads of 64 or 128, not {heads.shape[-1]}"
     if kernels := _kernels(heads, lacking, implementation, interpret):
         return kernels.normed_qkv(streams, rope, interpret=interpret)
@@ -111,10 +120,12 @@ def weight_only_matmul(
         interpret: run the kernel on any device, slowly, for tests.
 
     Raises:
-        ValueError: there is no such implementation.
+        ValueError: there is no such implementation, or shapes contradict each other; the message shows both.
         NotImplementedError: the named implementation cannot do this.
     """
-    (rows, depth), (_, columns, _), layer = x.shape, w.shape, jnp.asarray(layer, jnp.int32)
+    (rows, depth), (layers, columns, _), layer = x.shape, w.shape, jnp.asarray(layer, jnp.int32)
+    _check("w", [w], (layers, columns, depth))
+    _check("column_scale and bias", [column_scale, *([] if bias is None else [bias])], (layers, columns))
     lacking = None
     if rows > FEW or depth % 128 or columns % 16 or w.size >= 2**31:
         lacking = f"it takes {FEW} rows at most, sums of 128 values and 16 columns, not {(*x.shape, columns)}"
@@ -123,6 +134,13 @@ def weight_only_matmul(
     precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
     out = jnp.dot(x, w[layer].astype(x.dtype).T, precision=precision).astype(jnp.float32) * column_scale[layer][None]
     return (out if bias is None else out + bias[layer].astype(jnp.float32)[None]).astype(x.dtype)
+
+
+def _check(name: str, arrays: Iterable[Array], *shapes: tuple[int, ...]) -> None:
+    """Kernels read what shapes say, beyond the end of an array, too."""
+    for array in arrays:
+        if array.shape not in shapes:
+            raise ValueError(f"{name} must be {' or '.join(str(list(shape)) for shape in shapes)}, got {array.shape}.")
 
 
 def _kernels(x: Array, lacking: str | None, implementation: str | None, interpret: bool) -> ComputesPasses | None:

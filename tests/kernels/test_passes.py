@@ -113,6 +113,25 @@ def test_what_the_kernel_for_rows_lacks(given, why):
     assert quantized_rows(**arguments)[0].dtype == arguments["dtype"]
 
 
+def test_shapes_that_contradict_each_other_are_refused(no_shape_checks):
+    """A kernel would read beyond the end of an array."""
+    x, parts = jnp.zeros((2, 5, 8), jnp.bfloat16), (jnp.zeros((3, 1, 8), jnp.bfloat16),) * 2
+    with pytest.raises(ValueError, match=r"scale and shift must be \[2, 1, 8\] or \[1, 1, 8\], got \(3, 1, 8\)"):
+        quantized_rows(x, jnp.int8, parts)
+    streams = [Projected(jnp.zeros((1, length, 6, 64)), 2) for length in (4, 3)]
+    with pytest.raises(ValueError, match=r"rope must be \[7, 32\], got \(4, 32\)"):
+        normed_qkv(streams, (jnp.zeros((4, 32)),) * 2)
+    with pytest.raises(ValueError, match=r"heads must be \[1, 4, 9, 64\], got \(1, 4, 6, 64\)"):
+        normed_qkv([Projected(streams[0].heads, 3)])
+    with pytest.raises(ValueError, match=r"norms must be \[64\], got \(32,\)"):
+        normed_qkv([Projected(streams[0].heads, 2, (jnp.zeros(32),) * 2)])
+    w = jnp.zeros((2, 16, 128), jnp.int8)
+    with pytest.raises(ValueError, match=r"w must be \[2, 16, 64\], got \(2, 16, 128\)"):
+        weight_only_matmul(jnp.zeros((1, 64)), w, jnp.ones((2, 16)), layer=0)
+    with pytest.raises(ValueError, match=r"column_scale and bias must be \[2, 16\], got \(2, 8\)"):
+        weight_only_matmul(jnp.zeros((1, 128)), w, jnp.ones((2, 16)), jnp.ones((2, 8)), layer=0)
+
+
 def test_faults_of_passes_are_named():
     stream = Projected(jnp.zeros((1, 2, 3, 32), jnp.bfloat16), 1)
     with pytest.raises(NotImplementedError, match="it takes heads of 64 or 128, not 32"):
