@@ -231,6 +231,9 @@ class ReportOptions:
         None, "a folder of a transformers CLIPModel; needs dfa2-jax[quality]", flag=True, metavar="FOLDER"
     )
     image_reward: Any = option(None, "not supported: says why", flag=True, metavar="FOLDER")
+    precisions: Sequence[str] = option(
+        (), "lines of blocks in 8 bits, too: dense, and by their plans", flag=True, nargs="+", choices=PRECISIONS
+    )
     quick: bool = option(False, "no noise floor and no heads, for a gate", flag=True)
     verify: bool = option(True, "compare a converted folder's weights with their checksums as they are read")
     progress: bool = option(True, "show phases with their times, and a bar")

@@ -4,6 +4,8 @@ Lines of the noise floor are dense too: the same sums in another order (another 
 another dtype. They say how much a change that nobody calls a loss moves each metric. Another seed says what no likeness
 at all is worth. Networks, prompts and seeds are the same in all lines.
 
+Blocks in 8 bits have lines of their own where they are asked for: dense, and by those plans that are of them.
+
 Beside a plan of steps stand solvers in the plan's time: as many steps of Euler's, and of DPM++ 2M. All are also set
 against the limit of many steps. A plan that imitates the dense run's error is worth less than one near the limit.
 """
@@ -41,6 +43,7 @@ from dfa2_jax.report.metrics import EQUAL_PSNR
 from dfa2_jax.report.sampler import Sampler, limit_steps
 from dfa2_jax.report.table import Judges, Line, Report, Shot
 from dfa2_jax.sampling.solvers.schedulers import DPM
+from dfa2_jax.weights.dtypes import PRECISIONS, as_precision
 
 OTHER_SEED = 1000
 """Added to an image's seed for the ceiling."""
@@ -50,14 +53,15 @@ ROUNDS = 3
 
 
 class ReportTable:
-    """The lines of a report, and the sampling that fills them: in the plans' dtype first, in the other one after it.
+    """The lines of a report, and the sampling that fills them: in the plans' dtype first, then in the others.
 
-    exact: the dense images by batch, kept for the other dtype: 13 MB each at 1024 px.
+    plans: of the report's own dtype; those of `precisions` stand there.
+    exact: the dense images by batch, kept for the other dtypes: 13 MB each at 1024 px.
     """
 
     def __init__(
-        self, plans: Mapping[str, Plan], judges: Judges, batches: list[list[Shot]], dtype: str, quick: bool,
-        progress: bool,
+        self, plans: Mapping[str, Plan], precisions: Mapping[str, Mapping[str, Plan]], judges: Judges,
+        batches: list[list[Shot]], dtype: str, quick: bool, progress: bool,
     ):  # fmt: skip
         self.steps = next(iter(plans.values())).setting.num_inference_steps
         self.judges, self.batches, self.quick, self.progress, self.done = judges, batches, quick, progress, 0
@@ -66,6 +70,11 @@ class ReportTable:
         self.dtype, self.other_dtype, self.exact = dtype, other, list[np.ndarray]()
         self.dense, self.ceiling = Line("dense", "dense"), Line("another seed", "ceiling", "dense")
         self.plans = [Line(name, "plan", "dense", plan) for name, plan in plans.items()]
+        self.precisions = {
+            precision: [Line(precision, "precision", "dense")]
+            + [Line(name, "plan", "dense", plan) for name, plan in of_it.items()]
+            for precision, of_it in precisions.items()
+        }
         counts = sorted({len(plan.nodes) for plan in plans.values() if len(plan.nodes) < self.steps}, reverse=True)
         self.solvers = [] if quick else [
             Line(f"{count} steps of {title}", "solver", "dense", changes={"num_inference_steps": count} | other)
@@ -77,10 +86,11 @@ class ReportTable:
 
     @property
     def lines(self) -> list[Line]:
+        quantized = [line for lines in self.precisions.values() for line in lines]
         if self.quick:
-            return [self.dense, *self.plans]
+            return [self.dense, *quantized, *self.plans]
         floor = self.reordered[self.wide], self.rounded, self.reordered[self.narrow]
-        return [self.dense, *floor, *self.plans, *self.solvers, self.ceiling]
+        return [self.dense, *floor, *quantized, *self.plans, *self.solvers, self.ceiling]
 
     def fill(self, sampler: Sampler, call: Call) -> None:
         """The lines of a pipeline's dtype, compiled before the bar starts.
@@ -135,8 +145,9 @@ class ReportTable:
                 calls[id(line)] = self.call_of(sampler, shots, call, line)
                 if line is not self.dense:
                     self._take(sampler, calls[id(line)], shots, line, exact, bar, limit=limit)
-            if not self.quick:
+            if not self.quick or self.precisions:
                 self.exact.append(exact)
+            if not self.quick:
                 self._reorder(sampler, call, shots, self.reordered[self.dtype], exact, bar)
                 self._take(sampler, sampler.prepare(shots, OTHER_SEED), shots, self.ceiling, exact, bar)
         for _ in range(len(self.batches), ROUNDS):
@@ -149,6 +160,26 @@ class ReportTable:
             images = self._take(sampler, call, shots, self.rounded, exact, bar)
             if images is not None:
                 self._reorder(sampler, call, shots, self.reordered[self.other_dtype], images, bar)
+
+    def fill_precision(self, sampler: Sampler, precision: str) -> None:
+        """The lines of blocks in 8 bits; as many rounds as the dense line has, one after the other."""
+        lines, steps = self.precisions[precision], self.steps
+        calls = [sampler.prepare(shots) for shots in self.batches]
+        for line in lines:
+            if line.plan is not None:
+                _check_plans({line.name: line.plan}, calls[0].setting)
+        with told(f"compiling {precision}", self.progress):
+            for line in lines:
+                sampler.compile(calls[0], line.plan)
+        total, off = len(self.batches) * len(self.lines), not self.progress
+        with tqdm(desc="report", total=total, initial=self.done, disable=off) as bar:
+            for shots, call, exact in zip(self.batches, calls, self.exact, strict=True):
+                for line in lines:
+                    self._take(sampler, call, shots, line, exact, bar)
+            self.done = bar.n
+        for line in lines:
+            for _ in range(len(line.seconds), len(self.dense.seconds)):
+                line.seconds.append(sampler.denoise(calls[0], line.plan)[1] / steps)
 
     def _take(
         self, sampler: Sampler, call: Call, shots: list[Shot], line: Line, exact: np.ndarray | None, bar: tqdm,
@@ -164,7 +195,7 @@ class ReportTable:
         with fitting(line):
             tokens, seconds = sampler.denoise(call, line.plan, implementation)
             images = call.images(tokens)[: len(shots)]
-            if line.kind in ("dense", "plan", "solver"):
+            if line.kind in ("dense", "plan", "precision", "solver"):
                 line.seconds.append(seconds / self.steps)
             if exact is not None and line is self.rounded and self.dtype == self.narrow:
                 line.add(self.judges, shots, exact, images)  # the narrow one's, against the wide one's
@@ -206,6 +237,7 @@ def quality_report(
     lpips: str | PathLike[str] | None = None,
     clip: str | PathLike[str] | None = None,
     image_reward: str | PathLike[str] | None = None,
+    precisions: Sequence[str] = (),
     quick: bool = False,
     verify: bool = True,
     progress: bool = True,
@@ -213,8 +245,8 @@ def quality_report(
     """Measure plans against dense sampling. `Report.save` writes it, `Report.failures` is the gate.
 
     Args:
-        folder: of the model, as `Pipeline.from_pretrained` takes it. It is loaded twice, in two dtypes.
-        plans: by the names that the report gives them, all for the same size and steps.
+        folder: of the model, as `Pipeline.from_pretrained` takes it. It is loaded in two dtypes, and in each precision.
+        plans: by the names that the report gives them, all for the same size and steps. One at least is for `dtype`.
         limits: of a plan's mean: at least so much "psnr" (dB) and "ssim", at most so much "lpips".
         {options}
 
@@ -226,23 +258,30 @@ def quality_report(
     seed, batch, guidance_scale = natural(seed), natural(batch), natural(guidance_scale)
     prompts, seeds = list(prompts), [seed] if isinstance(seed, int) else list(seed)
     limits = {} if limits is None else dict(limits)
+    precisions = list(precisions)
     _check(prompts, seeds, batch, plans, limits, lpips)
+    own, others = _by_precision(plans, precisions, as_precision(dtype))
     judges = _judges(lpips, clip, image_reward)
     shots = [Shot(prompt, number) for prompt in prompts for number in seeds]
     batch = min(batch, len(shots))
     batches = [shots[i : i + batch] for i in range(0, len(shots), batch)]
-    arguments = dict(negative_prompt=negative_prompt, guidance_scale=guidance_scale, plan=next(iter(plans.values())))
+    arguments = dict(negative_prompt=negative_prompt, guidance_scale=guidance_scale, plan=next(iter(own.values())))
     sampler = Sampler.open(folder, arguments, batch, progress, dtype=dtype, verify=verify)
     with told("encoding", progress):
         first = replace(sampler, batch=1).prepare(shots[:1])
-        _check_plans(plans, first.setting)
+        _check_plans(own, first.setting)
         call = sampler.prepare(batches[0])
     facts = _facts(sampler, folder, first) | {"negative_prompt": negative_prompt}
-    table = ReportTable(plans, judges, batches, sampler.pipeline.dtype.name, quick, progress)
+    table = ReportTable(own, others, judges, batches, sampler.pipeline.dtype.name, quick, progress)
     facts["limit_steps"] = limit_steps(table.steps) if table.solvers else None
     table.fill(sampler, call)
     masses = None if quick else watch(first, windows_of([*plans.values()]), progress=progress)
+    same = arguments | sampler.without_plan(call) | {"num_inference_steps": table.steps}
     del sampler, first, call  # two sets of weights need not fit
+    for precision in others:
+        sampler = Sampler.open(folder, same, batch, progress, dtype=precision, verify=verify)
+        table.fill_precision(sampler, precision)
+        del sampler
     if not quick:
         with fitting(table.rounded, table.reordered[table.other_dtype]):
             sampler = Sampler.open(folder, arguments, batch, progress, dtype=table.other_dtype, verify=verify)
@@ -277,6 +316,27 @@ def _check(
         raise ValueError(f"A limit of {limits['lpips']} on LPIPS needs the metric's weights: give lpips too.")
 
 
+def _by_precision(
+    plans: Mapping[str, Plan], precisions: Sequence[str], own: str | None
+) -> tuple[dict[str, Plan], dict[str, dict[str, Plan]]]:
+    """Plans of the report's own dtype, and those of each precision beside it.
+
+    Raises:
+        ValueError: names what cannot be set beside what.
+    """
+    if unknown := [one for one in precisions if one not in PRECISIONS or one == own or precisions.count(one) > 1]:
+        raise ValueError(f"precisions has {unknown[0]!r}: different ones of {', '.join(PRECISIONS)}, not dtype's own.")
+    others = {
+        precision: {name: plan for name, plan in plans.items() if plan.setting.precision == precision}
+        for precision in precisions
+    }
+    rest = {name: plan for name, plan in plans.items() if plan.setting.precision not in precisions}
+    if not rest:
+        names = " and ".join(precisions)
+        raise ValueError(f"All plans are of {names}: give one of dtype={own}, too, or dtype={precisions[0]!r}.")
+    return rest, others
+
+
 def _check_plans(plans: Mapping[str, Plan], setting: Setting) -> None:
     for name, plan in plans.items():
         try:
@@ -306,6 +366,7 @@ def _facts(sampler: Sampler, folder: str | PathLike[str], call: Call) -> dict[st
             "pipeline": pipeline.pipeline_class,
             "fingerprint": pipeline.fingerprint,
             "dtype": pipeline.dtype.name,
+            "precision": pipeline.precision,
         },
         "machine": {
             "device": f"{device.device_kind} ({device.platform})",

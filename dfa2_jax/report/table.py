@@ -56,7 +56,7 @@ class Judges:
 class Line:
     """What the table says of one kind of image, filled batch by batch.
 
-    kind: "dense", "plan", "solver", "floor" or "ceiling".
+    kind: "dense", "plan", "precision", "solver", "floor" or "ceiling".
     changes: arguments of the call that differ from the dense one's.
     against: what its images are compared with.
     scores: by metric, one number for each image.
@@ -187,13 +187,14 @@ class Report:
             return content | {"left_out": line.left_out}
         if line.seconds:
             content["seconds_per_step"] = {"median": median(line.seconds), "rounds": line.seconds}
-        if line.kind == "solver":
+        if line.kind in ("solver", "precision"):
             content["speedup"] = self.speedup(line)
         if line.plan is not None:
             tiles = self.facts["tiles"]
             content |= {"digest": line.plan.digest, "speedup": self.speedup(line), "distances": self.distances(line)}
             content["density"] = {"exact": line.plan.density(), "tiles": line.plan.density(tuple(tiles))}
-            content["predicted_speedup"] = 1 / line.plan.cost(self.facts["attention_share"])
+            if line.plan.setting.precision == self.facts["model"]["precision"]:  # costs are shares of its own dense run
+                content["predicted_speedup"] = 1 / line.plan.cost(self.facts["attention_share"])
         metrics = {}
         for metric in line.scores:
             values = line.values(metric, len(self.seeds))

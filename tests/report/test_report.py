@@ -64,6 +64,34 @@ def test_lines_are_the_plans_between_noise_and_another_seed(made):
     assert all(len(line.scores["ssim"]) == 6 for line in made.lines[1:])
 
 
+def test_8_bits_stand_beside_dense_with_their_own_plans(tiny_sd35, tmp_path):
+    """Their lines are the images that a pipeline of that dtype makes."""
+    options = {"height": 64, "width": 64, "num_inference_steps": 3, "max_sequence_length": 16, "guidance_scale": 2.0}
+    small = Pipeline.from_pretrained(tiny_sd35, dtype="int8")
+    plain = Plan.full(Pipeline.from_pretrained(tiny_sd35).setting(prompt="", **options))
+    plan = Plan.full(small.setting(prompt="", **options)).with_method(1, None, [0], "cached")
+    plans = {"plain": plain, "small": plan}
+    asked = {"precisions": ["int8"], "guidance_scale": 2.0, "progress": False}
+    made = quality_report(tiny_sd35, plans, PROMPTS[:1], **asked, quick=True)
+    assert [(line.name, line.kind) for line in made.lines] == [
+        ("dense", "dense"), ("int8", "precision"), ("small", "plan"), ("plain", "plan"),
+    ]  # fmt: skip
+    call = {"prompt": PROMPTS[0], "output_type": "np", "progress": False} | options
+    (exact,) = Pipeline.from_pretrained(tiny_sd35)(**call).images
+    for name, more in (("int8", {}), ("small", {"plan": plan})):
+        (image,) = small(**call | more).images
+        assert line_of(made, name).mean("psnr") == pytest.approx(metrics.psnr(image, exact), abs=0.01)
+        assert 20 < line_of(made, name).mean("psnr") < 70
+    rows = {row["name"]: row for row in made.content()["rows"]}
+    assert len(rows["int8"]["seconds_per_step"]["rounds"]) == len(rows["dense"]["seconds_per_step"]["rounds"])
+    assert rows["int8"]["speedup"] > 0 and "predicted_speedup" not in rows["small"]
+    assert "int8" in made.save(tmp_path).read_text()
+    with pytest.raises(ValueError, match="All plans are of int8: give one of dtype=None, too, or dtype='int8'"):
+        quality_report(tiny_sd35, {"small": plan}, PROMPTS[:1], precisions=["int8"], progress=False)
+    with pytest.raises(ValueError, match="precisions has 'int8': different ones of float8, int8, int8_weights, not"):
+        quality_report(tiny_sd35, plans, PROMPTS[:1], precisions=["int8"], dtype="int8", progress=False)
+
+
 def test_a_plan_of_steps_stands_beside_solvers_in_its_time(tiny_sd35, pipelines, tmp_path):
     pipeline = pipelines("tiny_sd35")
     options = {"height": 64, "width": 64, "num_inference_steps": 6, "max_sequence_length": 16, "guidance_scale": 2.0}
