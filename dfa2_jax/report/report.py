@@ -13,9 +13,10 @@ against the limit of many steps. A plan that imitates the dense run's error is w
 import math
 import platform
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from os import PathLike, cpu_count
 from pathlib import Path
@@ -41,9 +42,9 @@ from dfa2_jax.report import metrics as quality
 from dfa2_jax.report.attention_maps import watch, windows_of
 from dfa2_jax.report.metrics import EQUAL_PSNR
 from dfa2_jax.report.sampler import Sampler, limit_steps
-from dfa2_jax.report.table import Judges, Line, Report, Shot
+from dfa2_jax.report.table import Judges, Line, Report, Shot, by_precision
 from dfa2_jax.sampling.solvers.schedulers import DPM
-from dfa2_jax.weights.dtypes import PRECISIONS, as_precision
+from dfa2_jax.weights.dtypes import as_precision
 
 OTHER_SEED = 1000
 """Added to an image's seed for the ceiling."""
@@ -258,15 +259,15 @@ def quality_report(
     seed, batch, guidance_scale = natural(seed), natural(batch), natural(guidance_scale)
     prompts, seeds = list(prompts), [seed] if isinstance(seed, int) else list(seed)
     limits = {} if limits is None else dict(limits)
-    precisions = list(precisions)
     _check(prompts, seeds, batch, plans, limits, lpips)
-    own, others = _by_precision(plans, precisions, as_precision(dtype))
+    own, others = by_precision(plans, list(precisions), as_precision(dtype))
     judges = _judges(lpips, clip, image_reward)
     shots = [Shot(prompt, number) for prompt in prompts for number in seeds]
     batch = min(batch, len(shots))
     batches = [shots[i : i + batch] for i in range(0, len(shots), batch)]
     arguments = dict(negative_prompt=negative_prompt, guidance_scale=guidance_scale, plan=next(iter(own.values())))
-    sampler = Sampler.open(folder, arguments, batch, progress, dtype=dtype, verify=verify)
+    opened = partial(Sampler.open, folder, batch=batch, progress=progress, verify=verify)
+    sampler = opened(arguments, dtype=dtype)
     with told("encoding", progress):
         first = replace(sampler, batch=1).prepare(shots[:1])
         _check_plans(own, first.setting)
@@ -278,17 +279,28 @@ def quality_report(
     masses = None if quick else watch(first, windows_of([*plans.values()]), progress=progress)
     same = arguments | sampler.without_plan(call) | {"num_inference_steps": table.steps}
     del sampler, first, call  # two sets of weights need not fit
-    for precision in others:
-        sampler = Sampler.open(folder, same, batch, progress, dtype=precision, verify=verify)
-        table.fill_precision(sampler, precision)
-        del sampler
-    if not quick:
-        with fitting(table.rounded, table.reordered[table.other_dtype]):
-            sampler = Sampler.open(folder, arguments, batch, progress, dtype=table.other_dtype, verify=verify)
-            with told("encoding", progress):
-                call = sampler.prepare(batches[0])
-            table.fill(sampler, call)
+    _fill_others(table, opened, arguments, same)
     return Report(tuple(table.lines), tuple(prompts), tuple(seeds), limits, masses, facts)
+
+
+def _fill_others(
+    table: ReportTable, opened: Callable[..., Sampler], arguments: dict[str, Any], same: dict[str, Any]
+) -> None:
+    """The lines of other dtypes than the plans', each with weights of its own.
+
+    Args:
+        opened: `Sampler.open`, of arguments and a dtype.
+        same: arguments that say all that the first plan says, for precisions that may have none.
+    """
+    for precision in table.precisions:
+        table.fill_precision(opened(same, dtype=precision), precision)
+    if table.quick:
+        return
+    with fitting(table.rounded, table.reordered[table.other_dtype]):
+        sampler = opened(arguments, dtype=table.other_dtype)
+        with told("encoding", table.progress):
+            call = sampler.prepare(table.batches[0])
+        table.fill(sampler, call)
 
 
 RANGES = {"psnr": (0.0, EQUAL_PSNR), "ssim": (-1.0, 1.0), "lpips": (0.0, math.inf)}
@@ -314,27 +326,6 @@ def _check(
             raise ValueError(f"limits has {metric}={limit}, but {metric} is {least:g} to {most:g}.")
     if "lpips" in limits and lpips is None:
         raise ValueError(f"A limit of {limits['lpips']} on LPIPS needs the metric's weights: give lpips too.")
-
-
-def _by_precision(
-    plans: Mapping[str, Plan], precisions: Sequence[str], own: str | None
-) -> tuple[dict[str, Plan], dict[str, dict[str, Plan]]]:
-    """Plans of the report's own dtype, and those of each precision beside it.
-
-    Raises:
-        ValueError: names what cannot be set beside what.
-    """
-    if unknown := [one for one in precisions if one not in PRECISIONS or one == own or precisions.count(one) > 1]:
-        raise ValueError(f"precisions has {unknown[0]!r}: different ones of {', '.join(PRECISIONS)}, not dtype's own.")
-    others = {
-        precision: {name: plan for name, plan in plans.items() if plan.setting.precision == precision}
-        for precision in precisions
-    }
-    rest = {name: plan for name, plan in plans.items() if plan.setting.precision not in precisions}
-    if not rest:
-        names = " and ".join(precisions)
-        raise ValueError(f"All plans are of {names}: give one of dtype={own}, too, or dtype={precisions[0]!r}.")
-    return rest, others
 
 
 def _check_plans(plans: Mapping[str, Plan], setting: Setting) -> None:

@@ -1,7 +1,7 @@
 """What a quality report says: its lines, their statistics, the gate, and the two files that hold them."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
@@ -16,6 +16,7 @@ from dfa2_jax.plan.plan import Plan
 from dfa2_jax.report import metrics as quality
 from dfa2_jax.report.attention_maps import Masses, draw
 from dfa2_jax.report.page import page
+from dfa2_jax.weights.dtypes import PRECISIONS
 
 HIGHER_IS_BETTER = {"limit_psnr": True, "psnr": True, "ssim": True, "lpips": False, "clip": True}
 WORST = 5
@@ -107,6 +108,27 @@ class Line:
     def extreme(self, metric: str) -> float:
         """The worst image's."""
         return (min if HIGHER_IS_BETTER[metric] else max)(self.scores[metric])
+
+
+def by_precision(
+    plans: Mapping[str, Plan], precisions: Sequence[str], own: str | None
+) -> tuple[dict[str, Plan], dict[str, dict[str, Plan]]]:
+    """Plans of the report's own dtype, and those of each precision beside it.
+
+    Raises:
+        ValueError: names what cannot be set beside what.
+    """
+    if unknown := [one for one in precisions if one not in PRECISIONS or one == own or precisions.count(one) > 1]:
+        raise ValueError(f"precisions has {unknown[0]!r}: different ones of {', '.join(PRECISIONS)}, not dtype's own.")
+    others = {
+        precision: {name: plan for name, plan in plans.items() if plan.setting.precision == precision}
+        for precision in precisions
+    }
+    rest = {name: plan for name, plan in plans.items() if plan.setting.precision not in precisions}
+    if not rest:
+        names = " and ".join(precisions)
+        raise ValueError(f"All plans are of {names}: give one of dtype={own}, too, or dtype={precisions[0]!r}.")
+    return rest, others
 
 
 @dataclass(frozen=True)
