@@ -58,7 +58,8 @@ def plans(pipeline: Pipeline, learn: list[str], args: argparse.Namespace) -> Ite
         plan = calibrate(pipeline, learn, speedup=speedup, **shape)
         record = plan.step_calibration
         assert record is not None
-        told = {"nodes": plan.nodes, "growth": [round(x, 3) for x in record.growth], "psnr_offset": record.psnr_offset}
+        told = {"nodes": plan.nodes, "growth": [round(x, 3) for x in record.growth]}
+        told |= {"unfitted": [run.model_dump() for run in record.unfitted]}
         errors = {"predicted_error": record.predicted_error, "measured_error": record.measured_error}
         yield "steps", told | errors | {"calibration_psnr": round(record.psnr, 3)}, plan
         again = plan.resolve(speedup=speedup)

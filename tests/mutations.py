@@ -15,7 +15,7 @@ from dfa2_jax.io.digest import digest_of
 from dfa2_jax.io.errors import CheckpointError
 from dfa2_jax.plan.method import Method, PlanError
 from dfa2_jax.plan.plan import Plan
-from dfa2_jax.plan.setting import AttentionLayer, CalibrationRecord, Density, Setting, StepCalibration
+from dfa2_jax.plan.setting import AttentionLayer, CalibrationRecord, Density, Setting, StepCalibration, UnfittedRun
 from dfa2_jax.weights.safetensors import open_weights
 
 INDEX = "diffusion_pytorch_model.safetensors.index.json"
@@ -354,10 +354,12 @@ def step_plan(steps: int = 9) -> Plan:
     basis = np.stack([np.cos(number * 2 * time) for number in range(4)], axis=1)
     velocities = basis @ generator.normal(size=(4, 50))
     gram = (velocities @ velocities.T / 50).tolist()
+    unfitted = tuple(UnfittedRun(predicted_error=1 / x, measured_psnr=kept) for x, kept in ((1e2, 32.5), (1e4, 54.5)))
     record = StepCalibration(
         prompts_sha256="sha256:0", num_prompts=2, seed=0, guidance_scale=7.0, dtype="float32",
         versions={"jax": "0.10.2"},
-        gram=tuple(map(tuple, gram)), growth=tuple(np.linspace(4, 1, steps + 1).tolist()), psnr_offset=14.5,
+        gram=tuple(map(tuple, gram)), growth=tuple(np.linspace(4, 1, steps + 1).tolist()),
+        unfitted=unfitted,
         predicted_error=0.0, measured_error=None,
     )  # fmt: skip
     return replace(Plan.full(setting), step_calibration=record).resolve(speedup=steps / 4)

@@ -209,7 +209,7 @@ class Plan:
             nodes = search.nodes(count_for(speedup, search.num_steps))
         else:
             assert psnr is not None
-            nodes = search.for_psnr(psnr + MARGIN, record.psnr_offset)
+            nodes = search.for_psnr(psnr + MARGIN, record.predicted_psnr)
             promised = record.predicted_psnr(nodes.predicted_error) - MARGIN
             if record.target == "converged" and promised < psnr:
                 raise ValueError(

@@ -1,10 +1,12 @@
 """What a plan is bound to, and how it was found: the records in its file."""
 
 import logging
+from collections.abc import Sequence
 from itertools import pairwise
 from math import log10
 from typing import Annotated, Any, Literal
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from dfa2_jax.weights.dtypes import Precision
@@ -82,6 +84,30 @@ class Setting(Record):
         return self.model_dump(mode="json", exclude_defaults=True)
 
 
+class UnfittedRun(Record):
+    """What a plan kept whose coefficients are of gram alone, on the calibration prompts."""
+
+    predicted_error: NotNegative
+    """As in `StepCalibration`."""
+    measured_psnr: Decibels
+    """Mean PSNR of the run's images against the target's, in dB."""
+
+
+def decibels(error: float) -> float:
+    """A mean square in dB, -120 at least."""
+    return 10 * log10(max(error, 1e-12))
+
+
+def predicted_psnr(runs: Sequence[UnfittedRun], error: float) -> float:
+    """In dB against the target's images, of an unfitted plan with this predicted error; a smaller one never has less.
+
+    Between the runs that were measured, a line; beyond them, one dB for each dB of the error.
+    """
+    expected, measured = np.array(sorted((-decibels(run.predicted_error), run.measured_psnr) for run in runs)).T
+    measured = np.maximum.accumulate(measured)
+    return float(np.interp(-decibels(error), expected, measured - expected)) - decibels(error)
+
+
 class StepCalibration(Record):
     """How the steps of a plan were found, and all that is needed to find others without a model."""
 
@@ -99,9 +125,8 @@ class StepCalibration(Record):
     """Mean products of the target's velocities; of a converged one, then of its moves from level to level."""
     growth: Annotated[tuple[NotNegative, ...], Field(strict=False)]
     """By noise level: what a squared error there has grown by at the end."""
-    psnr_offset: Decibels
-    """Predicted PSNR of images is this less 10 log10 of the latents' mean squared error. It is measured once, in the
-    run that growth is from, for all plans."""
+    unfitted: Annotated[tuple[UnfittedRun, ...], Field(strict=False, min_length=1, max_length=8)]
+    """Runs that show what PSNR a predicted error comes to: measured once, for all plans."""
     predicted_error: NotNegative
     """Mean squared error of the latents at the end, by gram and growth alone."""
     measured_error: NotNegative | None
@@ -122,8 +147,8 @@ class StepCalibration(Record):
         return self
 
     def predicted_psnr(self, error: float) -> float:
-        """In dB against the target's images, of latents with this mean squared error."""
-        return self.psnr_offset - 10 * log10(max(error, 1e-12))
+        """In dB against the target's images, of a plan with this predicted error, which never ran."""
+        return predicted_psnr(self.unfitted, error)
 
     @property
     def psnr(self) -> float:

@@ -7,7 +7,7 @@ A gap's error counts by how much the sampler makes of it until the end (`growth`
 nodes then finds the nodes with the least sum, for every number of nodes at once.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -161,11 +161,15 @@ class StepSearch:
             total += error * float(self.growth[following])
         return Nodes(steps, np.array(coefficients), total)
 
-    def for_psnr(self, psnr: float, offset: float) -> Nodes:
-        """The fewest that are predicted to reach `psnr` in dB; all, where none does."""
+    def for_psnr(self, psnr: float, predicted: Callable[[float], float]) -> Nodes:
+        """The fewest that are predicted to reach `psnr` in dB; all, where none does.
+
+        Args:
+            predicted: PSNR of a predicted error.
+        """
         for count in sorted(self.paths):
             nodes = self.nodes(count)
-            if offset - 10 * np.log10(max(nodes.predicted_error, 1e-12)) >= psnr:
+            if predicted(nodes.predicted_error) >= psnr:
                 return nodes
         return self.nodes(self.num_steps)
 

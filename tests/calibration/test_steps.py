@@ -13,7 +13,8 @@ from dfa2_jax import Plan, PlanError, calibrate
 from dfa2_jax.calibration import steps as of_steps
 from dfa2_jax.calibration.journal import Journal
 from dfa2_jax.options import Options
-from dfa2_jax.plan.steps import StepSearch, euler_coefficients
+from dfa2_jax.plan.setting import UnfittedRun
+from dfa2_jax.plan.steps import Nodes, StepSearch, euler_coefficients
 from dfa2_jax.sampling.guidance import ClassifierFree, SkipLayer
 from dfa2_jax.sampling.solvers.flow_euler import FlowMultistep
 
@@ -51,6 +52,33 @@ def test_the_plan_s_own_run_is_as_near_as_it_says(name, planned):
     ]
     psnr = np.mean(-10 * np.log10(np.mean(np.square(images[0] - images[1]), axis=(1, 2, 3))))
     assert psnr == pytest.approx(record.psnr, abs=0.1)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_plans_that_never_ran_keep_what_two_of_them_kept(name, planned):
+    """`resolve` promises of these numbers of nodes what their own runs had."""
+    pipeline, plan = planned(name)
+    dense = pipeline(PROMPTS, output_type="np", **CALL, **CASES[name]).images
+    runs = plan.step_calibration.unfitted
+    for count, run in zip((3, 5), runs, strict=True):  # 0.35 and 0.6 of 8 steps
+        resolved = plan.resolve(speedup=8 / count)
+        assert len(resolved.nodes) == count
+        assert resolved.step_calibration.predicted_error == run.predicted_error
+        assert resolved.step_calibration.psnr == pytest.approx(run.measured_psnr)
+        images = pipeline(PROMPTS, output_type="np", plan=resolved, progress=False).images
+        kept = np.mean(-10 * np.log10(np.mean(np.square(images - dense), axis=(1, 2, 3))))
+        assert kept == pytest.approx(run.measured_psnr, abs=0.1)
+
+
+@pytest.mark.parametrize("target", ["dense", "converged"])
+@pytest.mark.parametrize("steps", [2, 3])
+def test_few_steps_are_calibrated_too(steps, target, pipelines):
+    """Where both plans that show what others keep have one node, one of them runs."""
+    call = CALL | {"num_inference_steps": steps}
+    plan = calibrate(pipelines("tiny_flux_dev"), PROMPTS[:1], **call, speedup=1.0, target=target)
+    assert len(plan.nodes) == steps and len(plan.step_calibration.unfitted) == steps - 1
+    promised = [plan.resolve(speedup=steps / count).step_calibration.psnr for count in range(1, steps + 1)]
+    assert promised == sorted(promised) and np.isfinite(promised).all()
 
 
 @pytest.mark.torch
@@ -107,22 +135,42 @@ def test_a_plan_to_the_limit_is_nearer_to_it_than_the_dense_run(name, pipelines,
     assert len(again.nodes) == 4 and again.step_calibration.target == "converged"
 
 
+RATES, TENTHS = np.linspace(-2, 2, 30).reshape(1, 6, 5).astype(np.float32), np.linspace(1, 0, 11)
+
+
+class Flow(of_steps.StepRuns):
+    """Ten steps of a linear flow, whose solution is known."""
+
+    def __init__(self):
+        start = SimpleNamespace(latents=np.ones_like(RATES))
+        self.call = SimpleNamespace(start=lambda: start, request=SimpleNamespace(steps=10))
+        self.ran = []
+
+    def step(self, x, step, part=0):
+        self.ran.append(step)
+        velocity = RATES * x
+        return x + np.float32(TENTHS[step + 1] - TENTHS[step]) * velocity, velocity
+
+
+@pytest.mark.parametrize(("target", "ran"), [("dense", [5, 7]), ("converged", [1, 2, 5, 7])])
+def test_an_unfitted_run_takes_from_the_target_where_it_starts_alike(target, ran):
+    runs = Flow()
+    target = getattr(of_steps.Trajectory, target)(*([runs] if target == "dense" else [runs, TENTHS]))
+    search = StepSearch(TENTHS, target.gram(moved=len(ran) > 2), np.ones(11))
+    steps = (0, 1, 2, 5, 7)
+    bounds = zip((None, *steps), steps, (*steps[1:], 10), strict=False)
+    nodes = Nodes(steps, np.array([search.move(*bound)[0] for bound in bounds]), 0.0)
+    runs.ran.clear()
+    end = of_steps.StepPlans(runs, {}, target, search, target.latents[-1]).run(nodes)
+    assert runs.ran == ran
+    x, last = np.ones_like(RATES), 0
+    for now, before in nodes.coefficients:
+        x, last = x + now * RATES * x + before * last, RATES * x
+    np.testing.assert_allclose(end, x, rtol=1e-5)
+
+
 def test_a_plan_of_half_the_steps_follows_a_smooth_flow_to_its_end():
-    """A linear flow, whose solution is known."""
-    rates = np.linspace(-2, 2, 30).reshape(1, 6, 5).astype(np.float32)
-    sigmas = np.linspace(1, 0, 11)
-    start, end = np.ones_like(rates), np.exp(-rates)
-
-    class Runs(of_steps.StepRuns):
-        def __init__(self):
-            start_of = SimpleNamespace(latents=start)
-            self.call = SimpleNamespace(start=lambda: start_of, request=SimpleNamespace(steps=10))
-
-        def step(self, x, step, part=0):
-            velocity = rates * x
-            return x + np.float32(sigmas[step + 1] - sigmas[step]) * velocity, velocity
-
-    runs = Runs()
+    sigmas, end, runs = TENTHS, np.exp(-RATES), Flow()
     dense, limit = of_steps.Trajectory.dense(runs), of_steps.Trajectory.converged(runs, sigmas)
     errors = [np.mean(np.square(run.latents[-1] - end)) for run in (dense, limit)]
     assert errors[1] < errors[0] / 100
@@ -184,7 +232,7 @@ def test_an_interrupted_calibration_goes_on(pipelines, planned, tmp_path, monkey
 
     def stop(self, *record):
         add(self, *record)
-        if len(self.places) == 11:  # of 8 dense steps, 6 perturbed and 4 of the plan
+        if len(self.places) == 16:  # of 8 dense steps, 6 perturbed, 2 + 4 of unfitted plans and 3 of the plan
             raise KeyboardInterrupt
 
     monkeypatch.setattr(Journal, "add", stop)
@@ -193,9 +241,9 @@ def test_an_interrupted_calibration_goes_on(pipelines, planned, tmp_path, monkey
     path.write_bytes(path.read_bytes() + b"a torn record")
     monkeypatch.setattr(Journal, "add", lambda self, *record: (made.append(1), add(self, *record)))
     assert calibrate(pipeline, PROMPTS, **CALL, speedup=2.0, resume=path) == whole
-    assert len(made) == 6  # the plan's first step is the dense run's
+    assert len(made) == 7  # the plans' first step is the dense run's
     faster = calibrate(pipeline, PROMPTS, **CALL, speedup=4.0, resume=path)
-    assert len(made) <= 7, "the dense run serves another budget"
+    assert len(made) <= 8, "the dense run and unfitted ones serve another budget"
     assert faster == calibrate(pipeline, PROMPTS, **CALL, speedup=4.0)
     with pytest.raises(ValueError, match="remove it to start anew"):
         calibrate(pipeline, PROMPTS[:1], **CALL, speedup=2.0, resume=path)
@@ -318,21 +366,24 @@ def test_a_promise_has_a_margin(first, no_shape_checks):
     """Plans have a PSNR of 20 dB and 3 for each node: 7 nodes for 38 dB, wherever the search begins."""
 
     class Plans(of_steps.StepPlans):
-        psnr_offset = 0.0
+        unfitted = (UnfittedRun(predicted_error=1.0, measured_psnr=0.0),)  # promises 0 dB of an error of 1
 
         def fitted(self, count):
             fits.append(count)
-            record = SimpleNamespace(psnr=20.0 + 3 * count, predicted_error=0.0)
+            record = SimpleNamespace(psnr=20.0 + 3 * count, predicted_error=1.0)
             return SimpleNamespace(nodes=range(count), step_calibration=record)
 
-    def guess(psnr, offset):
+    def guess(psnr, predicted):
         """Before the first run, any number; then by that run's PSNR, one node to 3 dB."""
-        count = first if offset == 0 else fits[-1] + int(np.ceil((psnr - (offset + 120)) / 3))
+        assert predicted(1.0) == 0
+        count = fits[-1] + int(np.ceil(psnr / 3)) if fits else first
         return SimpleNamespace(steps=range(min(max(count, 1), 9)))
 
     search = SimpleNamespace(num_steps=9, paths=range(1, 10), nodes=lambda count: count, for_psnr=guess)
     plans, fits = Plans(None, {"target": "dense"}, None, search, None), []
     assert len(plans.for_psnr(38.0).nodes) == 7 and len(fits) <= 3
+    fits.clear()
     assert len(plans.for_psnr(99.0).nodes) == 9, "every step is the dense run"
+    fits.clear()
     with pytest.raises(ValueError, match="psnr=99.0 to the limit is more than 9 steps can promise, 44.0 dB"):
         Plans(None, {"target": "converged"}, None, search, None).for_psnr(99.0)

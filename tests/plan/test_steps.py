@@ -9,6 +9,7 @@ import pytest
 from mutations import sample_plan, step_plan
 
 from dfa2_jax import Plan, PlanError
+from dfa2_jax.plan.setting import UnfittedRun, predicted_psnr
 from dfa2_jax.plan.steps import MAX_GAP, StepSearch, count_for, euler_coefficients
 
 
@@ -129,7 +130,16 @@ FAULTS = {
     ),
     "rising": (lambda c: c["step_calibration"]["growth"].__setitem__(9, 5.0), "(?s)growth is .*: it never rises"),
     "no growth": (lambda c: c["step_calibration"].update(growth=[0.0] * 10), "(?s)from below 1e.12 to above 0"),
-    "offset": (lambda c: c["step_calibration"].update(psnr_offset=1e308), "less than or equal to 200"),
+    "PSNR": (
+        lambda c: c["step_calibration"]["unfitted"][1].update(measured_psnr=1e308),
+        "unfitted.1.measured_psnr: Input should be less than or equal to 200",
+    ),
+    "error": (
+        lambda c: c["step_calibration"]["unfitted"][0].update(predicted_error=-1.0),
+        "unfitted.0.predicted_error: Input should be greater than or equal to 0",
+    ),
+    "no unfitted": (lambda c: c["step_calibration"].update(unfitted=[]), "unfitted: Tuple should have at least 1 item"),
+    "an older one": (lambda c: c["step_calibration"].pop("unfitted"), "step_calibration.unfitted: Field required"),
     "shares": (
         lambda c: c["step_calibration"].update(attention_share=0.7, projection_share=0.4),
         "attention_share and projection_share are 1.1 of a step together, not 1 at most",
@@ -167,6 +177,40 @@ def test_another_budget_promises_the_same_from_every_plan_of_a_measurement(caplo
     assert not caplog.records
     plan.resolve(psnr=30.0)
     assert "below 37 dB other prompts can be worse" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("runs", "error", "want"),
+    [
+        ([(1e-2, 30.0), (1e-4, 60.0)], 1e-2, 30.0),
+        ([(1e-2, 30.0), (1e-4, 60.0)], 1e-3, 45.0),  # between them, a line
+        ([(1e-4, 60.0), (1e-2, 30.0)], 1e-3, 45.0),
+        ([(1e-2, 30.0), (1e-4, 60.0)], 1e-1, 20.0),  # beyond them, dB for dB
+        ([(1e-2, 30.0), (1e-4, 60.0)], 1e-7, 90.0),
+        ([(1e-2, 30.0), (1e-4, 60.0)], 0.0, 140.0),
+        ([(1e-2, 30.0)], 1e-3, 40.0),
+        ([(1e-2, 33.0), (1e-4, 32.0)], 1e-3, 33.0),  # a smaller error never has less
+        ([(1e-2, 33.0), (1e-4, 32.0)], 1e-5, 43.0),
+        ([(1e-3, 30.0), (1e-3, 33.0)], 1e-3, 33.0),
+        ([(0.0, 110.0), (0.0, 120.0)], 0.0, 120.0),
+        ([(0.0, 110.0), (0.0, 120.0)], 1e-3, 20.0),
+    ],
+)
+def test_runs_say_what_psnr_an_error_comes_to(runs, error, want):
+    runs = [UnfittedRun(predicted_error=expected, measured_psnr=measured) for expected, measured in runs]
+    assert predicted_psnr(runs, error) == pytest.approx(want)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_more_nodes_never_promise_less(seed):
+    """Flows are smooth or noise, and the two runs may contradict the search."""
+    generator = np.random.default_rng(seed)
+    search, _ = search_of(int(generator.integers(2, 14)), seed, smooth=1 + 2 * seed)
+    errors = [search.nodes(count).predicted_error for count in sorted(search.paths)]
+    assert all(a >= b for a, b in pairwise(errors))
+    runs = [UnfittedRun(predicted_error=float(generator.uniform()), measured_psnr=float(x)) for x in (40, 30)]
+    kept = [predicted_psnr(runs, error) for error in errors]
+    assert all(a <= b for a, b in pairwise(kept))
 
 
 def test_another_budget_needs_no_model():
