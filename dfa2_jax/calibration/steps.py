@@ -150,7 +150,7 @@ def growth(runs: StepRuns, dense: Trajectory, sigmas: np.ndarray) -> tuple[Float
     out; only errors in the flow's own directions count.
     """
     steps = len(sigmas) - 1
-    begin = max(2, steps // 5)
+    begin = min(max(2, steps // 5), steps)
     moves = np.diff(sigmas)[:begin]
     gap = np.tensordot(moves, dense.velocities[:begin] - dense.velocities[0], 1)
     scale = np.sqrt(mean_square(gap))
