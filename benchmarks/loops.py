@@ -125,12 +125,15 @@ class Loop:
         return self.dense(start, stop, attend=NoAttention())
 
     def planned(self, caches: Any, plan: Plan, start: int, stop: int, **options: Any) -> tuple[jax.Array, Any]:
+        plans, state = self.head_plans(plan), self.start(caches)
+        state = denoise_planned(self.graph, self.params, state, self.inputs, plans, start, stop, **options)
+        return state.latents, state.memory
+
+    def head_plans(self, plan: Plan) -> HeadPlans:
         half_window, head_order = (
             by_stack(self.calls, pad_steps(x), axis=1) for x in (plan.half_windows(), plan.head_order())
         )
-        plans, state = HeadPlans(half_window, head_order, np.zeros((), np.int32)), self.start(caches)
-        state = denoise_planned(self.graph, self.params, state, self.inputs, plans, start, stop, **options)
-        return state.latents, state.memory
+        return HeadPlans(half_window, head_order, np.zeros((), np.int32))
 
     def plan(self, target: float, *, reuse: float) -> Plan:
         """A plan that keeps a share of all query-key pairs after the first step, with as many full heads as possible.

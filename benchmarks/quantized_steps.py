@@ -8,7 +8,8 @@ every case, in benchmarks/results/quantized_steps_<platform>.json.
 
 import argparse
 import json
-from functools import partial
+from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -18,36 +19,59 @@ import jax
 from benchmarks.loops import Loop, interleaved, ratio
 from benchmarks.machine import describe_machine
 from benchmarks.sampling import CPU, GPU, Case
-from dfa2_jax import Plan
 from dfa2_jax.io.atomic import write_whole
+from dfa2_jax.sampling.loop import denoise, denoise_planned
 
 DTYPES = (None, "float8", "int8")
 
 
 class Runs:
-    """A model in one precision, dense and by a plan."""
+    """A model in one precision, dense and by a plan, compiled ahead of time."""
 
     def __init__(self, case: Case, precision: str | None, steps: int, keep: float):
         self.loop: Loop = case(steps + 1, precision)
-        self.plan: Plan = self.loop.plan(keep, reuse=0.5)
         self.caches, self.stop = self.loop.caches(), 1 + steps
+        self.plans = self.loop.head_plans(self.loop.plan(keep, reuse=0.5))
+        loop, inputs = self.loop, self.loop.inputs
+        self.lowered = {
+            "dense": denoise.lower(loop.graph, loop.params, loop.start(), inputs, 0, 0),
+            "planned": denoise_planned.lower(
+                loop.graph, loop.params, loop.start(self.caches), inputs, self.plans, 0, 0
+            ),
+        }
+        self.compiled: dict[str, Any] = {}
+
+    def compile(self, kind: str) -> None:
+        self.compiled[kind] = self.lowered[kind].compile()
 
     def dense(self) -> jax.Array:
-        return self.loop.dense(1, self.stop)
+        loop = self.loop
+        return self.compiled["dense"](loop.params, loop.start(), loop.inputs, 1, self.stop).latents
 
     def planned(self) -> jax.Array:
-        latents, self.caches = self.loop.planned(self.caches, self.plan, 1, self.stop)
-        return latents
+        loop, start = self.loop, self.loop.start(self.caches)
+        state = self.compiled["planned"](loop.params, start, loop.inputs, self.plans, 1, self.stop)
+        self.caches = state.memory
+        return state.latents
+
+    def peak_gb(self, kind: str) -> float:
+        """What a loop needs, with all that it is given."""
+        memory = self.compiled[kind].memory_analysis()
+        given = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+        return (given + memory.temp_size_in_bytes) / 1e9
 
 
 def measure(case: Case, rounds: int, steps: int, keep: float) -> dict[str, Any]:
     every = {dtype or jax.numpy.dtype(case.dtype).name: Runs(case, dtype, steps, keep) for dtype in DTYPES}
     first = next(iter(every))
-    calls = {f"{name}, {kind}": partial(getattr(runs, kind)) for name, runs in every.items() for kind in KINDS}
+    with ThreadPoolExecutor() as compilers:  # XLA times its choices of products one at a time all the same
+        list(compilers.map(lambda pair: pair[0].compile(pair[1]), product(every.values(), KINDS)))
+    calls = {f"{name}, {kind}": getattr(runs, kind) for name, runs in every.items() for kind in KINDS}
     times = interleaved(calls, rounds)
     nbytes = {name: sum(x.nbytes for x in jax.tree.leaves(runs.loop.params)) / 1e9 for name, runs in every.items()}
     return {
         "weights_gb": nbytes,
+        "peak_gb": {f"{name}, {kind}": runs.peak_gb(kind) for name, runs in every.items() for kind in KINDS},
         "ms_per_step": {name: 1e3 * median(values) / steps for name, values in times.items()},
         "speedup": {name: ratio(times, f"{first}, dense", name) for name in times},
         "kept": keep,

@@ -1,8 +1,9 @@
 """The contract between `products` and the backends that multiply 8-bit operands."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Generic, Literal, Protocol, runtime_checkable
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Num
 
@@ -38,6 +39,15 @@ class Product(Generic[A]):
     def columns(self) -> int:
         """How many the result has."""
         return self.pairs[0][1].shape[1] if self.heads is None else self.heads.shape[0] * self.head_dim
+
+    @property
+    def abstract(self) -> "Product[jax.ShapeDtypeStruct]":
+        """The same of shapes alone, which a jitted function can be told apart by."""
+
+        def shape(x: Any) -> Any:
+            return jax.ShapeDtypeStruct(x.shape, x.dtype) if isinstance(x, jax.Array) else x
+
+        return Product(**{field.name: jax.tree.map(shape, getattr(self, field.name)) for field in fields(self)})
 
 
 @runtime_checkable
