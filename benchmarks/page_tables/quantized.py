@@ -23,7 +23,11 @@ def quantized_toy(data: Any) -> Iterator[list[str]]:
         yield [f"`{one['dtype']}`" if kinds is None else "", layers, psnr, ssim]
 
 
-@table("quantized-steps", "quantized_steps_gpu.json", "model, size | dtype | weights, GB | dense, ms | by a plan, ms")
+@table(
+    "quantized-steps",
+    "quantized_steps_gpu.json",
+    "model, size | dtype | weights, GB | peak, GB | dense, ms | by a plan, ms",
+)
 def quantized_steps(data: Any) -> Iterator[list[str]]:
     for case, one in data["rows"].items():
         for dtype, nbytes in one["weights_gb"].items():
@@ -31,7 +35,8 @@ def quantized_steps(data: Any) -> Iterator[list[str]]:
                 f"{one['ms_per_step'][name]:.1f} ({one['speedup'][name]:.2f}x)"
                 for name in (f"{dtype}, dense", f"{dtype}, planned")
             )
-            yield [f"{case} px", f"`{dtype}`", f"{nbytes:.1f}", dense, planned]
+            peak = f"{one['peak_gb'][f'{dtype}, planned']:.1f}"
+            yield [f"{case} px", f"`{dtype}`", f"{nbytes:.1f}", peak, dense, planned]
 
 
 CHOICES = ("int8", "int8, Hadamard", "int8, blocks", "e4m3", "e4m3, Hadamard", "e4m3, blocks")
