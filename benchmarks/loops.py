@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass
 from functools import partial
 from statistics import median
@@ -21,6 +22,8 @@ from dfa2_jax.families.sd3.positions import crop_positions
 from dfa2_jax.families.sd3.transformer import PositionTable, SD3Conditions
 from dfa2_jax.nn.attention import Planned, by_stack
 from dfa2_jax.nn.quantize import quantize
+from dfa2_jax.parallel.dealing import deal_plan
+from dfa2_jax.parallel.mesh import DeviceMesh
 from dfa2_jax.plan.plan import FULL_METHOD
 from dfa2_jax.plan.setting import AttentionLayer, Setting
 from dfa2_jax.sampling.guidance import ClassifierFree, NoGuidance
@@ -79,6 +82,7 @@ class Loop:
         if precision is not None:
             quantize(module, precision)
         self.graph, shapes = nnx.split(module)
+        self.mesh: DeviceMesh | None = None
         self.params, self.dtype = random_like(shapes), jnp.dtype(dtype)
         self.batch = 2 if guided else 1
         draw = np.random.default_rng(0).standard_normal
@@ -87,7 +91,7 @@ class Loop:
         inputs = Inputs(
             conditions=self.conditions(draw, side, flux=class_name.startswith("Flux")),
             timesteps=pad_steps(sinusoid(1000 * sigmas[:-1])),
-            guidance=ClassifierFree.constant(4, steps) if guided else NoGuidance(),
+            guidance=ClassifierFree.constant(4.0, steps) if guided else NoGuidance(),
             solver=FlowMultistep.euler(sigmas),
         )
         self.inputs = jax.device_put(inputs)
@@ -104,16 +108,24 @@ class Loop:
         table = np.zeros((config.pos_embed_max_size**2, config.width), np.float32)
         return SD3Conditions(text, pooled, crop_positions(table, side, side))
 
+    def on(self, devices: int) -> "Loop":
+        """The same on the first of JAX's devices, with the same weights."""
+        loop = copy(self)
+        loop.mesh = DeviceMesh.of(jax.devices()[:devices], self.batch)
+        loop.params, loop.inputs = loop.mesh.put((self.params, self.inputs))
+        return loop
+
     def caches(self) -> dict[str, jax.Array]:
         """What a plan's attention remembers before the first step."""
         heads = self.config.num_attention_heads, self.config.attention_head_dim
-        return empty_memory(Planned(), stack_shapes(self.calls, self.batch, heads, self.dtype), images=1)
+        return empty_memory(Planned(), stack_shapes(self.calls, self.batch, heads, self.dtype, self.mesh), images=1)
 
     def start(self, caches: Any = None) -> State:
         """Before the first step; with what a plan's attention remembers."""
         return State(self.latents, np.zeros_like(self.latents), caches)
 
     def dense(self, start: int, stop: int, **options: Any) -> jax.Array:
+        options |= {"mesh": self.mesh}
         return denoise(self.graph, self.params, self.start(), self.inputs, start, stop, **options).latents
 
     def shares(self) -> StepShares:
@@ -125,14 +137,15 @@ class Loop:
         return self.dense(start, stop, attend=NoAttention())
 
     def planned(self, caches: Any, plan: Plan, start: int, stop: int, **options: Any) -> tuple[jax.Array, Any]:
-        plans, state = self.head_plans(plan), self.start(caches)
+        plans, state, options = self.head_plans(plan), self.start(caches), options | {"mesh": self.mesh}
         state = denoise_planned(self.graph, self.params, state, self.inputs, plans, start, stop, **options)
         return state.latents, state.memory
 
     def head_plans(self, plan: Plan) -> HeadPlans:
-        half_window, head_order = (
-            by_stack(self.calls, pad_steps(x), axis=1) for x in (plan.half_windows(), plan.head_order())
-        )
+        windows, order = plan.half_windows(), plan.head_order()
+        if self.mesh is not None and self.mesh.tokens > 1:
+            windows, order = deal_plan(windows, [*self.layers.values()], self.mesh.tokens)
+        half_window, head_order = (by_stack(self.calls, pad_steps(x), axis=1) for x in (windows, order))
         return HeadPlans(half_window, head_order, np.zeros((), np.int32))
 
     def plan(self, target: float, *, reuse: float) -> Plan:

@@ -204,8 +204,23 @@ def _add_verify(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def devices(text: str) -> int | str:
+    """The argument of --devices; its name is in argparse's message."""
+    return text if text == "all" else int(text)
+
+
+def _add_devices(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--devices",
+        type=devices,
+        metavar="N",
+        help='GPUs that share the work: their number, or "all"; default: one',
+    )
+
+
 def _add_dtype(parser: argparse.ArgumentParser) -> None:
     _add_verify(parser)
+    _add_devices(parser)
     parser.add_argument(
         "--dtype",
         *ALIASES["dtype"],

@@ -12,6 +12,7 @@ import pytest
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_num_cpu_devices", 8)
 
 # Modules that import torch at their top cannot even be collected without it: `-m "not torch"` leaves them out.
 NEED_TORCH = re.compile(r"^(import|from) (torch|torch_models|torch_reference|diffusers|tiny)\b", re.MULTILINE)

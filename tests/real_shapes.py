@@ -11,6 +11,7 @@ from dfa2_jax.families.flux.transformer import FluxConditions
 from dfa2_jax.families.registry import networks
 from dfa2_jax.families.sd3.transformer import PositionTable, SD3Conditions
 from dfa2_jax.nn.quantize import quantize
+from dfa2_jax.parallel.mesh import DeviceMesh
 from dfa2_jax.sampling.guidance import ClassifierFree, NoGuidance
 from dfa2_jax.sampling.inputs import STEP_BLOCK, Inputs
 from dfa2_jax.sampling.loop import HeadPlans, State
@@ -87,15 +88,18 @@ def denoise_arguments(name: str, pixels: int, precision: str | None = None) -> t
     return graph, params, abstract(State, latents, latents, None), inputs, step, step
 
 
-def planned_arguments(name: str, pixels: int, precision: str | None = None) -> tuple[Any, ...]:
+def planned_arguments(
+    name: str, pixels: int, precision: str | None = None, mesh: DeviceMesh | None = None
+) -> tuple[Any, ...]:
     """(graph, params, state, inputs, plans, start, stop) of `sampling.loop.denoise_planned`."""
     graph, params, state, inputs, start, stop = denoise_arguments(name, pixels, precision)
     config = networks()[PUBLISHED[name].class_name].config(PUBLISHED[name].config)
     batch, num_text = inputs.conditions.text.shape[:2]
     heads = config.num_attention_heads, config.attention_head_dim
-    memory = stack_shapes(config.calls(num_text, state.latents.shape[1]), batch, heads, jnp.bfloat16)
+    memory = stack_shapes(config.calls(num_text, state.latents.shape[1]), batch, heads, jnp.bfloat16, mesh)
+    dealt = heads[0] + (0 if mesh is None else -heads[0] % mesh.tokens)
     half_window = {
-        name: jax.ShapeDtypeStruct((STEP_BLOCK, stack.shape[0], heads[0]), jnp.int32) for name, stack in memory.items()
+        name: jax.ShapeDtypeStruct((STEP_BLOCK, stack.shape[0], dealt), jnp.int32) for name, stack in memory.items()
     }
     plans = abstract(HeadPlans, half_window, half_window, start)
     return graph, params, abstract(State, state.latents, state.latents, memory), inputs, plans, start, stop

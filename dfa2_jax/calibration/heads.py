@@ -100,7 +100,7 @@ class HeadRuns:
 
     def check_memory(self) -> None:
         """Raises MemoryError where the outputs kept from step to step do not fit twice: probes start from a copy."""
-        check_fits([self.call.memory_shapes] * 2, images=self.call.request.batch)
+        check_fits([self.call.memory_shapes()] * 2, images=self.call.request.batch)
 
     @jax.enable_x64(False)
     def compile(self) -> None:

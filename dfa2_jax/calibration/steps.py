@@ -72,7 +72,7 @@ class StepRuns:
         if part:
             times = times + np.diff(times, append=np.float32(0)) * np.float32(part / REFINED)
             inputs = replace(inputs, timesteps=pad_steps(sinusoid(times)))
-        return jax.device_put(inputs)
+        return jax.device_put(inputs) if self.call.mesh is None else self.call.mesh.put(inputs)
 
     def step(self, x: Latents, step: int, part: int = 0) -> tuple[Latents, Latents]:
         """The latents after a step of Euler's, and the guided velocity at `x`; float32.
@@ -91,7 +91,7 @@ class StepRuns:
 
     def _run(self, x: Latents, start: int, stop: int, part: int = 0) -> State:
         pipeline, state = self.call.pipeline, State(x, np.zeros_like(x))
-        transformer, options = pipeline.transformer, {"rounding": pipeline.rounding}
+        transformer, options = pipeline.transformer, {"rounding": pipeline.rounding, "mesh": self.call.mesh}
         with jax.enable_x64(False):
             return denoise(transformer.graph, transformer.params, state, self.inputs(part), start, stop, **options)
 

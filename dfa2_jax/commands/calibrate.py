@@ -30,7 +30,11 @@ def run(args: argparse.Namespace) -> int:
     replaceable(resume)
     with told("loading", not args.quiet):
         pipeline = Pipeline.from_pretrained(
-            args.folder, dtype=args.dtype, text_encoder_dtype=args.text_encoder_dtype, verify=args.verify
+            args.folder,
+            dtype=args.dtype,
+            text_encoder_dtype=args.text_encoder_dtype,
+            devices=args.devices,
+            verify=args.verify,
         )
     warn_unseen(pipeline.fingerprint, [*prompts, args.negative_prompt])
     options: dict[str, Any] = given(args, Options, CALL) | given(args, CalibrationOptions) | {"c": args.c or None}

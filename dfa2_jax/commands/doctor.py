@@ -36,10 +36,12 @@ def run(args: argparse.Namespace) -> int:
         _tell(f"{name} products", f"{choice.implementation}: {choice.why}")
     if advice := missing_kernels(Device.current()):
         _tell("missing", advice)
-    stats = device.memory_stats()
-    if stats and "bytes_limit" in stats:
-        free = stats["bytes_limit"] - stats.get("bytes_in_use", 0)
-        _tell("device memory", f"{free / 1e9:.1f} GB free of {stats['bytes_limit'] / 1e9:.1f} GB that JAX may use")
+    for device in devices():
+        stats = device.memory_stats()
+        if stats and "bytes_limit" in stats:
+            free = stats["bytes_limit"] - stats.get("bytes_in_use", 0)
+            limit = f"{stats['bytes_limit'] / 1e9:.1f} GB that JAX may use"
+            _tell("device memory", f"{free / 1e9:.1f} GB free of {limit}" + f" ({device})" * (len(devices()) > 1))
     pages = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     _tell("host memory", f"{pages / 1e9:.1f} GB free")
     _tell("disk", f"{shutil.disk_usage('.').free / 1e9:.1f} GB free here")

@@ -52,7 +52,11 @@ def run(args: argparse.Namespace) -> int:
     phase = nullcontext if args.quiet else told
     with phase("loading"):
         pipeline = Pipeline.from_pretrained(
-            args.folder, dtype=args.dtype, text_encoder_dtype=args.text_encoder_dtype, verify=args.verify
+            args.folder,
+            dtype=args.dtype,
+            text_encoder_dtype=args.text_encoder_dtype,
+            devices=args.devices,
+            verify=args.verify,
         )
     options: dict[str, Any] = given(args, Options) | {"plan": plan, "progress": not args.quiet}
     options["num_images_per_prompt"] = 1  # a shot is one image

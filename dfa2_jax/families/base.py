@@ -79,6 +79,15 @@ class Conditions(Protocol):
         """Those of the last `count` rows of the batch: guidance's conditional side."""
         ...
 
+    def share(self, rows: Callable[[Any], Any], tokens: Callable[[Any, int], Any]) -> "Conditions":
+        """One device's share.
+
+        Args:
+            rows: cuts an array along its first axis, the batch.
+            tokens: cuts an array along an axis of text or of visual tokens, each on its own.
+        """
+        ...
+
 
 class Config(Protocol):
     """What the pipeline reads of a transformer's config, beside what the family reads itself.

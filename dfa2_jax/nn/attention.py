@@ -196,7 +196,7 @@ class Planned:
     reads_in_place: bool = False
 
     def memory(self, stack: jax.ShapeDtypeStruct) -> Float[Array, "L B T N H"]:
-        return jnp.zeros(stack.shape, stack.dtype)
+        return jnp.zeros(stack.shape, stack.dtype, device=stack.sharding)
 
     def __call__(
         self, project: Project, layout: Layout, memory: Float[Array, "L B T N H"], plan: LayerPlan

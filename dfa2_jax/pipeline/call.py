@@ -12,8 +12,10 @@ from PIL import Image
 from tqdm import tqdm
 
 from dfa2_jax.families.base import Embeddings, Schedule
-from dfa2_jax.nn.attention import Attend, AttentionCall, Planned, by_stack
+from dfa2_jax.nn.attention import Attend, AttentionCall, Planned, by_stack, gpu_kind
 from dfa2_jax.options import Options
+from dfa2_jax.parallel.dealing import deal_plan
+from dfa2_jax.parallel.mesh import DeviceMesh
 from dfa2_jax.pipeline.loaded import Loaded
 from dfa2_jax.pipeline.request import Request, host_array, seeds_of
 from dfa2_jax.plan.method import PlanError
@@ -62,6 +64,17 @@ class Call:
         return self.request.batch * self.inputs.guidance.sides
 
     @cached_property
+    def mesh(self) -> DeviceMesh | None:
+        """The pipeline's devices, as this batch uses them. None: the program is of one device anyway.
+
+        A mesh of one tells kernels that no other GPU takes part.
+        """
+        devices, transformer = self.pipeline.devices, self.pipeline.transformer
+        if self.options.attend is not None or not (devices or (gpu_kind() is not None and jax.device_count() > 1)):
+            return None
+        return DeviceMesh.of(devices or [*jax.tree.leaves(transformer.params)[0].devices()], self.batch)
+
+    @cached_property
     def setting(self) -> Setting:
         """What a plan is bound to."""
         pipeline, request = self.pipeline, self.request
@@ -87,8 +100,11 @@ class Call:
         )
 
     @jax.enable_x64(False)  # what attention remembers is of 32 bits, too
-    def start(self, attend: Attend | None = None) -> State:
+    def start(self, attend: Attend | None = None, mesh: DeviceMesh | None = None) -> State:
         """Before the first step.
+
+        Args:
+            mesh: of devices that share what is remembered.
 
         Raises:
             MemoryError: what `attend` remembers does not fit.
@@ -99,14 +115,13 @@ class Call:
         solver = self.inputs.solver.init(latents)
         if attend is None:
             return State(latents, solver)
-        return State(latents, solver, empty_memory(attend, self.memory_shapes, images=self.request.batch))
+        return State(latents, solver, empty_memory(attend, self.memory_shapes(mesh), images=self.request.batch))
 
-    @property
-    def memory_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
+    def memory_shapes(self, mesh: DeviceMesh | None = None) -> dict[str, jax.ShapeDtypeStruct]:
         """By stack of layers, their outputs."""
         config = self.pipeline.config
         heads = config.num_attention_heads, config.attention_head_dim
-        return stack_shapes(self.layers, self.batch, heads, self.pipeline.dtype)
+        return stack_shapes(self.layers, self.batch, heads, self.pipeline.dtype, mesh)
 
     def num_steps(self, plan: Plan | None) -> int:
         """Steps of the loop: times that the network runs."""
@@ -126,10 +141,11 @@ class Call:
         return self.inputs.at(np.array(plan.nodes), FlowMultistep.of(plan.coefficients))
 
     def step_plans(self, plan: Plan) -> HeadPlans:
-        """A plan as the loop reads it."""
-        half_window, head_order = (
-            by_stack(self.layers, pad_steps(x), axis=1) for x in (plan.half_windows(), plan.head_order())
-        )
+        """A plan as the loop reads it: its heads in the order of their work, or dealt to devices."""
+        windows, order = plan.half_windows(), plan.head_order()
+        if self.mesh is not None and self.mesh.tokens > 1:
+            windows, order = deal_plan(windows, [layer.layout for layer in self.layers], self.mesh.tokens)
+        half_window, head_order = (by_stack(self.layers, pad_steps(x), axis=1) for x in (windows, order))
         return HeadPlans(half_window, head_order, first=np.zeros((), np.int32))
 
     def loop(
@@ -143,11 +159,11 @@ class Call:
             implementation: of attention, to measure what another order of the same sums changes; None: the best one.
             skip_projections: as in `denoise_planned`.
         """
-        transformer = self.pipeline.transformer
-        options = {"inputs": jax.device_put(self.inputs_for(plan)), "rounding": self.pipeline.rounding}
+        transformer, put = self.pipeline.transformer, jax.device_put if self.mesh is None else self.mesh.put
+        options = {"inputs": put(self.inputs_for(plan)), "rounding": self.pipeline.rounding, "mesh": self.mesh}
         options |= {"implementation": implementation}
         if self.remembers(plan):
-            options |= {"plans": jax.device_put(self.step_plans(plan)), "skip_projections": skip_projections}
+            options |= {"plans": put(self.step_plans(plan)), "skip_projections": skip_projections}
             program = denoise_planned
         else:
             options |= {"attend": self.options.attend}
@@ -166,7 +182,8 @@ class Call:
         Raises:
             MemoryError: the outputs that the plan keeps from step to step do not fit.
         """
-        return self.loop(plan, **options), self.start(Planned() if self.remembers(plan) else self.options.attend)
+        attend = Planned() if self.remembers(plan) else self.options.attend
+        return self.loop(plan, **options), self.start(attend, self.mesh)
 
     def run(self) -> np.ndarray:
         """Patchified latents after all steps.
@@ -224,7 +241,7 @@ def embed(pipeline: Loaded, request: Request) -> Embeddings:
 
 def prepare(pipeline: Loaded, options: Options, request: Request) -> Call:
     """Encodes prompts, draws noise and makes the schedule of a checked call."""
-    _check_attend(options.attend)
+    _check_attend(options.attend, len(pipeline.devices))
     family, vae_scale = pipeline.family, pipeline.sizes.vae_scale
     grid = family.tokens.grid(1, request.height // vae_scale, request.width // vae_scale)
     tokens, seeds = _start_tokens(pipeline, options, request, grid)
@@ -237,11 +254,19 @@ def prepare(pipeline: Loaded, options: Options, request: Request) -> Call:
         guidance=family.guidance(options, request.cfg_scale, request.steps),
         solver=schedule.solver,
     )
-    return Call(pipeline, options, request, grid, tokens, seeds, schedule, text.text.shape[1], inputs)
+    call = Call(pipeline, options, request, grid, tokens, seeds, schedule, text.text.shape[1], inputs)
+    if call.mesh is not None and call.mesh.tokens > (heads := pipeline.config.num_attention_heads):
+        raise ValueError(
+            f"{len(pipeline.devices)} devices, a batch of {call.batch}: {call.mesh.tokens} would share {heads} heads "
+            "and some have none. Take fewer devices, or a batch that more of them divide."
+        )
+    return call
 
 
-def _check_attend(attend: Any) -> None:
+def _check_attend(attend: Any, devices: int) -> None:
     """Raises ValueError where the loop could not use it."""
+    if attend is not None and devices > 1:
+        raise ValueError(f"attend={attend!r:.100} runs on one device, not on {devices}: leave devices= out.")
     if attend is not None and not (isinstance(attend, Attend) and isinstance(attend, Hashable)):
         raise ValueError(
             f"attend={attend!r:.100} must be a hashable object with `memory` and `__call__`, such as a frozen "

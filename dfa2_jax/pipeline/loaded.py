@@ -12,6 +12,7 @@ from dfa2_jax.encoders.specs import CLIP, CLIP_PROJECTED
 from dfa2_jax.families.base import Embeddings, Family, Texts
 from dfa2_jax.families.registry import FAMILIES
 from dfa2_jax.io.names import suggests_names
+from dfa2_jax.parallel.mesh import DeviceMesh, devices_named
 from dfa2_jax.pipeline.components import Component, Networks
 from dfa2_jax.pipeline.fit import check_fit
 from dfa2_jax.pipeline.request import ModelSizes, Request
@@ -59,6 +60,7 @@ class Loaded:
 
     Attributes:
         folder: of the checkpoint.
+        devices: that share the transformer's work; one of them, or none, for the default device alone.
         requested_dtype, text_encoder_dtype: what the caller asked for; None: the checkpoint's own.
         precision: of the products in the transformer's blocks, where they are quantised; else None.
         config: sizes of the transformer.
@@ -80,8 +82,10 @@ class Loaded:
         *,
         dtype: Any = None,
         text_encoder_dtype: Any = None,
+        devices: int | str | Sequence[Any] | None = None,
         torch_rounding: bool = False,
     ):
+        self.devices = devices_named(devices)
         self.requested_dtype = dtype_named("dtype", dtype, (*FLOAT_DTYPES, *PRECISIONS))
         self.text_encoder_dtype = dtype_named("text_encoder_dtype", text_encoder_dtype, TEXT_ENCODER_DTYPES)
         self.networks = Networks(checkpoint, dtype, self.text_encoder_dtype)
@@ -98,7 +102,8 @@ class Loaded:
         self.networks.load_tokenizers()
         self.scheduler = checkpoint.configs["scheduler"]
         started = time.perf_counter()
-        transformer: Any = checkpoint.load("transformer", dtype)
+        place = DeviceMesh.of(self.devices, 1).put if self.devices else None
+        transformer: Any = checkpoint.load("transformer", dtype, place)
         self.dtype = transformer.dtype
         self.family: Family = FAMILIES[self.pipeline_class](self.config, self.scheduler, transformer)
         self.transformer = Component(transformer)

@@ -44,6 +44,7 @@ class Pipeline(Loaded):
         *,
         dtype: Any = None,
         text_encoder_dtype: Any = None,
+        devices: int | str | Sequence[Any] | None = None,
         torch_rounding: bool = False,
         verify: bool = True,
     ) -> "Pipeline":
@@ -55,6 +56,8 @@ class Pipeline(Loaded):
                 "float8" and "int8" quantise the transformer's blocks, weights and activations; "int8_weights" weights
                 alone, for memory.
             text_encoder_dtype: another one for text encoders; "int8_weights" halves T5, and leaves CLIPs as they are.
+            devices: that share the transformer's work on each batch: their number, "all", or some of JAX's. None: the
+                default one. Encoders and VAE run on the first.
             torch_rounding: round where torch does in `dtype`, to reproduce diffusers' 16-bit images. False keeps
                 sinusoids and latents in float32, closer to the float32 image.
             verify: compare a converted folder's weights with their checksums as they are read.
@@ -63,7 +66,8 @@ class Pipeline(Loaded):
             CheckpointError: what is wrong with which file.
         """
         checkpoint = open_checkpoint(find_model(folder), verify=verify)
-        return cls(checkpoint, dtype=dtype, text_encoder_dtype=text_encoder_dtype, torch_rounding=torch_rounding)
+        options: dict[str, Any] = {"text_encoder_dtype": text_encoder_dtype, "devices": devices}
+        return cls(checkpoint, dtype=dtype, torch_rounding=torch_rounding, **options)
 
     def to(self, *args: Any, **kwargs: Any) -> NoReturn:
         """diffusers' way to a GPU, which JAX has not.
@@ -74,7 +78,7 @@ class Pipeline(Loaded):
         raise NotImplementedError(
             f"pipeline.to({', '.join(map(repr, args))}): the weights are on JAX's default device, {jax.devices()[0]}, "
             f"of jax.devices()={jax.devices()}. CUDA_VISIBLE_DEVICES or JAX_PLATFORMS chooses another before Python "
-            "starts. A dtype is an argument of from_pretrained."
+            "starts. Several devices, and a dtype, are arguments of from_pretrained."
         )
 
     def __repr__(self) -> str:

@@ -15,6 +15,8 @@ from dfa2_jax.nn.attention import Attend, Dense, LayerPlan, Planned, ProjectionB
 from dfa2_jax.nn.carrier import carrier
 from dfa2_jax.nn.linear import XLA_OPTIONS
 from dfa2_jax.nn.weights import reads_in_place
+from dfa2_jax.parallel.mesh import DeviceMesh
+from dfa2_jax.parallel.transformer import ParallelTransformer
 from dfa2_jax.sampling.inputs import Inputs
 
 
@@ -109,7 +111,7 @@ def denoise_step(
 
 @partial(
     jax.jit,
-    static_argnames=("graph", "attend", "unroll", "implementation", "rounding"),
+    static_argnames=("graph", "attend", "unroll", "implementation", "rounding", "mesh"),
     donate_argnames=("state",),
     compiler_options=XLA_OPTIONS,
 )
@@ -125,6 +127,7 @@ def denoise(
     unroll: int | bool = 1,
     implementation: str | None = None,
     rounding: str | None = None,
+    mesh: DeviceMesh | None = None,
 ) -> State:
     """Steps `start` to `stop` of the sampling loop.
 
@@ -139,16 +142,21 @@ def denoise(
         implementation: of dense attention (`pallas_kernels.arrow_attention`).
         rounding: a dtype's name: round to it where torch does between operations, to reproduce diffusers' images in
             that dtype (XLA keeps such values in float32). None keeps float32.
+        mesh: of devices that share the work.
     """
-    model, attend = nnx.merge(graph, params), Dense(implementation) if attend is None else attend
+    attend = Dense(implementation) if attend is None else attend
     options = {"rounding": rounding, "implementation": implementation, "unroll": unroll}
-    step = partial(denoise_step, model, attend, inputs, **options)
-    return jax.lax.fori_loop(start, stop, step, state)
+
+    def loop(params: Any, state: State, inputs: Inputs, start: Any, stop: Any) -> State:
+        step = partial(denoise_step, merged(graph, params, mesh), attend, inputs, **options)
+        return jax.lax.fori_loop(start, stop, step, state)
+
+    return on_devices(loop, mesh)(params, state, inputs, start, stop)
 
 
 @partial(
     jax.jit,
-    static_argnames=("graph", "skip_projections", "unroll", "implementation", "rounding"),
+    static_argnames=("graph", "skip_projections", "unroll", "implementation", "rounding", "mesh"),
     donate_argnames=("state",),
     compiler_options=XLA_OPTIONS,
 )
@@ -165,6 +173,7 @@ def denoise_planned(
     unroll: int | bool = 1,
     implementation: str | None = None,
     rounding: str | None = None,
+    mesh: DeviceMesh | None = None,
 ) -> State:
     """As `denoise`, with each head's attention by a plan (DiTFastAttnV2, arXiv 2503.22796, section 3).
 
@@ -174,29 +183,45 @@ def denoise_planned(
         skip_projections: do not compute q, k, v of cached heads where that is faster. False: keep the summation order
             of a step that computes every head.
     """
-    model = nnx.merge(graph, params)
-    in_place = reads_in_place(model)
-    num_rows = max(x.shape[1] * x.shape[2] for x in jax.tree.leaves(state.memory))
-    branches = ProjectionBranches.best(num_rows, in_place)
+    shares_tokens = mesh is not None and mesh.tokens > 1
     options = {"rounding": rounding, "implementation": implementation, "unroll": unroll}
 
-    def step(skip: bool, i: Array, plans: dict[str, Any] | None, state: State) -> State:
-        return denoise_step(model, Planned(implementation, skip, in_place), inputs, i, state, plans, **options)
+    def loop(params: Any, state: State, inputs: Inputs, plans: HeadPlans, start: Any, stop: Any) -> State:
+        model = merged(graph, params, mesh)
+        in_place = reads_in_place(nnx.merge(graph, params))
+        num_rows = max(x.shape[1] * x.shape[2] for x in jax.tree.leaves(state.memory))
+        branches = ProjectionBranches.best(num_rows, in_place)
 
-    def later(i: Array, state: State) -> State:
-        at_step = plans.at(i)
-        if not skip_projections or gpu_kind() is None:  # a CPU's branches cost next to nothing
-            return step(skip_projections, i, at_step, state)
-        half_window = jnp.concatenate([jnp.asarray(plan.half_window) for plan in at_step.values()])
-        taken = branches.worthwhile(half_window).astype(jnp.int32)
-        for skip, times in ((True, taken), (False, 1 - taken)):  # as loops: a branch would copy the memory
-            state = jax.lax.fori_loop(0, times, lambda _, state, skip=skip: step(skip, i, at_step, state), state)
-        return state
+        def step(skip: bool, i: Array, plans: dict[str, Any] | None, state: State) -> State:
+            return denoise_step(model, Planned(implementation, skip, in_place), inputs, i, state, plans, **options)
 
-    first = jnp.asarray(plans.first)
-    has_first = (jnp.asarray(start) <= first) & (first < stop)
-    state = jax.lax.cond(has_first, lambda state: step(False, first, None, state), lambda state: state, state)
-    return jax.lax.fori_loop(jnp.maximum(start, first + 1), stop, later, state)
+        def later(i: Array, state: State) -> State:
+            at_step = plans.at(i)
+            # A CPU's branches cost next to nothing. Where tokens are exchanged, they always pay.
+            if not skip_projections or shares_tokens or gpu_kind() is None:
+                return step(skip_projections, i, at_step, state)
+            half_window = jnp.concatenate([jnp.asarray(plan.half_window) for plan in at_step.values()])
+            taken = branches.worthwhile(half_window).astype(jnp.int32)
+            for skip, times in ((True, taken), (False, 1 - taken)):  # as loops: a branch would copy the memory
+                state = jax.lax.fori_loop(0, times, lambda _, state, skip=skip: step(skip, i, at_step, state), state)
+            return state
+
+        first = jnp.asarray(plans.first)
+        has_first = (jnp.asarray(start) <= first) & (first < stop)
+        state = jax.lax.cond(has_first, lambda state: step(False, first, None, state), lambda state: state, state)
+        return jax.lax.fori_loop(jnp.maximum(start, first + 1), stop, later, state)
+
+    return on_devices(loop, mesh)(params, state, inputs, plans, start, stop)
+
+
+def merged(graph: nnx.GraphDef, params: Any, mesh: DeviceMesh | None) -> Any:
+    """The transformer; on a mesh, one whose devices make a share each."""
+    model = nnx.merge(graph, params)
+    return model if mesh is None else ParallelTransformer(model, mesh)
+
+
+def on_devices(loop: Callable[..., State], mesh: DeviceMesh | None) -> Callable[..., State]:
+    return loop if mesh is None else partial(mesh.run, loop)
 
 
 def rounding_to(dtype: str | None) -> Callable[[Array], Array]:

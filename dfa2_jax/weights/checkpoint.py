@@ -1,7 +1,7 @@
 """Opened checkpoints: what a diffusers folder and a converted one have in common, and loading either into a model."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -141,11 +141,12 @@ class Checkpoint(ABC):
             leaves = quantized_leaves(leaves, self.quantize(component, model, precision), model)
         return model, leaves
 
-    def load(self, component: str, dtype: Any = None) -> nnx.Module:
+    def load(self, component: str, dtype: Any = None, place: Callable[[Any], Any] | None = None) -> nnx.Module:
         """The component's model with its weights on the default device.
 
         Args:
             dtype: as in `compute_dtype`, or one of `PRECISIONS`.
+            place: puts a weight elsewhere, one after the other.
 
         Raises:
             CheckpointError: weights are missing, unknown or misshapen, or not finite, or of another precision.
@@ -167,14 +168,15 @@ class Checkpoint(ABC):
         filled = []
         for path, variable in nnx.to_flat_state(state):
             if isinstance(variable, Place):
-                filled.append((path, variable.replace(jnp.arange(variable.shape[0], dtype=variable.dtype))))
+                places = jnp.arange(variable.shape[0], dtype=variable.dtype)
+                filled.append((path, variable.replace(place(places) if place else places)))
                 continue
             # Only trainable parameters live on the device: SD3's position table (452 MB) is cropped on the host.
             on_device = isinstance(variable, nnx.Param)
             array = load_leaf(leaves[path], variable.dtype, on_device=on_device)
             if isinstance(variable, Stacked) and path[-1] == "scale" and not (array > 0).all():
                 raise CheckpointError(f"{leaves[path].blocks[0].source} holds scales that are not positive.")
-            filled.append((path, variable.replace(array)))
+            filled.append((path, variable.replace(place(array) if place and on_device else array)))
         return nnx.merge(graph, nnx.from_flat_state(filled))
 
 

@@ -30,20 +30,21 @@ class Device:
     capability: float | None = None
     """Compute capability of the default device; None where that is no GPU."""
     count: int = 1
-    """Devices that one program may use."""
+    """Devices that one program may use: inside `jax.shard_map` of all axes, one."""
     interpreted: bool = False
     """Kernels run in interpret mode, on any device."""
 
     @classmethod
     def current(cls) -> "Device":
         """The device of the mesh that is set, else the default device."""
-        default, abstract = jax.devices()[0], jax.sharding.get_abstract_mesh().abstract_device
+        default, mesh = jax.devices()[0], jax.sharding.get_abstract_mesh()
+        abstract = mesh.abstract_device
         name = default.device_kind if abstract is None else abstract.device_kind
         capability = getattr(default, "compute_capability", None)
         return cls(
             name=name,
             capability=None if capability is None else float(capability),
-            count=jax.device_count(),
+            count=1 if mesh.axis_names and mesh.are_all_axes_manual else jax.device_count(),
         )
 
     @property

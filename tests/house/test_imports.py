@@ -31,6 +31,7 @@ WINGS = (
     "dfa2_jax.demo",
     "dfa2_jax.encoders",
     "dfa2_jax.vae",
+    "dfa2_jax.parallel",
     "dfa2_jax.nn",
     "dfa2_jax.plan",
     "dfa2_jax.weights",

@@ -1,6 +1,6 @@
 """One stream of blocks over [visual, text], modulated by time alone."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,6 +52,9 @@ class ToyConditions:
 
     def last(self, count: int) -> "ToyConditions":
         return ToyConditions(self.text[-count:])
+
+    def share(self, rows: Callable[[Any], Any], tokens: Callable[[Any, int], Any]) -> "ToyConditions":
+        return ToyConditions(tokens(rows(self.text), 1))
 
 
 class ToyTransformer(nnx.Module):

@@ -1,5 +1,6 @@
 """FLUX.1 dev and schnell: double-stream then single-stream blocks over [text, visual], rotary positions."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -38,6 +39,16 @@ class FluxConditions:
     def last(self, count: int) -> "FluxConditions":
         """Those of the last `count` rows of the batch."""
         return FluxConditions(self.text[-count:], self.pooled[-count:], self.cos, self.sin, self.guidance)
+
+    def share(self, rows: Callable[[Any], Any], tokens: Callable[[Any, int], Any]) -> "FluxConditions":
+        """As in `families.base.Conditions`."""
+        num_text = self.text.shape[1]
+
+        def of_both(table: Any) -> Array:
+            return jnp.concatenate([tokens(table[:num_text], 0), tokens(table[num_text:], 0)])
+
+        text, pooled = tokens(rows(self.text), 1), rows(self.pooled)
+        return FluxConditions(text, pooled, of_both(self.cos), of_both(self.sin), self.guidance)
 
 
 def clip_float16(x: Float[Array, "*dims"]) -> Float[Array, "*dims"]:

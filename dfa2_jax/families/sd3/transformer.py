@@ -1,5 +1,6 @@
 """Stable Diffusion 3 and 3.5 (arXiv 2403.03206): joint blocks over [visual, text]."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -37,6 +38,10 @@ class SD3Conditions:
     def last(self, count: int) -> "SD3Conditions":
         """Those of the last `count` rows of the batch."""
         return SD3Conditions(self.text[-count:], self.pooled[-count:], self.positions)
+
+    def share(self, rows: Callable[[Any], Any], tokens: Callable[[Any, int], Any]) -> "SD3Conditions":
+        """As in `families.base.Conditions`."""
+        return SD3Conditions(tokens(rows(self.text), 1), rows(self.pooled), tokens(self.positions, 1))
 
 
 class PositionTable(nnx.Variable):

@@ -1,0 +1,1 @@
+"""Several devices for one batch of images."""

@@ -1,0 +1,116 @@
+"""Devices as a mesh of rows and tokens: who computes what, and who keeps what."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import gcd
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Shaped
+
+from pallas_kernels import Layout
+
+ROWS, TOKENS = "rows", "tokens"
+
+MEMORY = P(None, ROWS, TOKENS)
+"""Where memory lies, [L, B, T, N, H]: outputs are where their tokens are, so any device may have any head."""
+
+
+@dataclass(frozen=True)
+class DeviceMesh:
+    """Devices that make one batch of images: `rows` shares of the transformer's batch, `tokens` shares of the sequence.
+
+    The batch holds images and both sides of guidance, which never meet. The sequence meets in attention, where devices
+    exchange tokens for heads (`parallel.ulysses`). So rows are as many as the batch allows. Weights, latents and inputs
+    are whole on every device.
+    """
+
+    devices: Mesh
+
+    @classmethod
+    def of(cls, devices: Sequence[Any], batch: int) -> "DeviceMesh":
+        rows = gcd(batch, len(devices))
+        return cls(Mesh(np.array(devices).reshape(rows, -1), (ROWS, TOKENS)))
+
+    @property
+    def rows(self) -> int:
+        return self.devices.shape[ROWS]
+
+    @property
+    def tokens(self) -> int:
+        return self.devices.shape[TOKENS]
+
+    @property
+    def whole(self) -> NamedSharding:
+        """Every device holds the array."""
+        return NamedSharding(self.devices, P())
+
+    @property
+    def memory(self) -> NamedSharding:
+        return NamedSharding(self.devices, MEMORY)
+
+    def put(self, x: Any) -> Any:
+        """A pytree that every device holds."""
+        return jax.device_put(x, self.whole)
+
+    def share(self, layout: Layout) -> Layout:
+        """The tokens of one device: text and visual ones in equal shares, the last of them padded."""
+        num_text, num_visual = (-(-count // self.tokens) for count in (layout.num_text, layout.num_visual))
+        return Layout(num_text, num_visual, layout.text_first)
+
+    def padded_length(self, layout: Layout) -> int:
+        """Tokens of all devices' shares."""
+        return self.tokens * self.share(layout).length
+
+    def own_rows(self, x: Shaped[Array, "_ ..."]) -> Shaped[Array, "_ ..."]:
+        return _own(x, 0, ROWS, self.rows)
+
+    def own_tokens(self, x: Shaped[Array, "..."], axis: int) -> Shaped[Array, "..."]:
+        return _own(x, axis, TOKENS, self.tokens)
+
+    def run(self, loop: Callable[..., Any], params: Any, state: Any, *data: Any) -> Any:
+        """`loop(params, state, *data)` on every device; all is whole there but the state's memory."""
+        of_state = jax.tree_util.tree_map_with_path(lambda path, _: MEMORY if path[0].name == "memory" else P(), state)
+        specs = P(), of_state, *(P() for _ in data)
+        mapped = jax.shard_map(loop, mesh=self.devices, in_specs=specs, out_specs=of_state, check_vma=False)
+        return mapped(params, state, *data)
+
+
+def _own(x: Array, axis: int, name: str, parts: int) -> Array:
+    """This device's share of an axis, which is padded with zeros to as many equal ones."""
+    if parts == 1:
+        return x
+    size = -(-x.shape[axis] // parts)
+    padding = [(0, size * parts - x.shape[axis] if at == axis else 0) for at in range(x.ndim)]
+    return lax.dynamic_slice_in_dim(jnp.pad(x, padding), lax.axis_index(name) * size, size, axis)
+
+
+def devices_named(devices: int | str | Sequence[Any] | None) -> tuple[Any, ...]:
+    """The devices that an argument asks for; none for None.
+
+    Args:
+        devices: their number, "all", or JAX's own.
+
+    Raises:
+        ValueError: there are no such devices, or one twice; the message shows those that are there.
+    """
+    if devices is None:
+        return ()
+    there = jax.devices()
+    if devices == "all":
+        return tuple(there)
+    if isinstance(devices, int) and not isinstance(devices, bool):
+        if not 1 <= devices <= len(there):
+            raise ValueError(
+                f"{devices=}, but {len(there)} are here: {there}. CUDA_VISIBLE_DEVICES says which ones JAX sees."
+            )
+        return tuple(there[:devices])
+    given = tuple(devices) if isinstance(devices, Sequence) and not isinstance(devices, str) else ()
+    if not given or len(set(given)) < len(given) or any(device not in there for device in given):
+        raise ValueError(f'{devices=!r:.200} must be a number, "all" or different ones of jax.devices()={there}.')
+    return given

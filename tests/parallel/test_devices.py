@@ -1,0 +1,133 @@
+"""`Pipeline.from_pretrained(folder, devices=...)`: the same images, and errors before any work."""
+
+import jax
+import numpy as np
+import pytest
+
+from dfa2_jax import Method, Pipeline, Plan, calibrate
+from dfa2_jax.nn.attention import Dense
+from dfa2_jax.parallel.mesh import devices_named
+
+CALL = {
+    "prompt": ["a red box", "two green balls"],
+    "height": 48,
+    "width": 80,
+    "num_inference_steps": 3,
+    "max_sequence_length": 13,
+    "output_type": "latent",
+    "progress": False,
+}
+GUIDED = {"guidance_scale": 4.0, "negative_prompt": "fog"}
+SKIPPING = {"skip_guidance_layers": [1], "skip_layer_guidance_stop": 0.9}
+
+
+def close(x, wanted):
+    x, wanted = np.asarray(x, np.float64), np.asarray(wanted, np.float64)
+    assert np.linalg.norm(x - wanted) < 1e-5 * np.linalg.norm(wanted)
+
+
+@pytest.fixture(scope="module")
+def sd35(tiny_sd35):
+    return [Pipeline.from_pretrained(tiny_sd35, devices=devices) for devices in (None, 4)]
+
+
+def test_skip_layer_guidance_and_callbacks_see_nothing_of_devices(sd35):
+    def halved(pipeline, step, timestep, shown):
+        return {"latents": shown["latents"] * 0.5} if step == 1 else None
+
+    one, many = (x(**CALL | GUIDED | SKIPPING, callback_on_step_end=halved).images for x in sd35)
+    close(many, one)
+
+
+def test_devices_share_images_when_the_batch_is_odd(sd35):
+    call = CALL | GUIDED | {"prompt": ["a red box", "two green balls", "a tree"]}
+    one, many = (x(**call).images for x in sd35)
+    close(many, one)
+
+
+def test_a_plan_is_the_same_file_on_any_number_of_devices(sd35, tmp_path):
+    one, many = sd35
+    setting = one.setting(**CALL | GUIDED)
+    assert setting == many.setting(**CALL | GUIDED)
+    full = Plan.full(setting)
+    choices = np.random.default_rng(0).integers(0, 3, full.choices.shape).astype(np.uint8)
+    choices[0] = 0
+    plan = Plan(setting, (*full.methods, Method("cached"), Method.arrow(4)), choices)
+    plan.save(tmp_path / "plan.json")
+    close(many(**CALL | GUIDED, plan=Plan.load(tmp_path / "plan.json")).images, one(**CALL | GUIDED, plan=plan).images)
+
+
+@pytest.mark.parametrize(
+    "budget", [{"speedup": 1.5, "heads": "full"}, pytest.param({"delta": 0.4}, marks=pytest.mark.long)], ids=str
+)
+def test_calibration_on_several_devices_finds_the_plan_of_one(sd35, budget):
+    options = {name: value for name, value in CALL.items() if name not in ("prompt", "output_type")} | GUIDED
+    one, many = (calibrate(x, CALL["prompt"], **options, **budget) for x in sd35)
+    np.testing.assert_array_equal(one.choices, many.choices)
+    assert one.nodes == many.nodes
+    if "speedup" in budget:
+        np.testing.assert_allclose(one.coefficients, many.coefficients, rtol=1e-4, atol=1e-5)
+
+
+def test_torch_rounding_rounds_on_every_device(tiny_flux_dev):
+    options = {"dtype": "bfloat16", "torch_rounding": True}
+    call = CALL | {"prompt": "a red box"}
+    one, many = (
+        np.asarray(Pipeline.from_pretrained(tiny_flux_dev, devices=n, **options)(**call).images) for n in (None, 2)
+    )
+    assert np.linalg.norm(one - many) < 0.02 * np.linalg.norm(one)
+    np.testing.assert_array_equal(many.astype(jax.numpy.bfloat16).astype(np.float32), many)
+
+
+def test_images_leave_the_vae_as_on_one_device(sd35):
+    one, many = (x(**CALL | {"output_type": "np"}).images for x in sd35)
+    np.testing.assert_allclose(many, one, atol=1e-4)
+
+
+def test_weights_lie_whole_on_every_device(sd35):
+    _, many = sd35
+    for leaf in jax.tree.leaves(many.transformer.params):
+        assert len(leaf.devices()) == 4 and leaf.is_fully_replicated
+
+
+@pytest.mark.parametrize("devices", [0, 9, -1, True, "two", "", [], 2.0])
+def test_devices_that_are_not_there_are_named_before_any_work(tmp_path, devices):
+    with pytest.raises(ValueError, match="devices=.*cpu:7|devices=.*id=7"):
+        devices_named(devices)
+
+
+def test_a_device_twice_is_refused():
+    with pytest.raises(ValueError, match="different ones"):
+        devices_named([jax.devices()[0]] * 2)
+
+
+@pytest.mark.parametrize(("devices", "count"), [(None, 0), (3, 3), ("all", 8)])
+def test_devices_are_a_number_or_all(devices, count):
+    assert devices_named(devices) == tuple(jax.devices()[:count])
+    assert devices_named(jax.devices()[2:4]) == tuple(jax.devices()[2:4])
+
+
+def test_one_other_device_runs_everything_there(tiny_flux_schnell):
+    pipeline = Pipeline.from_pretrained(tiny_flux_schnell, devices=[jax.devices()[3]])
+    call = CALL | {"prompt": "a red box"}
+    close(pipeline(**call).images, Pipeline.from_pretrained(tiny_flux_schnell)(**call).images)
+    assert {d.id for x in jax.tree.leaves(pipeline.transformer.params) for d in x.devices()} == {3}
+
+
+def test_more_devices_than_heads_are_refused(tiny_flux_schnell):
+    pipeline = Pipeline.from_pretrained(tiny_flux_schnell, devices=8)
+    with pytest.raises(ValueError, match="8 devices, a batch of 1: 8 would share 4 heads"):
+        pipeline(**CALL | {"prompt": "a red box"})
+
+
+def test_an_own_attend_is_refused(sd35):
+    with pytest.raises(ValueError, match="runs on one device, not on 4"):
+        sd35[1](**CALL, attend=Dense())
+
+
+def test_memory_is_counted_per_device(sd35, monkeypatch):
+    many = sd35[1]
+    plan = Plan.full(many.setting(**CALL | GUIDED))
+    monkeypatch.setattr("dfa2_jax.sampling.memory.free_bytes", lambda: 1000)
+    with pytest.raises(MemoryError, match="on each of 4 devices"):
+        many(**CALL | GUIDED, plan=plan)
