@@ -216,6 +216,7 @@ def _add_devices(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help='GPUs that share the work: their number, or "all"; default: one',
     )
+    parser.add_argument("--shard-weights", action="store_true", help="GPUs share the weights, too")
 
 
 def _add_dtype(parser: argparse.ArgumentParser) -> None:

@@ -98,6 +98,7 @@ def calibrate(
     """
     given = {name: value if name == "prompts" else natural(value) for name, value in locals().items()}
     options = CalibrationOptions(**{argument.name: given[argument.name] for argument in fields(CalibrationOptions)})
+    _check_whole(pipeline, options)
     if options.delta is None:
         return _of_steps(pipeline, prompts, options, {name: given[name] for name in CALL})
     if options.speedup is not None or options.psnr is not None:
@@ -140,6 +141,12 @@ def _of_steps(pipeline: Pipeline, prompts: list[str], options: CalibrationOption
     assert plan is not None and plan.step_calibration is not None
     plan.step_calibration.warn_if_low()
     return plan
+
+
+def _check_whole(pipeline: Pipeline, options: CalibrationOptions) -> None:
+    """Raises ValueError where heads would be measured by devices that have shares of the weights."""
+    if pipeline.shard_weights and (options.delta is not None or options.heads != "full"):
+        raise ValueError("heads are measured with whole weights: pass heads='full', or open without shard_weights.")
 
 
 def _head_runs(options: CalibrationOptions, call: Call, speedup: float | None) -> HeadRuns | None:

@@ -34,6 +34,7 @@ def run(args: argparse.Namespace) -> int:
             dtype=args.dtype,
             text_encoder_dtype=args.text_encoder_dtype,
             devices=args.devices,
+            shard_weights=args.shard_weights,
             verify=args.verify,
         )
     warn_unseen(pipeline.fingerprint, [*prompts, args.negative_prompt])

@@ -56,6 +56,7 @@ def run(args: argparse.Namespace) -> int:
             dtype=args.dtype,
             text_encoder_dtype=args.text_encoder_dtype,
             devices=args.devices,
+            shard_weights=args.shard_weights,
             verify=args.verify,
         )
     options: dict[str, Any] = given(args, Options) | {"plan": plan, "progress": not args.quiet}

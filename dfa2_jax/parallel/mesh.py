@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -16,6 +17,9 @@ from jaxtyping import Array, Shaped
 from pallas_kernels import Layout
 
 ROWS, TOKENS = "rows", "tokens"
+
+WEIGHTS = P(None, (ROWS, TOKENS))
+"""Where a stack's matrices lie, [L, D, E], if devices share them: by rows, so that a gather transposes nothing."""
 
 MEMORY = P(None, ROWS, TOKENS)
 """Where memory lies, [L, B, T, N, H]: outputs are where their tokens are, so any device may have any head."""
@@ -26,16 +30,20 @@ class DeviceMesh:
     """Devices that make one batch of images: `rows` shares of the transformer's batch, `tokens` shares of the sequence.
 
     The batch holds images and both sides of guidance, which never meet. The sequence meets in attention, where devices
-    exchange tokens for heads (`parallel.ulysses`). So rows are as many as the batch allows. Weights, latents and inputs
-    are whole on every device.
+    exchange tokens for heads (`parallel.ulysses`). So rows are as many as the batch allows. Latents are whole on every
+    device, and so are inputs.
+
+    Attributes:
+        shard_weights: devices share the blocks' matrices, too, and gather each where it is read. Else all are whole.
     """
 
     devices: Mesh
+    shard_weights: bool = False
 
     @classmethod
-    def of(cls, devices: Sequence[Any], batch: int) -> "DeviceMesh":
+    def of(cls, devices: Sequence[Any], batch: int, shard_weights: bool = False) -> "DeviceMesh":
         rows = gcd(batch, len(devices))
-        return cls(Mesh(np.array(devices).reshape(rows, -1), (ROWS, TOKENS)))
+        return cls(Mesh(np.array(devices).reshape(rows, -1), (ROWS, TOKENS)), shard_weights)
 
     @property
     def rows(self) -> int:
@@ -58,6 +66,22 @@ class DeviceMesh:
         """A pytree that every device holds."""
         return jax.device_put(x, self.whole)
 
+    def put_weight(self, x: Any) -> Any:
+        return jax.device_put(x, NamedSharding(self.devices, self.of_weight(x)))
+
+    def of_weight(self, x: Any) -> P:
+        """Where an array of the transformer lies. Those that devices do not divide stay whole, as small ones do."""
+        is_shared = self.shard_weights and x.ndim == 3 and x.shape[1] % self.devices.size == 0
+        return WEIGHTS if is_shared else P()
+
+    def _readable(self, params: Any) -> Any:
+        """What devices share is gathered where a model reads it."""
+
+        def readable(x: nnx.Variable) -> nnx.Variable:
+            return x.copy(on_get_value=_gathered) if self.of_weight(x.get_value()) == WEIGHTS else x
+
+        return nnx.from_flat_state((path, readable(x)) for path, x in nnx.to_flat_state(params))
+
     def share(self, layout: Layout) -> Layout:
         """The tokens of one device: text and visual ones in equal shares, the last of them padded."""
         num_text, num_visual = (-(-count // self.tokens) for count in (layout.num_text, layout.num_visual))
@@ -74,11 +98,19 @@ class DeviceMesh:
         return _own(x, axis, TOKENS, self.tokens)
 
     def run(self, loop: Callable[..., Any], params: Any, state: Any, *data: Any) -> Any:
-        """`loop(params, state, *data)` on every device; all is whole there but the state's memory."""
+        """`loop(params, state, *data)` on every device. All is whole there but memory and shared weights."""
+        if self.shard_weights:
+            params = self._readable(params)
+        of_params = jax.tree.map(self.of_weight, params)
         of_state = jax.tree_util.tree_map_with_path(lambda path, _: MEMORY if path[0].name == "memory" else P(), state)
-        specs = P(), of_state, *(P() for _ in data)
+        specs = of_params, of_state, *(P() for _ in data)
         mapped = jax.shard_map(loop, mesh=self.devices, in_specs=specs, out_specs=of_state, check_vma=False)
         return mapped(params, state, *data)
+
+
+def _gathered(_: Any, x: Shaped[Array, "own E"]) -> Shaped[Array, "D E"]:
+    """A layer's matrix, of all devices' rows."""
+    return lax.all_gather(x, (ROWS, TOKENS), axis=0, tiled=True)
 
 
 def _own(x: Array, axis: int, name: str, parts: int) -> Array:

@@ -72,7 +72,8 @@ class Call:
         devices, transformer = self.pipeline.devices, self.pipeline.transformer
         if self.options.attend is not None or not (devices or (gpu_kind() is not None and jax.device_count() > 1)):
             return None
-        return DeviceMesh.of(devices or [*jax.tree.leaves(transformer.params)[0].devices()], self.batch)
+        devices = devices or [*jax.tree.leaves(transformer.params)[0].devices()]
+        return DeviceMesh.of(devices, self.batch, self.pipeline.shard_weights)
 
     @cached_property
     def setting(self) -> Setting:

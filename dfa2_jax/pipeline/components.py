@@ -1,5 +1,6 @@
 """The networks and tokenizers of a checkpoint, loaded when first needed, each a jitted program."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -35,12 +36,19 @@ class Networks:
     Args:
         dtype: of the networks; what the transformer's blocks are quantised to is not the others'.
         text_encoder_dtype: of text encoders. None: as the others. "int8_weights" is T5's alone.
+        place: puts text encoders' weights elsewhere (`Checkpoint.load`).
     """
 
-    def __init__(self, checkpoint: Checkpoint, dtype: Any, text_encoder_dtype: Any = None):
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        dtype: Any,
+        text_encoder_dtype: Any = None,
+        place: Callable[[Any], Any] | None = None,
+    ):
         self.configs = checkpoint.configs
         self._checkpoint, self._dtype = checkpoint, None if as_precision(dtype) else dtype
-        self._text_encoder_dtype = text_encoder_dtype
+        self._text_encoder_dtype, self._place = text_encoder_dtype, place
         self._loaded: dict[str, Component] = {}
         self._tokenizers: dict[str, Tokenizer] = {}
 
@@ -52,7 +60,8 @@ class Networks:
 
     def __getitem__(self, name: str) -> Component:
         if name not in self._loaded:
-            self._loaded[name] = Component(self._checkpoint.load(name, self._dtype_of(name)))
+            place = self._place if name.startswith("text_encoder") else None
+            self._loaded[name] = Component(self._checkpoint.load(name, self._dtype_of(name), place))
         return self._loaded[name]
 
     def _dtype_of(self, name: str) -> Any:

@@ -45,6 +45,17 @@ def check_precision(precision: str | None) -> None:
         )
 
 
+def _check_shares(shard_weights: bool, devices: int, precision: str | None) -> None:
+    """
+    Raises:
+        ValueError: nothing, or nothing that can be cut, is there to share.
+    """
+    if shard_weights and devices < 2:
+        raise ValueError(f"{shard_weights=} needs several devices: pass devices=2, or more.")
+    if shard_weights and precision is not None:
+        raise ValueError(f"{shard_weights=} shares matrices of 16 or 32 bits, not of {precision}: choose one of both.")
+
+
 def _name(dtype: Any) -> str | None:
     """What a dtype, or a precision, is called."""
     if precision := as_precision(dtype):
@@ -61,6 +72,7 @@ class Loaded:
     Attributes:
         folder: of the checkpoint.
         devices: that share the transformer's work; one of them, or none, for the default device alone.
+        shard_weights: they share its blocks' weights, too, and text encoders'.
         requested_dtype, text_encoder_dtype: what the caller asked for; None: the checkpoint's own.
         precision: of the products in the transformer's blocks, where they are quantised; else None.
         config: sizes of the transformer.
@@ -83,15 +95,18 @@ class Loaded:
         dtype: Any = None,
         text_encoder_dtype: Any = None,
         devices: int | str | Sequence[Any] | None = None,
+        shard_weights: bool = False,
         torch_rounding: bool = False,
     ):
-        self.devices = devices_named(devices)
+        self.devices, self.shard_weights = devices_named(devices), shard_weights
         self.requested_dtype = dtype_named("dtype", dtype, (*FLOAT_DTYPES, *PRECISIONS))
         self.text_encoder_dtype = dtype_named("text_encoder_dtype", text_encoder_dtype, TEXT_ENCODER_DTYPES)
-        self.networks = Networks(checkpoint, dtype, self.text_encoder_dtype)
+        place = DeviceMesh.of(self.devices, 1, shard_weights).put_weight if self.devices else None
+        self.networks = Networks(checkpoint, dtype, self.text_encoder_dtype, place if shard_weights else None)
         self.folder = checkpoint.folder
         self.precision: Precision | None = as_precision(dtype) or checkpoint.precision
         check_precision(self.precision)
+        _check_shares(shard_weights, len(self.devices), self.precision)
         self.pipeline_class: str = checkpoint.pipeline_class
         self.torch_rounding = torch_rounding
         self.fingerprint: str = checkpoint.fingerprint
@@ -102,7 +117,6 @@ class Loaded:
         self.networks.load_tokenizers()
         self.scheduler = checkpoint.configs["scheduler"]
         started = time.perf_counter()
-        place = DeviceMesh.of(self.devices, 1).put if self.devices else None
         transformer: Any = checkpoint.load("transformer", dtype, place)
         self.dtype = transformer.dtype
         self.family: Family = FAMILIES[self.pipeline_class](self.config, self.scheduler, transformer)

@@ -45,6 +45,7 @@ class Pipeline(Loaded):
         dtype: Any = None,
         text_encoder_dtype: Any = None,
         devices: int | str | Sequence[Any] | None = None,
+        shard_weights: bool = False,
         torch_rounding: bool = False,
         verify: bool = True,
     ) -> "Pipeline":
@@ -58,6 +59,8 @@ class Pipeline(Loaded):
             text_encoder_dtype: another one for text encoders; "int8_weights" halves T5, and leaves CLIPs as they are.
             devices: that share the transformer's work on each batch: their number, "all", or some of JAX's. None: the
                 default one. Encoders and VAE run on the first.
+            shard_weights: devices hold equal shares of blocks' and text encoders' weights, and gather each where it is
+                read.
             torch_rounding: round where torch does in `dtype`, to reproduce diffusers' 16-bit images. False keeps
                 sinusoids and latents in float32, closer to the float32 image.
             verify: compare a converted folder's weights with their checksums as they are read.
@@ -66,8 +69,8 @@ class Pipeline(Loaded):
             CheckpointError: what is wrong with which file.
         """
         checkpoint = open_checkpoint(find_model(folder), verify=verify)
-        options: dict[str, Any] = {"text_encoder_dtype": text_encoder_dtype, "devices": devices}
-        return cls(checkpoint, dtype=dtype, torch_rounding=torch_rounding, **options)
+        options: dict[str, Any] = {"text_encoder_dtype": text_encoder_dtype, "torch_rounding": torch_rounding}
+        return cls(checkpoint, dtype=dtype, devices=devices, shard_weights=shard_weights, **options)
 
     def to(self, *args: Any, **kwargs: Any) -> NoReturn:
         """diffusers' way to a GPU, which JAX has not.

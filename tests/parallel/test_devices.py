@@ -90,6 +90,33 @@ def test_weights_lie_whole_on_every_device(sd35):
         assert len(leaf.devices()) == 4 and leaf.is_fully_replicated
 
 
+@pytest.mark.parametrize("devices", [2, 4])
+def test_devices_share_weights_and_compute_the_same(tiny_sd35, sd35, devices):
+    many = Pipeline.from_pretrained(tiny_sd35, devices=devices, shard_weights=True)
+    leaves = jax.tree.leaves(many.transformer.params)
+    shared = [x for x in leaves if not x.is_fully_replicated]
+    assert sum(x.size for x in shared) > 0.8 * sum(x.size for x in leaves)
+    assert all(x.addressable_shards[0].data.size * devices == x.size for x in shared)
+    close(many(**CALL | GUIDED).images, sd35[0](**CALL | GUIDED).images)
+    t5 = jax.tree.leaves(many.networks["text_encoder_3"].params)
+    assert sum(not x.is_fully_replicated for x in t5) > len(t5) / 3
+
+
+def test_heads_are_measured_with_whole_weights_alone(tiny_sd35):
+    many = Pipeline.from_pretrained(tiny_sd35, devices=2, shard_weights=True)
+    with pytest.raises(ValueError, match="heads='full'"):
+        calibrate(many, ["a red box"], speedup=2.0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({}, "needs several devices"), ({"devices": 2, "dtype": "int8"}, "not of int8: choose one of both")],
+)
+def test_weights_that_nobody_can_share_are_refused_before_they_are_read(tiny_sd35, options, message):
+    with pytest.raises(ValueError, match=message):
+        Pipeline.from_pretrained(tiny_sd35, shard_weights=True, **options)
+
+
 @pytest.mark.parametrize("devices", [0, 9, -1, True, "two", "", [], 2.0])
 def test_devices_that_are_not_there_are_named_before_any_work(tmp_path, devices):
     with pytest.raises(ValueError, match="devices=.*cpu:7|devices=.*id=7"):
