@@ -64,10 +64,10 @@ class DeviceMesh:
 
     def put(self, x: Any) -> Any:
         """A pytree that every device holds."""
-        return jax.device_put(x, self.whole)
+        return jax.tree.map(lambda leaf: _put(leaf, self.whole), x)
 
     def put_weight(self, x: Any) -> Any:
-        return jax.device_put(x, NamedSharding(self.devices, self.of_weight(x)))
+        return _put(x, NamedSharding(self.devices, self.of_weight(x)))
 
     def of_weight(self, x: Any) -> P:
         """Where an array of the transformer lies. Those that devices do not divide stay whole, as small ones do."""
@@ -113,6 +113,14 @@ def _gathered(_: Any, x: Shaped[Array, "own E"]) -> Shaped[Array, "D E"]:
     return lax.all_gather(x, (ROWS, TOKENS), axis=0, tiled=True)
 
 
+def _put(x: Any, sharding: NamedSharding) -> jax.Array:
+    """An array that every process has, on devices of all processes."""
+    if sharding.is_fully_addressable:
+        return jax.device_put(x, sharding)
+    host = np.asarray(x)
+    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+
 def _own(x: Array, axis: int, name: str, parts: int) -> Array:
     """This device's share of an axis, which is padded with zeros to as many equal ones."""
     if parts == 1:
@@ -129,13 +137,16 @@ def devices_named(devices: int | str | Sequence[Any] | None) -> tuple[Any, ...]:
         devices: their number, "all", or JAX's own.
 
     Raises:
-        ValueError: there are no such devices, or one twice; the message shows those that are there.
+        ValueError: there are no such devices, or one twice; the message shows those that are there. Or some are left
+            out where several processes run, each of which must have its own among them.
     """
     if devices is None:
         return ()
     there = jax.devices()
     if devices == "all":
         return tuple(there)
+    if jax.process_count() > 1:
+        raise ValueError(f'{devices=!r:.200} with {jax.process_count()} processes must be "all": {there}.')
     if isinstance(devices, int) and not isinstance(devices, bool):
         if not 1 <= devices <= len(there):
             raise ValueError(

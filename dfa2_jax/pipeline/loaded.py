@@ -1,9 +1,10 @@
 """A folder's networks, loaded, with what their family knows of them."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
@@ -101,12 +102,11 @@ class Loaded:
         self.devices, self.shard_weights = devices_named(devices), shard_weights
         self.requested_dtype = dtype_named("dtype", dtype, (*FLOAT_DTYPES, *PRECISIONS))
         self.text_encoder_dtype = dtype_named("text_encoder_dtype", text_encoder_dtype, TEXT_ENCODER_DTYPES)
-        place = DeviceMesh.of(self.devices, 1, shard_weights).put_weight if self.devices else None
-        self.networks = Networks(checkpoint, dtype, self.text_encoder_dtype, place if shard_weights else None)
-        self.folder = checkpoint.folder
         self.precision: Precision | None = as_precision(dtype) or checkpoint.precision
         check_precision(self.precision)
         _check_shares(shard_weights, len(self.devices), self.precision)
+        self.networks = Networks(checkpoint, dtype, self.text_encoder_dtype, self._placing(of_process=True))
+        self.folder = checkpoint.folder
         self.pipeline_class: str = checkpoint.pipeline_class
         self.torch_rounding = torch_rounding
         self.fingerprint: str = checkpoint.fingerprint
@@ -117,7 +117,7 @@ class Loaded:
         self.networks.load_tokenizers()
         self.scheduler = checkpoint.configs["scheduler"]
         started = time.perf_counter()
-        transformer: Any = checkpoint.load("transformer", dtype, place)
+        transformer: Any = checkpoint.load("transformer", dtype, self._placing())
         self.dtype = transformer.dtype
         self.family: Family = FAMILIES[self.pipeline_class](self.config, self.scheduler, transformer)
         self.transformer = Component(transformer)
@@ -135,6 +135,17 @@ class Loaded:
             joint_attention_dim=self.config.joint_attention_dim,
             pooled_projection_dim=getattr(self.config, "pooled_projection_dim", None),
         )
+
+    def _placing(self, of_process: bool = False) -> Callable[[Any], Any] | None:
+        """What puts a weight on the devices; None: it stays where it is loaded.
+
+        Args:
+            of_process: only weights that devices share, on those of this process: each encodes prompts for itself.
+        """
+        if not self.devices or (of_process and not self.shard_weights):
+            return None
+        here = [device for device in self.devices if device.process_index == jax.process_index()]
+        return DeviceMesh.of(here if of_process else self.devices, 1, self.shard_weights).put_weight
 
     @suggests_names
     def encode_prompt(

@@ -6,7 +6,9 @@ import pytest
 
 from dfa2_jax import Method, Pipeline, Plan, calibrate
 from dfa2_jax.nn.attention import Dense
-from dfa2_jax.parallel.mesh import devices_named
+from dfa2_jax.options import Options
+from dfa2_jax.parallel.mesh import DeviceMesh, devices_named
+from pallas_kernels import Device
 
 CALL = {
     "prompt": ["a red box", "two green balls"],
@@ -158,3 +160,27 @@ def test_memory_is_counted_per_device(sd35, monkeypatch):
     monkeypatch.setattr("dfa2_jax.sampling.memory.free_bytes", lambda: 1000)
     with pytest.raises(MemoryError, match="on each of 4 devices"):
         many(**CALL | GUIDED, plan=plan)
+
+
+def test_one_of_several_gpus_runs_a_program_of_its_own(sd35, monkeypatch):
+    """Kernels that XLA cannot split are chosen there, too."""
+    one, _ = sd35
+    options = Options(**CALL | GUIDED)
+    assert one.prepare(options).mesh is None
+    wanted = one(**CALL | GUIDED).images
+    monkeypatch.setattr("dfa2_jax.pipeline.call.gpu_kind", lambda: "cuda")
+    mesh = one.prepare(options).mesh
+    assert mesh is not None and mesh.devices.size == 1
+    np.testing.assert_array_equal(one(**CALL | GUIDED).images, wanted)
+
+
+def test_a_kernel_inside_a_mesh_has_one_device():
+    counts = []
+
+    def body(x):
+        counts.append(Device.current().count)
+        return x
+
+    mesh = DeviceMesh.of(jax.devices()[:4], 2)
+    jax.jit(jax.shard_map(body, mesh=mesh.devices, in_specs=mesh.whole.spec, out_specs=mesh.whole.spec))(np.zeros(4))
+    assert counts[-1] == 1 and Device.current().count == jax.device_count() == 8
