@@ -14,9 +14,10 @@ from dfa2_jax.nn.quantize import quantize
 from dfa2_jax.parallel.mesh import DeviceMesh
 from dfa2_jax.sampling.guidance import ClassifierFree, NoGuidance
 from dfa2_jax.sampling.inputs import STEP_BLOCK, Inputs
-from dfa2_jax.sampling.loop import HeadPlans, State
+from dfa2_jax.sampling.loop import HeadPlans, State, denoise_planned
 from dfa2_jax.sampling.memory import stack_shapes
 from dfa2_jax.sampling.solvers.flow_euler import FlowMultistep
+from pallas_kernels.inspect import aot
 
 
 class Published(NamedTuple):
@@ -103,6 +104,16 @@ def planned_arguments(
     }
     plans = abstract(HeadPlans, half_window, half_window, start)
     return graph, params, abstract(State, state.latents, state.latents, memory), inputs, plans, start, stop
+
+
+def compile_planned(name: str, pixels: int, devices: int, gpu: str = "h200") -> tuple[DeviceMesh, Any, aot.Compiled]:
+    """The mesh of so many GPUs, the memory's shapes on it, and `denoise_planned` compiled for it."""
+    target = aot.target(gpu, devices)
+    mesh = DeviceMesh.of([*target.mesh.devices.flat], 2 if PUBLISHED[name].guided else 1)
+    target = aot.Target(gpu, mesh.devices)
+    graph, *rest = planned_arguments(name, pixels, mesh=mesh)
+    compiled = aot.compile_for(target, denoise_planned, graph, *target.abstract(tuple(rest)), mesh=mesh)
+    return mesh, rest[1].memory, compiled
 
 
 def abstract(cls: Any, *leaves: Any) -> Any:

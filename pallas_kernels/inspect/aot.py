@@ -39,9 +39,17 @@ class Target(NamedTuple):
     mesh: Mesh
 
     def abstract(self, tree: Any) -> Any:
-        """Arrays or `jax.ShapeDtypeStruct`s as abstract arrays on this GPU; nothing is allocated."""
-        sharding = NamedSharding(self.mesh, PartitionSpec())
-        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
+        """Arrays or `jax.ShapeDtypeStruct`s as abstract arrays on this GPU; nothing is allocated.
+
+        A struct that says how several GPUs share it stays as it is; all else is whole on each.
+        """
+        whole = NamedSharding(self.mesh, PartitionSpec())
+
+        def on_gpu(x: Any) -> jax.ShapeDtypeStruct:
+            shared = x.sharding if isinstance(x, jax.ShapeDtypeStruct) else None
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=shared or whole)
+
+        return jax.tree.map(on_gpu, tree)
 
 
 class Compiled(NamedTuple):
@@ -67,7 +75,7 @@ def targets() -> list[str]:
 
 
 def target(name: str, devices: int = 1) -> Target:
-    """The GPU `name`, one of `targets()`; of several, `Target.abstract` gives each a whole copy.
+    """The GPU `name`, one of `targets()`; of several, `Target.abstract` gives each a whole copy of what is not shared.
 
     Raises:
         ValueError: there is no description of that GPU.

@@ -1,6 +1,7 @@
-"""What a compiled program does with its weights, read from its HLO text (`compiled.as_text()`)."""
+"""What a compiled program copies and what its devices send, read from its HLO text (`compiled.as_text()`)."""
 
 import re
+from collections import Counter
 from enum import IntEnum
 from math import prod
 from typing import NamedTuple
@@ -74,6 +75,103 @@ def weight_copies(hlo: str, argument: str = "params", *, unknown: int | None = N
     return copies
 
 
+IN_PLACE = {"parameter", "get-tuple-element", "bitcast", "custom-call", "dynamic-update-slice"}
+"""Operations that give an array back where it was."""
+
+FUSED = re.compile(r"fused|wrapped|loop|gemm|input")
+"""How computations inside of fusions begin: they have no buffers."""
+
+
+def uses_of_stacks(hlo: str, stacks: set[str]) -> tuple[Counter[str], Counter[str]]:
+    """Opcodes that make an array of a stack's shape, and reads of a stack by computation, less what is in place.
+
+    Args:
+        stacks: shapes such as `bf16[19,1,4608,24,128]`.
+    """
+    computations = _Module(hlo).computations
+    roots = {name: one.opcode for name, body in computations.items() for one in body if one.is_root}
+    shapes = {one.name: one.shape.split("{")[0] for body in computations.values() for one in body}
+    made: Counter[str] = Counter()
+    reads: Counter[str] = Counter()
+    for computation, body in computations.items():
+        if FUSED.match(computation):
+            continue
+        for one in body:
+            opcode = roots.get(one.attribute(r"calls=%?([\w.-]+)"), one.opcode)
+            if opcode in IN_PLACE:
+                continue
+            if shapes[one.name] in stacks:
+                made[opcode] += 1
+            if opcode not in ("tuple", "while", "conditional"):
+                reads[computation] += sum(shapes.get(operand) in stacks for operand in one.operands)
+    return made, reads
+
+
+class Collective(NamedTuple):
+    """An exchange between devices."""
+
+    kind: str
+    """As in HLO: "all-to-all"."""
+    shape: str
+    """What one device has afterwards."""
+    devices: int
+    """How many exchange with one another."""
+    times: int
+    """How often, in one iteration of a loop whose length is data."""
+    in_loop: bool
+    """In such a loop: over the steps of sampling."""
+
+    @property
+    def sent_bytes(self) -> int:
+        """What one device sends to others, all times."""
+        return self.times * num_bytes(self.shape) * (self.devices - 1) // self.devices
+
+
+def collectives(hlo: str) -> list[Collective]:
+    """Every all-to-all and all-gather of a program; of a conditional, those of the branch that sends most.
+
+    Raises:
+        ValueError: an exchange of another kind, or in a loop whose length is data within another such loop.
+    """
+    module = _Module(hlo)
+    return _collectives(module, module.entry, times=1, in_loop=False)
+
+
+def _collectives(module: "_Module", computation: str, *, times: int, in_loop: bool) -> list[Collective]:
+    found: list[Collective] = []
+    for one in module.computations[computation]:
+        kind = one.opcode.removesuffix("-start")
+        if kind in ("all-to-all", "all-gather"):
+            shape = re.findall(r"[a-z]\w*\[[\d,]*\]", one.shape)[-1]  # a start has its operand, too
+            found.append(Collective(kind, shape, _group_size(one), times, in_loop))
+        elif re.match(r"all-reduce|reduce-scatter|collective-|ragged-", kind) and not kind.endswith("-done"):
+            raise ValueError(f"{one.name}: exchanges of the kind {kind} are not counted.")
+        elif kind == "conditional":
+            branches = [_collectives(module, name, times=times, in_loop=in_loop) for name in _branches(one)]
+            found += max(branches, key=lambda branch: sum(each.sent_bytes for each in branch))
+        elif kind == "while":
+            body, count = one.attribute(r"body=%([\w.\-]+)"), one.attribute(r'known_trip_count":\{"n":"(\d+)"')
+            inside = _collectives(module, body, times=times * int(count or 1), in_loop=in_loop or not count)
+            if inside and in_loop and not count:
+                raise ValueError(f"{one.name} exchanges {inside[0].shape} an unknown number of times.")
+            found += inside
+        elif kind in ("call", "async"):
+            called = one.attribute(r"(?:calls|to_apply)=%([\w.\-]+)")
+            found += _collectives(module, called, times=times, in_loop=in_loop)
+    return found
+
+
+def _group_size(instruction: "Instruction") -> int:
+    """Devices of a group, which XLA names by axes of a mesh, counts or lists."""
+    axes = dict(re.findall(r"'(\w+)'=(\d+)", instruction.attribute(r"replica_groups=mesh\[(.*?)\]")))
+    if axes:
+        named = re.findall(r"'(\w+)'", instruction.attribute(r"replica_groups=mesh\[.*?\] *\{(.*?)\}"))
+        return prod(int(axes[name]) for name in named)
+    if counts := instruction.attribute(r"replica_groups=\[\d+,(\d+)\]<="):
+        return int(counts)
+    return len(instruction.attribute(r"replica_groups=\{\{([\d,]*)\}").split(","))
+
+
 class _Module:
     """Runs a module on `Source`s in place of numbers."""
 
@@ -124,10 +222,7 @@ class _Module:
         if opcode == "while":
             return self.loop(instruction, operands[0], copies, times=times, in_loop=in_loop)
         if opcode == "conditional":
-            named = instruction.attribute(r"branch_computations=\{(.*?)\}") or ",".join(
-                instruction.attribute(rf"{branch}_computation=(%[\w.\-]+)") for branch in ("true", "false")
-            )
-            branches = zip(re.findall(r"[\w.\-]+", named), operands[1:], strict=True)
+            branches = zip(_branches(instruction), operands[1:], strict=True)
             return _join(*(self.run(name, [x], copies, times=times, in_loop=in_loop) for name, x in branches))
         return Source.CONSTANT if opcode in ("constant", "iota") else Source.OTHER
 
@@ -145,6 +240,14 @@ class _Module:
             raise ValueError(f"{instruction.name} copies {inside[0].shape} of weights an unknown number of times.")
         copies += inside
         return carry
+
+
+def _branches(conditional: Instruction) -> list[str]:
+    """Computations, in the order of their operands."""
+    named = conditional.attribute(r"branch_computations=\{(.*?)\}") or ",".join(
+        conditional.attribute(rf"{branch}_computation=(%[\w.\-]+)") for branch in ("true", "false")
+    )
+    return re.findall(r"[\w.\-]+", named)
 
 
 def _parse(line: str) -> Instruction:
@@ -178,13 +281,13 @@ def _buffers(instruction: Instruction, value: Value, *, times: int, in_loop: boo
     shapes = re.findall(r"[a-z]\w*\[[\d,]*\]", instruction.shape)
     values = value if isinstance(value, tuple) else (value,) * len(shapes)
     return [
-        WeightCopy(instruction.name, shape, _num_bytes(shape), times, in_loop)
+        WeightCopy(instruction.name, shape, num_bytes(shape), times, in_loop)
         for shape, value in zip(shapes, values, strict=True)
         if value == Source.WEIGHT
     ]
 
 
-def _num_bytes(shape: str) -> int:
+def num_bytes(shape: str) -> int:
     """Bytes of a shape such as `bf16[2,3]`; a `pred` takes a byte."""
     match = re.match(r"[a-z]+(\d*)\w*\[([\d,]*)\]", shape)
     assert match is not None, shape

@@ -1,7 +1,6 @@
 """The whole compressed sampling loop at published shapes, compiled for an H200: caches are neither copied nor moved."""
 
 import re
-from collections import Counter
 from functools import partial
 
 import jax
@@ -14,39 +13,7 @@ from dfa2_jax.calibration.calibrate import Budget, calibrate_step, planning_tile
 from dfa2_jax.sampling.loop import denoise, denoise_planned
 from pallas_kernels import Layout, arrow_attention
 from pallas_kernels.inspect import aot
-from pallas_kernels.inspect.hlo import weight_copies
-
-INSTRUCTION = re.compile(r"\s*(?:ROOT )?%?([\w.-]+) = (\S+?)(?:\{[^ ]*\})? ([\w-]+)\((.*)")
-IN_PLACE = {"parameter", "get-tuple-element", "bitcast", "custom-call", "dynamic-update-slice"}
-
-
-def uses_of_stacks(hlo, stacks):
-    """(opcodes that make an array of a stack's shape, reads of a stack by computation), less what is in place."""
-    made, reads, computation, roots, shapes = Counter(), Counter(), "", {}, {}
-    lines = hlo.splitlines()
-    for line in lines:
-        if heading := re.match(r"^(?:ENTRY )?%?([\w.-]+) \(", line):
-            computation = heading[1]
-        if (found := INSTRUCTION.match(line)) is None:
-            continue
-        name, shape, opcode, _ = found.groups()
-        shapes[name] = shape
-        if line.lstrip().startswith("ROOT"):
-            roots[computation] = opcode
-    for line in lines:
-        if heading := re.match(r"^(?:ENTRY )?%?([\w.-]+) \(", line):
-            computation = heading[1]
-        if (found := INSTRUCTION.match(line)) is None or re.match(r"(fused|wrapped|loop|gemm|input)", computation):
-            continue
-        _, shape, opcode, rest = found.groups()
-        called = re.search(r"calls=%?([\w.-]+)", rest)
-        opcode = roots.get(called[1], opcode) if called else opcode
-        if shape in stacks and opcode not in IN_PLACE:
-            made[opcode] += 1
-        operands = re.findall(r"%([\w.-]+)", rest.split(")")[0])
-        if opcode not in IN_PLACE | {"tuple", "while", "conditional"}:
-            reads[computation] += sum(shapes.get(operand) in stacks for operand in operands)
-    return made, reads
+from pallas_kernels.inspect.hlo import uses_of_stacks, weight_copies
 
 
 def test_the_reading_of_hlo_sees_what_it_must():
