@@ -1,7 +1,7 @@
 """Whole sampling loops of random weights: a model, its inputs and plans for it, at one size."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import dataclass
 from functools import partial
@@ -20,7 +20,7 @@ from dfa2_jax.families.flux.transformer import FluxConditions
 from dfa2_jax.families.registry import networks
 from dfa2_jax.families.sd3.positions import crop_positions
 from dfa2_jax.families.sd3.transformer import PositionTable, SD3Conditions
-from dfa2_jax.nn.attention import Planned, by_stack
+from dfa2_jax.nn.attention import AttentionCall, Planned, by_stack
 from dfa2_jax.nn.quantize import quantize
 from dfa2_jax.parallel.dealing import deal_plan
 from dfa2_jax.parallel.mesh import DeviceMesh
@@ -149,34 +149,49 @@ class Loop:
         return HeadPlans(half_window, head_order, np.zeros((), np.int32))
 
     def plan(self, target: float, *, reuse: float) -> Plan:
-        """A plan that keeps a share of all query-key pairs after the first step, with as many full heads as possible.
+        """As `random_plan`."""
+        return random_plan(self.config, self.calls, self.steps, self.batch, target, reuse=reuse)
 
-        Heads are drawn anew at each step from those of all layers, so that layers differ. At 0.32 by reuse a layer of
-        24 caches 9 to 22.
 
-        Args:
-            target: the share of pairs that is kept.
-            reuse: the share of the saving that is by cached heads; the rest is by arrows.
-        """
-        layers = tuple(
-            AttentionLayer(name=name, num_text=x.num_text, num_visual=x.num_visual, text_first=x.text_first)
-            for name, x in self.layers.items()
+def random_plan(
+    config: Any, calls: Sequence[AttentionCall], steps: int, batch: int, target: float, *, reuse: float
+) -> Plan:
+    """A plan that keeps a share of all query-key pairs after the first step, with as many full heads as possible.
+
+    Heads are drawn anew at each step from those of all layers, so that layers differ. At 0.32 by reuse a layer of 24
+    caches 9 to 22.
+
+    Args:
+        config: of the transformer.
+        calls: its attention layers, as `config.calls` has them.
+        batch: of the transformer: 2 for a guided image.
+        target: the share of pairs that is kept.
+        reuse: the share of the saving that is by cached heads; the rest is by arrows.
+    """
+    layers = tuple(
+        AttentionLayer(
+            name=call.name,
+            num_text=call.layout.num_text,
+            num_visual=call.layout.num_visual,
+            text_first=call.layout.text_first,
         )
-        heads = self.config.num_attention_heads
-        setting = Setting(
-            pipeline_class="", weights="", scheduler="", sigmas=tuple(np.linspace(1, 0, self.steps + 1).tolist()),
-            height=1, width=1, doubled_batch=self.batch == 2, num_heads=heads, layers=layers,
-        )  # fmt: skip
-        cached = reuse * (1 - target)
-        arrows, shares = zip(*(widest_arrow(x, (1 - reuse) * (1 - target), 1 - cached) for x in layers), strict=True)
-        methods = FULL_METHOD, Method("cached"), *dict.fromkeys(arrows)
-        arrow = np.array([methods.index(x) for x in arrows])[:, None]
-        choices, generator = np.zeros((self.steps, len(layers), heads), np.uint8), np.random.default_rng(0)
-        for step in range(1, self.steps):
-            rank = generator.permutation(len(layers) * heads).reshape(len(layers), heads) / (len(layers) * heads)
-            bounds = cached, cached + np.array(shares)[:, None]
-            choices[step] = np.select([rank < bounds[0], rank < bounds[1]], [1, arrow], 0)
-        return Plan(setting, methods, choices)
+        for call in calls
+    )
+    heads = config.num_attention_heads
+    setting = Setting(
+        pipeline_class="", weights="", scheduler="", sigmas=tuple(np.linspace(1, 0, steps + 1).tolist()),
+        height=1, width=1, doubled_batch=batch == 2, num_heads=heads, layers=layers,
+    )  # fmt: skip
+    cached = reuse * (1 - target)
+    arrows, shares = zip(*(widest_arrow(x, (1 - reuse) * (1 - target), 1 - cached) for x in layers), strict=True)
+    methods = FULL_METHOD, Method("cached"), *dict.fromkeys(arrows)
+    arrow = np.array([methods.index(x) for x in arrows])[:, None]
+    choices, generator = np.zeros((steps, len(layers), heads), np.uint8), np.random.default_rng(0)
+    for step in range(1, steps):
+        rank = generator.permutation(len(layers) * heads).reshape(len(layers), heads) / (len(layers) * heads)
+        bounds = cached, cached + np.array(shares)[:, None]
+        choices[step] = np.select([rank < bounds[0], rank < bounds[1]], [1, arrow], 0)
+    return Plan(setting, methods, choices)
 
 
 def widest_arrow(layer: AttentionLayer, saving: float, room: float) -> tuple[Method, float]:

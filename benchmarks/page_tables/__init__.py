@@ -1,5 +1,12 @@
 """The tables of README.md and docs/: functions from a committed JSON file to rows of text (benchmarks/pages.py)."""
 
-from benchmarks.page_tables import attention, costs, multigpu, quality, quantized, sampling  # noqa: F401 each registers its tables
+from benchmarks.page_tables import (  # noqa: F401 each registers its tables
+    attention,
+    costs,
+    devices,
+    quality,
+    quantized,
+    sampling,
+)
 from benchmarks.page_tables.base import TABLES as TABLES
 from benchmarks.page_tables.base import Table as Table
