@@ -112,7 +112,7 @@ class Ulysses:
         return exchange.to_tokens(out)[:, :, :num_heads]
 
     def _of_some(
-        self, project: Project, exchange: Exchange, half_window: Int[Array, " N"], order: Int[Array, " N"]
+        self, project: Project, exchange: Exchange, half_window: Int[Array, " padded"], order: Int[Array, " padded"]
     ) -> Heads:
         """Heads that are not cached, as `order` deals them; anything at the places of others.
 
