@@ -33,3 +33,37 @@ def multigpu(data: Any) -> Iterator[list[str]]:
             times = (f"{one['ms_per_step'][name]:.1f} ({one['speedup'][name]:.2f}x)" for name in names)
             error = max(one["error"][name] for name in names)
             yield [title(case), count, *times, f"{100 * error:.1f} %" if error else ""]
+
+
+@table(
+    "collectives",
+    "collectives.json",
+    "model, size | rows x tokens | exchanges of a dense step | sent, MB | exchange at 350, 144 GB/s, ms | step, ms",
+    "python -m benchmarks.collectives",
+)
+def collectives(data: Any) -> Iterator[list[str]]:
+    """What each device sends, and steps that it would make."""
+    for case, found in data["rows"].items():
+        for one in found.values():
+            exchanges = ", ".join(f"{count} {kind}" for kind, count in one["dense"].items())
+            ms = (", ".join(f"{one[name][rate]:.1f}" for rate in data["rates"]) for name in ("exchange_ms", "step_ms"))
+            yield [title(case), _mesh(one), exchanges, f"{1e-6 * one['sent_bytes']:,.0f}", *ms]
+
+
+@table(
+    "collectives-memory",
+    "collectives.json",
+    "model, size | rows x tokens | memory of each, GB | kept in place, GB | largest copy, MB | smallest stack, MB",
+    "python -m benchmarks.collectives",
+)
+def collectives_memory(data: Any) -> Iterator[list[str]]:
+    """What a plan's attention remembers stays where it is."""
+    for case, found in data["rows"].items():
+        for one in found.values():
+            kept = (f"{1e-9 * one[name]:.2f}" for name in ("memory_bytes", "alias_bytes"))
+            copies = (f"{1e-6 * one[name]:,.1f}" for name in ("largest_copy_bytes", "smallest_stack_bytes"))
+            yield [title(case), _mesh(one), *kept, *copies]
+
+
+def _mesh(one: Any) -> str:
+    return " x ".join(map(str, one["mesh"]))

@@ -127,13 +127,16 @@ class Collective(NamedTuple):
         return self.times * num_bytes(self.shape) * (self.devices - 1) // self.devices
 
 
-def collectives(hlo: str) -> list[Collective]:
+def collectives(hlo: str, *, unknown: int | None = None) -> list[Collective]:
     """Every all-to-all and all-gather of a program; of a conditional, those of the branch that sends most.
 
+    Args:
+        unknown: iterations of a loop whose length is data, within another such loop.
+
     Raises:
-        ValueError: an exchange of another kind, or in a loop whose length is data within another such loop.
+        ValueError: an exchange of another kind, or in such an inner loop while `unknown` is not given.
     """
-    module = _Module(hlo)
+    module = _Module(hlo, unknown)
     return _collectives(module, module.entry, times=1, in_loop=False)
 
 
@@ -151,8 +154,9 @@ def _collectives(module: "_Module", computation: str, *, times: int, in_loop: bo
             found += max(branches, key=lambda branch: sum(each.sent_bytes for each in branch))
         elif kind == "while":
             body, count = one.attribute(r"body=%([\w.\-]+)"), one.attribute(r'known_trip_count":\{"n":"(\d+)"')
-            inside = _collectives(module, body, times=times * int(count or 1), in_loop=in_loop or not count)
-            if inside and in_loop and not count:
+            repeats = int(count or (in_loop and module.unknown) or 1)
+            inside = _collectives(module, body, times=times * repeats, in_loop=in_loop or not count)
+            if inside and in_loop and not count and module.unknown is None:
                 raise ValueError(f"{one.name} exchanges {inside[0].shape} an unknown number of times.")
             found += inside
         elif kind in ("call", "async"):

@@ -55,6 +55,8 @@ def test_exchanges_of_a_step_are_counted_in_the_branch_that_sends_most():
 def test_exchanges_that_cannot_be_counted_are_refused():
     with pytest.raises(ValueError, match=r"inner exchanges bf16\[4,8\] an unknown number of times"):
         collectives(STEPS.replace(", TRIP_COUNT", ""))
+    told = collectives(STEPS.replace(", TRIP_COUNT", ""), unknown=6)
+    assert told == collectives(STEPS.replace("TRIP_COUNT", KNOWN))
     with pytest.raises(ValueError, match="gathered: exchanges of the kind all-reduce are not counted"):
         collectives(STEPS.replace("TRIP_COUNT", KNOWN).replace("all-gather", "all-reduce"))
 
