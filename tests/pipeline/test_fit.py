@@ -17,7 +17,7 @@ from dfa2_jax.weights.checkpoint import Checkpoint
 def no_weights(monkeypatch):
     """The error comes before any work."""
 
-    def load(self, component, dtype=None):
+    def load(self, component, dtype=None, place=None):
         raise AssertionError(f"{component} was loaded")
 
     monkeypatch.setattr(Checkpoint, "load", load)
