@@ -1,36 +1,27 @@
 """Steps of the published models on several GPUs beside one, dense and by a plan, and what the exchange takes.
 
-    python -m benchmarks.multigpu [CASE ...] [--devices 2] [--precision float8] [--rounds 3] [--exchange]
+    python -m benchmarks.multigpu [CASE ...] [--devices 2] [--precision float8] [--rounds 3]
 
 All of a case are timed in turn, round by round: on one device, and on as many as are named. `error` is that of the
-latents after these steps, against one device. Weights are random. `--exchange` times the exchange of tokens for heads
-alone: the bytes that each device sends are over the time of queries, keys and values there, and of the output back.
+latents after these steps, against one device. Weights are random. `benchmarks.exchange` times the exchange alone.
 On a CPU: XLA_FLAGS=--xla_force_host_platform_device_count=8.
 """
 
 import argparse
 import json
 import time
-from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax import lax
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from benchmarks.loops import Loop, interleaved, ratio
 from benchmarks.machine import describe_machine
 from benchmarks.sampling import CPU, GPU, Case
 from dfa2_jax import Plan
 from dfa2_jax.io.atomic import write_whole
-from dfa2_jax.parallel.mesh import TOKENS, DeviceMesh
-from dfa2_jax.parallel.ulysses import Exchange
-from pallas_kernels import Layout
 
 
 class Runs:
@@ -70,37 +61,6 @@ def difference(x: np.ndarray, wanted: np.ndarray) -> float:
     return float(np.linalg.norm(x - wanted) / np.linalg.norm(wanted))
 
 
-def exchange(layout: Layout, heads: int, dim: int, dtype: Any, devices: int, rounds: int, repeats: int = 20) -> Any:
-    """Milliseconds of a layer's exchange there and back, and GB/s that each device sends."""
-    mesh = DeviceMesh.of(jax.devices()[:devices], 1)
-    swap = Exchange(devices, layout, mesh.share(layout))
-    shape = (1, mesh.padded_length(layout), heads, dim)
-    x = jax.device_put(jnp.ones(shape, dtype), NamedSharding(mesh.devices, P(None, TOKENS)))
-
-    def there(x: jax.Array) -> jax.Array:
-        q, k, v = lax.optimization_barrier(tuple(swap.to_heads(x, x + 1, x + 2)))
-        return q + k + v
-
-    def both(x: jax.Array) -> jax.Array:
-        return swap.to_tokens(there(x))
-
-    def local(x: jax.Array) -> jax.Array:
-        return x + 1
-
-    def repeated(body: Any) -> Any:
-        def many(x: jax.Array) -> jax.Array:
-            return lax.fori_loop(0, repeats, lambda _, x: lax.optimization_barrier(body(x)), x)
-
-        spec = P(None, TOKENS)
-        return jax.jit(jax.shard_map(many, mesh=mesh.devices, in_specs=spec, out_specs=spec, check_vma=False))
-
-    calls = {name: partial(repeated(body), x) for name, body in (("both", both), ("nothing", local))}
-    times = interleaved(calls, rounds)
-    ms = {name: 1e3 * median(values) / repeats for name, values in times.items()}
-    sent = 4 * x.nbytes / devices * (devices - 1) / devices
-    return {"ms": ms, "sent_mb": sent / 1e6, "gb_per_s": sent / 1e6 / ms["both"]}
-
-
 def main() -> None:
     platform = jax.default_backend()
     cases = CPU if platform == "cpu" else GPU
@@ -111,7 +71,6 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=4, help="timed at a time, after the first")
     parser.add_argument("--keep", type=float, default=0.32, help="the share of pairs that the plan keeps")
-    parser.add_argument("--exchange", action="store_true", help="time the exchange alone")
     parser.add_argument("--out", type=Path, default=Path(f"benchmarks/results/multigpu_{platform}.json"))
     args = parser.parse_args()
     if unknown := [case for case in args.cases if case not in cases]:
@@ -120,14 +79,7 @@ def main() -> None:
     machine = {"machine": describe_machine(), "device": jax.devices()[0].device_kind}
     for name in args.cases or cases:
         started, key = time.perf_counter(), name + (f", {args.precision}" if args.precision else "")
-        if args.exchange:
-            loop = cases[name](1)
-            layout = max((call.layout for call in loop.calls), key=lambda layout: layout.length)
-            sizes = loop.config.num_attention_heads, loop.config.attention_head_dim, loop.dtype
-            key += ", exchange"
-            rows[key] = {str(n): exchange(layout, *sizes, n, args.rounds) for n in args.devices}
-        else:
-            rows[key] = measure(cases[name], args.devices, args.precision, args.rounds, args.steps, args.keep)
+        rows[key] = measure(cases[name], args.devices, args.precision, args.rounds, args.steps, args.keep)
         print(f"{key}: {json.dumps({k: v for k, v in rows[key].items() if k != 'seconds'})}", flush=True)
         rows[key] |= machine | {"run_seconds": time.perf_counter() - started}
         args.out.parent.mkdir(parents=True, exist_ok=True)

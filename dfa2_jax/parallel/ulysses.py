@@ -33,7 +33,7 @@ class Exchange:
         """All heads of own tokens become own heads of all tokens: one exchange for all arrays, of equal shapes."""
         *_, length, num_heads, dim = arrays[0].shape
         x = jnp.stack(arrays).reshape(len(arrays), -1, length, self.parts, num_heads // self.parts, dim)
-        x = lax.all_to_all(jnp.moveaxis(x, 3, 0), TOKENS, 0, 0, tiled=True)
+        x = self.swapped(jnp.moveaxis(x, 3, 0))
         x = jnp.moveaxis(x, 0, 2)  # [arrays, B, device, own, heads, H]
 
         def joined(tokens: slice, count: int) -> Array:
@@ -54,9 +54,13 @@ class Exchange:
         text = split(x[:, self.whole.text], self.share.num_text)
         visual = split(x[:, self.whole.visual], self.share.num_visual)
         x = jnp.concatenate(self._in_order(text, visual), axis=2)  # [B, device, own, heads, H]
-        x = lax.all_to_all(jnp.moveaxis(x, 1, 0), TOKENS, 0, 0, tiled=True)
+        x = self.swapped(jnp.moveaxis(x, 1, 0))
         x = jnp.moveaxis(x, 0, 2)
         return x.reshape(*x.shape[:2], -1, x.shape[-1])
+
+    def swapped(self, x: Float[Array, "_ ..."]) -> Float[Array, "_ ..."]:
+        """Part i of every device, at device i."""
+        return lax.all_to_all(x, TOKENS, 0, 0, tiled=True)
 
     def _in_order(self, text: Array, visual: Array) -> tuple[Array, Array]:
         return (text, visual) if self.whole.text_first else (visual, text)
