@@ -164,6 +164,7 @@ def _head_runs(options: CalibrationOptions, call: Call, speedup: float | None) -
         left = (1 - options.attention_share) / (1 - shares.attention)
         shares = StepShares(options.attention_share, left * shares.projections)
     if options.heads == "auto" and (shares.attention < WORTHWHILE or call.request.steps == 1):
+        _warn_unused(options, shares.attention)
         return None
     _warn_idle(candidates, call.setting, tiles)
     arrows = tuple(method for method in candidates if method != CACHED_METHOD)
@@ -172,6 +173,14 @@ def _head_runs(options: CalibrationOptions, call: Call, speedup: float | None) -
         runs.check_speedup(speedup)
     runs.check_memory()
     return runs
+
+
+def _warn_unused(options: CalibrationOptions, share: float) -> None:
+    if unused := [name for name in HEADS if getattr(options, name) != getattr(CalibrationOptions, name)]:
+        logger.warning(
+            "heads are not planned, so %s has no effect: attention takes %.2f of a step, and they pay from %.1f on",
+            ", ".join(unused), share, WORTHWHILE,
+        )  # fmt: skip
 
 
 def _check_joint(options: CalibrationOptions) -> None:

@@ -14,7 +14,7 @@ from jaxtyping import Float, Int, UInt8
 from dfa2_jax.io.atomic import replacing
 from dfa2_jax.io.digest import digest_of
 from dfa2_jax.io.errors import printable
-from dfa2_jax.io.names import suggests_names
+from dfa2_jax.io.names import natural, suggests_names
 from dfa2_jax.plan.file import blame_file, content_of, read, written
 from dfa2_jax.plan.method import FULL_METHOD, Method, PlanError, letters
 from dfa2_jax.plan.setting import MARGIN, CalibrationRecord, Setting, StepCalibration
@@ -180,11 +180,18 @@ class Plan:
             attention_share: of a dense step's time, which attention takes in proportion to its tiles (Amdahl's law).
                 None: what the heads were planned with; 0, heads save nothing.
             projection_share: the same of projections, which reused heads spare.
+
+        Raises:
+            ValueError: shares that are none.
         """
         record = self.step_calibration
         planned = (0.0, 0.0) if record is None else (record.attention_share, record.projection_share)
         given = (attention_share, projection_share)
         attention, projections = (a if b is None else b for a, b in zip(planned, given, strict=True))
+        if not (attention >= 0 and projections >= 0 and attention + projections <= 1):
+            raise ValueError(
+                f"{attention_share=} and {projection_share=} must be shares of a step, 1 at most together."
+            )
         tokens = np.array([layer.layout.length for layer in self.setting.layers])
         reused = (tokens * (self.half_windows() == CACHED).mean((0, 2))).sum() / tokens.sum()
         spared = attention * (1 - self.density(record and record.tiles)) + projections * float(reused)
@@ -203,6 +210,7 @@ class Plan:
         record = self.step_calibration
         if record is None:
             raise PlanError("the plan has no step_calibration: `calibrate(pipeline, prompts, speedup=...)` makes one.")
+        speedup, psnr = natural(speedup), natural(psnr)
         check_budget(speedup=speedup, psnr=psnr)
         search = self._search(record)
         if speedup is not None:
@@ -221,7 +229,7 @@ class Plan:
         record = record.model_copy(update=kept)
         record.warn_if_low()
         plan = Plan.full(self.setting, nodes.steps)
-        return replace(plan, coefficients=nodes.coefficients, step_calibration=record)
+        return replace(plan, coefficients=nodes.coefficients, step_calibration=record, edited=self.edited)
 
     def _search(self, record: StepCalibration) -> StepSearch:
         """Raises PlanError where the record is of no run of the setting."""

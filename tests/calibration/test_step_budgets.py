@@ -1,0 +1,89 @@
+"""What is asked of a calibration of steps, and what it says of a budget, a file or an option that it cannot use."""
+
+import numpy as np
+import pytest
+from pipeline_cases import PROMPTS
+
+from dfa2_jax import Plan, calibrate
+from dfa2_jax.calibration.steps import StepRuns, Trajectory, fit
+from dfa2_jax.plan.steps import Nodes
+
+CALL = {
+    "height": 64,
+    "width": 64,
+    "num_inference_steps": 4,
+    "max_sequence_length": 16,
+    "guidance_scale": 4.0,
+    "progress": False,
+}
+
+
+@pytest.fixture(scope="module")
+def plan(pipelines):
+    return calibrate(pipelines("tiny_sd35"), PROMPTS, **CALL)
+
+
+def test_no_budget_is_half_of_the_steps(plan):
+    assert len(plan.nodes) == 2
+
+
+@pytest.mark.parametrize("other", [{"prompts": PROMPTS[::-1]}, {"seed": 1}, {"guidance_scale": 3.0}], ids=str)
+def test_progress_is_of_one_calibration(other, pipelines, tmp_path):
+    """Records know latents alone: velocities of another prompt would be taken for these."""
+    path, options = tmp_path / "progress", {"prompts": PROMPTS} | CALL
+    calibrate(pipelines("tiny_sd35"), **options, resume=path)
+    with pytest.raises(ValueError, match="remove it to start anew"):
+        calibrate(pipelines("tiny_sd35"), **options | other, resume=path)
+
+
+@pytest.mark.parametrize("budget", [{"speedup": 0.5}, {"speedup": 5.0}, {"psnr": float("nan")}], ids=str)
+def test_a_bad_budget_is_refused_before_the_network_runs(budget, pipelines, monkeypatch):
+    monkeypatch.setattr(StepRuns, "step", lambda *_: pytest.fail("the network ran"))
+    with pytest.raises(ValueError, match=next(iter(budget))):
+        calibrate(pipelines("tiny_sd35"), PROMPTS, **CALL, **budget)
+
+
+def test_options_of_heads_that_are_not_planned_are_named(pipelines, caplog, monkeypatch):
+    monkeypatch.setattr("dfa2_jax.calibration.calibrate.WORTHWHILE", 1.0)
+    calibrate(pipelines("tiny_sd35"), PROMPTS, **CALL, windows=(4,))
+    assert "so windows has no effect" in caplog.text
+
+
+def test_velocities_that_are_parallel_leave_euler_s_move():
+    """Two equal ones have no best weights of their own."""
+    sigmas = np.linspace(1, 0, 5)
+    velocity = np.random.default_rng(0).standard_normal((1, 4, 2)).astype(np.float32)
+    latents = np.stack([velocity * (sigma - 1) for sigma in sigmas]).astype(np.float32)
+    target = Trajectory(latents, np.stack([velocity] * 4))
+    nodes, x = fit(target, sigmas, Nodes((0, 1, 2), np.zeros((3, 2)), 0.0), lambda *_: velocity)
+    np.testing.assert_allclose(nodes.coefficients[2], [-0.5, 0], atol=1e-6)
+    np.testing.assert_allclose(x, latents[-1], atol=1e-6)
+
+
+def test_what_is_edited_stays_so(plan, tmp_path):
+    path = tmp_path / "plan.json"
+    plan.save(path)
+    path.write_text(
+        path.read_text().replace('"num_prompts":2', '"num_prompts":64').replace('"num_prompts": 2', '"num_prompts": 64')
+    )
+    signed = Plan.sign(path)
+    assert signed.step_calibration.num_prompts == 64 and signed.edited
+    assert signed.resolve(speedup=4.0).edited and plan.for_weights("sha256:0").resolve(speedup=2.0).edited
+    assert not plan.resolve(speedup=4.0).edited
+
+
+def test_a_budget_may_be_numpy_s(plan, no_shape_checks):
+    assert plan.resolve(speedup=np.float32(2)) == plan.resolve(speedup=2.0)
+
+
+@pytest.mark.parametrize("shares", [(5.0,), (float("nan"),), (-0.1,), (0.7, 0.4)])
+def test_shares_of_a_step_are_checked(plan, shares):
+    with pytest.raises(ValueError, match="must be shares of a step"):
+        plan.cost(*shares)
+
+
+@pytest.mark.parametrize("name", ["measured_error", "measured_psnr"])
+def test_what_a_run_measured_is_there_whole(plan, name):
+    record = plan.step_calibration.model_dump() | {name: None}
+    with pytest.raises(ValueError, match="both are there, or both null"):
+        type(plan.step_calibration).model_validate(record)
