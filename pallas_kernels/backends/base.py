@@ -30,7 +30,7 @@ class Device:
     capability: float | None = None
     """Compute capability of the default device; None where that is no GPU."""
     count: int = 1
-    """Devices that one program may use: inside `jax.shard_map` of all axes, one."""
+    """Devices that one program may use: those of the mesh that is set, and inside `jax.shard_map` of all axes, one."""
     interpreted: bool = False
     """Kernels run in interpret mode, on any device."""
 
@@ -44,7 +44,7 @@ class Device:
         return cls(
             name=name,
             capability=None if capability is None else float(capability),
-            count=1 if mesh.axis_names and mesh.are_all_axes_manual else jax.device_count(),
+            count=jax.device_count() if mesh.empty else 1 if mesh.are_all_axes_manual else mesh.size,
         )
 
     @property

@@ -184,3 +184,5 @@ def test_a_kernel_inside_a_mesh_has_one_device():
     mesh = DeviceMesh.of(jax.devices()[:4], 2)
     jax.jit(jax.shard_map(body, mesh=mesh.devices, in_specs=mesh.whole.spec, out_specs=mesh.whole.spec))(np.zeros(4))
     assert counts[-1] == 1 and Device.current().count == jax.device_count() == 8
+    with jax.set_mesh(mesh.devices):
+        assert Device.current().count == 4
