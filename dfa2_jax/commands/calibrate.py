@@ -6,13 +6,12 @@ from typing import Any
 
 from dfa2_jax.calibration.calibrate import calibrate
 from dfa2_jax.commands.flags import given
-from dfa2_jax.commands.start import read_prompts, start
+from dfa2_jax.commands.start import open_pipeline, read_prompts, start
 from dfa2_jax.demo.box import warn_unseen
 from dfa2_jax.io.atomic import alone, replaceable
 from dfa2_jax.io.errors import blame
 from dfa2_jax.io.terminal import print_path
 from dfa2_jax.options import CALL, CalibrationOptions, Options
-from dfa2_jax.pipeline.pipeline import Pipeline
 from dfa2_jax.pipeline.timing import told
 from dfa2_jax.plan.plan import Plan
 
@@ -29,14 +28,7 @@ def run(args: argparse.Namespace) -> int:
     resume = args.out.with_name(f"{args.out.name}.progress")
     replaceable(resume)
     with told("loading", not args.quiet):
-        pipeline = Pipeline.from_pretrained(
-            args.folder,
-            dtype=args.dtype,
-            text_encoder_dtype=args.text_encoder_dtype,
-            devices=args.devices,
-            shard_weights=args.shard_weights,
-            verify=args.verify,
-        )
+        pipeline = open_pipeline(args)
     warn_unseen(pipeline.fingerprint, [*prompts, args.negative_prompt])
     options: dict[str, Any] = given(args, Options, CALL) | given(args, CalibrationOptions) | {"c": args.c or None}
     with alone(args.out):  # two processes would write one file of progress

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dfa2_jax.commands.flags import given
-from dfa2_jax.commands.start import read_prompts, start
+from dfa2_jax.commands.start import open_pipeline, read_prompts, start
 from dfa2_jax.demo.box import warn_unseen
 from dfa2_jax.io.atomic import writable
 from dfa2_jax.io.errors import printable
@@ -51,14 +51,7 @@ def run(args: argparse.Namespace) -> int:
     plan = None if args.plan is None else Plan.load(args.plan)
     phase = nullcontext if args.quiet else told
     with phase("loading"):
-        pipeline = Pipeline.from_pretrained(
-            args.folder,
-            dtype=args.dtype,
-            text_encoder_dtype=args.text_encoder_dtype,
-            devices=args.devices,
-            shard_weights=args.shard_weights,
-            verify=args.verify,
-        )
+        pipeline = open_pipeline(args)
     options: dict[str, Any] = given(args, Options) | {"plan": plan, "progress": not args.quiet}
     options["num_images_per_prompt"] = 1  # a shot is one image
     negative = (args.negative_prompt, args.negative_prompt_2, args.negative_prompt_3)

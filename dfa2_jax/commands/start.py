@@ -1,5 +1,6 @@
 """What commands begin with: a device, the cache of compiled programs, prompts from a file, a folder to write to."""
 
+import argparse
 import os
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 import jax
 
 from dfa2_jax.io.atomic import writable
+from dfa2_jax.pipeline.pipeline import Pipeline
 
 MAX_PROMPTS = 20_000_000
 """Characters of a file of prompts: a device has no end."""
@@ -40,6 +42,16 @@ def start() -> None:
         jax.config.update("jax_compilation_cache_dir", None)
         print(f"compiled programs are not kept; set JAX_COMPILATION_CACHE_DIR: {error}", file=sys.stderr)
     devices()
+
+
+def open_pipeline(args: argparse.Namespace) -> Pipeline:
+    """The folder, as a command's flags ask for it.
+
+    Raises:
+        CheckpointError, ValueError: as `Pipeline.from_pretrained`.
+    """
+    names = "dtype", "text_encoder_dtype", "devices", "shard_weights", "verify"
+    return Pipeline.from_pretrained(args.folder, **{name: getattr(args, name) for name in names})
 
 
 def _programs() -> Path:

@@ -41,10 +41,11 @@ class Device:
         abstract = mesh.abstract_device
         name = default.device_kind if abstract is None else abstract.device_kind
         capability = getattr(default, "compute_capability", None)
+        within = 1 if mesh.are_all_axes_manual else mesh.size
         return cls(
             name=name,
             capability=None if capability is None else float(capability),
-            count=jax.device_count() if mesh.empty else 1 if mesh.are_all_axes_manual else mesh.size,
+            count=jax.device_count() if mesh.empty and abstract is None else within,
         )
 
     @property
