@@ -168,15 +168,7 @@ def random_plan(
         target: the share of pairs that is kept.
         reuse: the share of the saving that is by cached heads; the rest is by arrows.
     """
-    layers = tuple(
-        AttentionLayer(
-            name=call.name,
-            num_text=call.layout.num_text,
-            num_visual=call.layout.num_visual,
-            text_first=call.layout.text_first,
-        )
-        for call in calls
-    )
+    layers = tuple(AttentionLayer.of(call.name, call.layout) for call in calls)
     heads = config.num_attention_heads
     setting = Setting(
         pipeline_class="", weights="", scheduler="", sigmas=tuple(np.linspace(1, 0, steps + 1).tolist()),

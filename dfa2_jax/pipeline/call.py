@@ -89,15 +89,7 @@ class Call:
             width=request.width,
             doubled_batch=self.inputs.guidance.sides == 2,
             num_heads=pipeline.config.num_attention_heads,
-            layers=tuple(
-                AttentionLayer(
-                    name=layer.name,
-                    num_text=layer.layout.num_text,
-                    num_visual=layer.layout.num_visual,
-                    text_first=layer.layout.text_first,
-                )
-                for layer in self.layers
-            ),
+            layers=tuple(AttentionLayer.of(layer.name, layer.layout) for layer in self.layers),
         )
 
     @jax.enable_x64(False)  # what attention remembers is of 32 bits, too

@@ -41,6 +41,10 @@ class AttentionLayer(Record):
     num_visual: Positive
     text_first: bool
 
+    @classmethod
+    def of(cls, name: str, layout: Layout) -> "AttentionLayer":
+        return cls(name=name, num_text=layout.num_text, num_visual=layout.num_visual, text_first=layout.text_first)
+
     @property
     def layout(self) -> Layout:
         return Layout(self.num_text, self.num_visual, self.text_first)

