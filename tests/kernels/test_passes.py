@@ -27,11 +27,11 @@ def how(implementation):
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("dtype", BITS16)
-@pytest.mark.parametrize("is_modulated", [False, True])
-def test_rows_equal_float64(implementation, dtype, is_modulated):
-    """Each image has a modulation of its own; a row of zeros stays one, unless it is shifted."""
-    x = draw((2, 5, 96), dtype, 0, scale=3, mean=1).at[0, 2].set(0).at[1, 3, 7].set(1000)
-    parts = draw((2, 1, 96), dtype, 1, 0.3), draw((2, 1, 96), dtype, 2, 0.3)
+@pytest.mark.parametrize(("depth", "is_modulated"), [(96, False), (96, True), (608, True)])
+def test_rows_equal_float64(implementation, dtype, depth, is_modulated):
+    """Each image has a modulation of its own; a row of zeros stays one, unless it is shifted. 608 take five pieces."""
+    x = draw((2, 5, depth), dtype, 0, scale=3, mean=1).at[0, 2].set(0).at[1, 3, 7].set(1000)
+    parts = draw((2, 1, depth), dtype, 1, 0.3), draw((2, 1, depth), dtype, 2, 0.3)
     values, scale = quantized_rows(x, jnp.int8, parts if is_modulated else None, **how(implementation))
     wanted = float64(x)
     if is_modulated:
