@@ -42,7 +42,8 @@ class Runs:
 def measure(case: Case, devices: list[int], precision: str | None, rounds: int, steps: int, keep: float) -> Any:
     loop = case(steps + 1, precision)
     plan = loop.plan(keep, reuse=0.5)
-    every = {count: Runs(loop if count == 1 else loop.on(count), plan, steps) for count in (1, *devices)}
+    # One device has a mesh, too: else its kernels would be chosen as for as many as this host has.
+    every = {count: Runs(loop.on(count), plan, steps) for count in (1, *devices)}
     calls = {f"{kind}, {count}": getattr(runs, kind) for count, runs in every.items() for kind in ("dense", "planned")}
     latents = {name: np.asarray(call(), np.float64) for name, call in calls.items()}
     times = interleaved(calls, rounds)

@@ -67,3 +67,15 @@ def collectives_memory(data: Any) -> Iterator[list[str]]:
 
 def _mesh(one: Any) -> str:
     return " x ".join(map(str, one["mesh"]))
+
+
+@table(
+    "exchange",
+    "exchange_gpu.json",
+    "model, size | devices | sent by each, MB | all-to-all, ms | nothing to itself, ms | packing alone, ms",
+)
+def exchange(data: Any) -> Iterator[list[str]]:
+    for case, counts in data["rows"].items():
+        for count, one in counts.items():
+            ms = (f"{one['ms'][way]:.2f}" for way in ("all-to-all", "permutes", "packing"))
+            yield [title(case), count, f"{one['sent_mb']:.0f}", *ms]
