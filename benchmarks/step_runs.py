@@ -5,6 +5,9 @@
 Weights are random, at published shapes: they take the time of real ones. Nodes are spread evenly, since time does not
 depend on which they are. Where attention is 0.3 of a step, plans with heads run too. Their prediction is `Plan.cost`,
 by the shares that are counted in a step's program. Runs take turns; a ratio is of medians.
+
+Where FILE has a case from an earlier run, what that predicted is kept as `foretold_s`. Those seconds were committed
+before this run. Cases that are not named keep their rows.
 """
 
 import argparse
@@ -95,6 +98,14 @@ def measure(loop: Loop, steps: int, rounds: int) -> dict[str, Any]:
     return row
 
 
+def foretell(plans: dict[str, Any], earlier: dict[str, Any]) -> None:
+    """Adds what an earlier run predicted of the same plans, and how far that is off."""
+    for name, plan in plans.items():
+        if name in earlier:
+            foretold = earlier[name]["predicted_s"]
+            plan |= {"foretold_s": foretold, "off_foretold": plan["s"] / foretold - 1}
+
+
 def main() -> None:
     cases = CPU if jax.default_backend() == "cpu" else GPU
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -104,12 +115,16 @@ def main() -> None:
     args = parser.parse_args()
     if unknown := [case for case in args.cases if case not in cases]:
         parser.error(f"unknown {unknown}: choose from {list(cases)}")
-    rows: list[dict[str, Any]] = []
+    earlier = json.loads(args.out.read_text())["rows"] if args.out.exists() else []
+    rows: list[dict[str, Any]] = [row for row in earlier if args.cases and row["case"] not in args.cases]
     content = {"machine": describe_machine(), "device": jax.devices()[0].device_kind, "rows": rows}
     for name in args.cases or cases:
         loop = cases[name](max(STEPS.get(name, (28,))))
         for steps in STEPS.get(name, (28,)):
             rows.append({"case": name, **measure(loop, steps, args.rounds)})
+            for row in earlier:
+                if (row["case"], row["steps"]) == (name, steps):
+                    foretell(rows[-1]["plans"], row["plans"])
             print(name, steps, f"dense {rows[-1]['dense_s']:.2f} s", rows[-1]["plans"], flush=True)
             with replacing(args.out) as file:
                 file.write(json.dumps(content, indent=1).encode() + b"\n")
