@@ -26,6 +26,9 @@ of 11 and 12 in 50 steps, kept 5.6 and 4.5 dB less than they measured (benchmark
 LOWEST_PSNR = 37.0
 """dB below which a few prompts say little of others: there a plan of 9 of 28 steps measured 37.3 dB, and kept 35.3."""
 
+LARGEST_PSNR = 120.0
+"""dB of equal images, and the most that is predicted."""
+
 logger = logging.getLogger("dfa2_jax")
 
 
@@ -99,18 +102,25 @@ class UnfittedRun(Record):
 
 
 def decibels(error: float) -> float:
-    """A mean square in dB, -120 at least."""
-    return 10 * log10(max(error, 1e-12))
+    """A mean square in dB, `-LARGEST_PSNR` at least."""
+    return 10 * log10(max(error, 10 ** (-LARGEST_PSNR / 10)))
 
 
 def predicted_psnr(runs: Sequence[UnfittedRun], error: float) -> float:
     """In dB against the target's images, of an unfitted plan with this predicted error; a smaller one never has less.
 
-    Between the runs that were measured, a line; beyond them, one dB for each dB of the error.
+    Between the runs that were measured it is a line. Below them the line goes on, with 1 dB for each dB of the error at
+    least. Above them it is 1 dB for each dB: measured, no more is gained there. A run without error is the
+    target's own, and says nothing of others.
     """
+    quality = -decibels(error)
+    if quality >= LARGEST_PSNR or not (runs := [run for run in runs if run.predicted_error > 0]):
+        return quality
     expected, measured = np.array(sorted((-decibels(run.predicted_error), run.measured_psnr) for run in runs)).T
     measured = np.maximum.accumulate(measured)
-    return float(np.interp(-decibels(error), expected, measured - expected)) - decibels(error)
+    slope = max(np.ptp(measured) / (np.ptp(expected) or np.inf), 1.0)
+    beyond = slope * min(quality - expected[0], 0) + max(quality - expected[-1], 0)
+    return min(float(np.interp(quality, expected, measured) + beyond), LARGEST_PSNR)
 
 
 class StepCalibration(Record):

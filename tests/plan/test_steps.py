@@ -185,15 +185,20 @@ def test_another_budget_promises_the_same_from_every_plan_of_a_measurement(caplo
         ([(1e-2, 30.0), (1e-4, 60.0)], 1e-2, 30.0),
         ([(1e-2, 30.0), (1e-4, 60.0)], 1e-3, 45.0),  # between them, a line
         ([(1e-4, 60.0), (1e-2, 30.0)], 1e-3, 45.0),
-        ([(1e-2, 30.0), (1e-4, 60.0)], 1e-1, 20.0),  # beyond them, dB for dB
-        ([(1e-2, 30.0), (1e-4, 60.0)], 1e-7, 90.0),
-        ([(1e-2, 30.0), (1e-4, 60.0)], 0.0, 140.0),
+        ([(1e-2, 30.0), (1e-4, 60.0)], 1e-1, 15.0),  # below them, the same one
+        ([(1e-2, 30.0), (1e-4, 35.0)], 1e-1, 20.0),  # 1 dB for each dB at least
+        ([(1e-2, 30.0), (1e-4, 60.0)], 1e-7, 90.0),  # above them, dB for dB
+        ([(1e-2, 30.0), (1e-4, 60.0)], 1e-11, 120.0),  # 130 would be more than equal images have
+        ([(1e-2, 30.0), (1e-4, 60.0)], 0.0, 120.0),
         ([(1e-2, 30.0)], 1e-3, 40.0),
+        ([(1e-2, 30.0)], 1e-1, 20.0),
         ([(1e-2, 33.0), (1e-4, 32.0)], 1e-3, 33.0),  # a smaller error never has less
         ([(1e-2, 33.0), (1e-4, 32.0)], 1e-5, 43.0),
         ([(1e-3, 30.0), (1e-3, 33.0)], 1e-3, 33.0),
-        ([(0.0, 110.0), (0.0, 120.0)], 0.0, 120.0),
-        ([(0.0, 110.0), (0.0, 120.0)], 1e-3, 20.0),
+        ([(1e-3, 30.0), (1e-3, 33.0)], 1e-2, 20.0),  # from the lower one, as there is no slope
+        ([(0.0, 32.0), (1e-2, 30.0)], 1e-3, 40.0),  # one without error is the target's own
+        ([(0.0, 32.0)], 0.0, 120.0),
+        ([(0.0, 120.0)], 1e-3, 30.0),
     ],
 )
 def test_runs_say_what_psnr_an_error_comes_to(runs, error, want):
