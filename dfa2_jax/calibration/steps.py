@@ -271,12 +271,16 @@ class StepPlans:
     def fitted(self, nodes: Nodes, heads: Plan | None = None, **facts: Any) -> Plan:
         """With coefficients of its own run, and the error that it ends with.
 
+        All steps towards the dense run, with full heads, are that run: they stay Euler's, and nothing runs.
+
         Args:
             heads: a plan of these nodes, whose heads are to stay; None: full.
             facts: of `StepCalibration`, beside those of all plans.
         """
         plan = Plan.full(self.runs.call.setting, nodes.steps) if heads is None else heads
-        if heads is None:
+        if heads is None and nodes.steps == tuple(range(self.search.num_steps)) and not self.search.is_moved:
+            nodes, x = replace(nodes, coefficients=plan.coefficients), self.target.latents[-1]
+        elif heads is None:
             nodes, x = fit(self.target, self.search.sigmas, nodes, lambda x, n: self.runs.step(x, nodes.steps[n])[1])
         else:
             nodes, x = fit(self.target, self.search.sigmas, nodes, PlannedRun(self.runs, heads).velocity)

@@ -166,8 +166,11 @@ class Call:
 
     @staticmethod
     def remembers(plan: Plan | None) -> TypeGuard[Plan]:
-        """Whether heads' outputs are kept from step to step: not by a plan of steps alone."""
-        return plan is not None and (plan.runs_every_step or not plan.heads_are_full)
+        """Whether heads' outputs are kept from step to step: not by a plan of steps alone.
+
+        One of full heads whose steps were never planned keeps them: others are measured from there.
+        """
+        return plan is not None and (not plan.heads_are_full or plan.runs_every_step and plan.step_calibration is None)
 
     def program(self, plan: Plan | None = None, **options: Any) -> tuple[Run, State]:
         """`loop`, and the state that it starts from.

@@ -280,14 +280,14 @@ class Plan:
     def check(self, setting: Setting) -> None:
         """Whether the plan is for this sampling call.
 
-        A plan of steps alone serves other sizes and text lengths, too, where the noise levels are the same.
+        One whose heads are full serves other sizes and text lengths, too, where the noise levels are the same.
 
         Raises:
             PlanError: names every field that differs, with both values.
         """
-        faults, carried = [], self.heads_are_full and not self.runs_every_step
+        faults = []
         for name, advice in ADVICE.items():
-            if carried and name in ("height", "width", "layers"):
+            if self.heads_are_full and name in ("height", "width", "layers"):
                 continue
             mine, theirs = getattr(self.setting, name), getattr(setting, name)
             if name == "sigmas" and len(mine) == len(theirs) and np.allclose(mine, theirs, rtol=0, atol=1e-6):

@@ -68,8 +68,7 @@ class Sampler:
     def compile(self, call: Call, plan: Plan | None = None, implementation: str | None = None) -> None:
         """What `denoise` runs, unless that is done. It runs a step: GPUs load kernels when these first run."""
         shapes = jax.tree.structure(call.inputs), *map(np.shape, jax.tree.leaves(call.inputs))
-        remembers = plan is not None and (plan.runs_every_step or not plan.heads_are_full)
-        program = remembers, implementation, shapes
+        program = Call.remembers(plan), implementation, shapes
         if program not in self.compiled:  # one step is a call of the same program as all steps
             run, state = call.program(plan, implementation=implementation)
             jax.block_until_ready(run(state, 0, 1))
