@@ -126,7 +126,7 @@ def _parser() -> Parser:
     )
     _add_report(report)
 
-    _add_plan(commands.add_parser("plan", help="look at a plan, or sign an edited one"))
+    _add_plan(commands.add_parser("plan", help="look at a plan, sign an edited one, or take another budget"))
 
     compare = "Compare a folder's files with their checksums."
     verify = commands.add_parser("verify", help="a folder against its checksums", description=compare)
@@ -172,6 +172,12 @@ def _add_plan(plan: argparse.ArgumentParser) -> None:
     sign = plans.add_parser("sign", help="accept edits", description="Check an edited plan and renew its digest.")
     sign.set_defaults(run=("plans", "sign"))
     sign.add_argument("plan", type=Path)
+    other = "Find another step plan by what a calibration measured. It needs no model."
+    resolve = plans.add_parser("resolve", help="another budget", description=other)
+    resolve.set_defaults(run=("plans", "resolve"))
+    resolve.add_argument("plan", type=Path)
+    add_flags(resolve, CalibrationOptions, ("speedup", "psnr"))
+    resolve.add_argument("--out", type=Path, required=True, metavar="PLAN.json")
 
 
 def _add_demo(demo: argparse.ArgumentParser) -> None:

@@ -1,30 +1,24 @@
 """`dfa2 calibrate`: prompts to a plan."""
 
 import argparse
-import os
 from typing import Any
 
 from dfa2_jax.calibration.calibrate import calibrate
 from dfa2_jax.commands.flags import given
+from dfa2_jax.commands.plans import check_plan_out
 from dfa2_jax.commands.start import open_pipeline, read_prompts, start
 from dfa2_jax.demo.box import warn_unseen
 from dfa2_jax.io.atomic import alone, replaceable
-from dfa2_jax.io.errors import blame
 from dfa2_jax.io.terminal import print_path
 from dfa2_jax.options import CALL, CalibrationOptions, Options
 from dfa2_jax.pipeline.timing import told
-from dfa2_jax.plan.plan import Plan
 
 
 def run(args: argparse.Namespace) -> int:
     """Progress is kept beside the plan: the same command goes on after an interruption."""
     start()
     prompts = read_prompts(args.prompts)
-    if not os.access(args.out.absolute().parent, os.W_OK):
-        raise PermissionError(f"--out {args.out} is not in a folder that is there and writable: choose another one.")
-    if replaceable(args.out).exists():
-        with blame(f"--out {args.out} is there, and is no plan: choose another name"):
-            Plan.load(args.out)
+    check_plan_out(args.out)
     resume = args.out.with_name(f"{args.out.name}.progress")
     replaceable(resume)
     with told("loading", not args.quiet):

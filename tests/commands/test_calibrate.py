@@ -4,7 +4,7 @@ import json
 import sys
 
 import pytest
-from mutations import sample_plan
+from mutations import sample_plan, step_plan
 from PIL import Image
 
 from dfa2_jax import Pipeline, Plan, cli
@@ -74,6 +74,38 @@ def test_an_edited_plan_must_be_signed(tmp_path, cache, capsys, pipelines):
     path.write_text(edited.replace("ccff", "cc"))
     assert cli.main(["plan", "sign", str(path)]) == 2
     assert "steps[1].joint.1 has 2 heads" in capsys.readouterr().err
+
+
+def test_another_budget_from_a_shell_needs_no_model(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(Pipeline, "from_pretrained", lambda *_, **__: pytest.fail("a model is loaded"))
+    plan, path, out = step_plan(), tmp_path / "plan.json", tmp_path / "other.json"
+    plan.save(path)
+    for words, budget in ((["--speedup", "3"], {"speedup": 3.0}), (["--psnr", "30"], {"psnr": 30.0})):
+        assert cli.main(["plan", "resolve", str(path), *words, "--out", str(out)]) == 0
+        assert capsys.readouterr().out.strip() == str(out)
+        assert Plan.load(out) == plan.resolve(**budget)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "one of speedup, psnr must be given, not none"),
+        (["--speedup", "2", "--psnr", "40"], "not speedup=2.0 and psnr=40.0"),
+        (["--speedup", "10"], "speedup=10.0 must be from 1 to 9 for 9 steps"),
+        (["--speedup", "2", "--out", "{tmp}/plan.json"], "is the plan itself, whose own run would be lost"),
+        (["--speedup", "2", "--out", "{tmp}/note.txt"], "note.txt is there, and is no plan: choose another name"),
+        (["--speedup", "2", "--out", "{tmp}/absent/plan.json"], "not in a folder that is there and writable"),
+    ],
+)
+def test_another_budget_that_cannot_be_writes_nothing(words, message, tmp_path, capsys):
+    (tmp_path / "note.txt").write_text("a note")
+    step_plan().save(tmp_path / "plan.json")
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    words = ["--out", str(tmp_path / "out.json"), *(word.format(tmp=tmp_path) for word in words)]
+    assert cli.main(["plan", "resolve", str(tmp_path / "plan.json"), *words]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("dfa2 plan: ") and message in line
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_an_interrupted_calibration_goes_on_with_the_same_command(

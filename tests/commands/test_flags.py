@@ -163,7 +163,7 @@ REFUSED = [
     (["doctor", "zzz"], "dfa2 doctor", "unrecognized arguments: zzz\n"),
     (["sampel"], "dfa2 sample", "dfa2: error: no command 'sampel': did you mean sample?"),
     (["plan", "sing"], "dfa2 plan sign", "dfa2 plan: error: no command 'sing': did you mean sign?"),
-    (["plan", "zzz"], "dfa2 plan", "dfa2 plan: error: no command 'zzz': there are show, sign"),
+    (["plan", "zzz"], "dfa2 plan", "dfa2 plan: error: no command 'zzz': there are show, sign, resolve"),
 ]
 
 
