@@ -8,7 +8,7 @@ reuses its last output, by the sampling program. The change of the velocity is t
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from math import prod
 from typing import Any
 
@@ -111,15 +111,17 @@ class HeadRuns:
         self._sampled(state)
 
     def tables(self, runs: StepRuns) -> HeadTables:
-        """One dense run, and a forward for each layer at each of the steps that are probed."""
+        """One dense run, and at each of the steps that are probed a forward for each layer, and one more.
+
+        An interruption repeats the dense run at most.
+        """
         steps, layers, heads = self.call.request.steps, len(self.call.layers), self.call.setting.num_heads
         sizes = (layers, heads, steps, steps), (steps, layers, heads, len(self.arrows)), (steps, layers)
         counts = [prod(size) for size in sizes]
         key = hashlib.sha256(repr(("heads", self.methods, self.tiles)).encode()).digest()
-        flat = runs.journal.get(key, (sum(counts),))
-        if flat is None:
-            flat = np.concatenate([table.ravel() for table in self._measured(runs)]).astype(np.float32)
-            runs.journal.add(key, flat)
+        flat = runs.journal.kept(
+            key, (sum(counts),), lambda: np.concatenate([table.ravel() for table in self._measured(runs)])
+        )
         parts = np.split(flat.astype(np.float64), np.cumsum(counts)[:-1])
         reuse, arrows, sensitivity = (part.reshape(size) for part, size in zip(parts, sizes, strict=True))
         return HeadTables(reuse, arrows, sensitivity, self.costs())
@@ -145,16 +147,24 @@ class HeadRuns:
         return reuse_errors(layers, outputs), errors[..., 1:], np.exp(np.stack(between, axis=1))
 
     def _changes(self, runs: StepRuns, state: State, i: int) -> Float[np.ndarray, " layers"]:
-        """Mean squared change of the velocity of step `i` where each layer in turn reuses its last output."""
+        """Mean squared change of the velocity of step `i` where each layer in turn reuses its last output.
+
+        Each layer's is kept as soon as it is known: together they are most of what a calibration of heads costs.
+        """
 
         def velocity(plan: Plan) -> np.ndarray:
-            runs.bar.update()
             return np.asarray(self.call.loop(plan)(jax.tree.map(jnp.copy, state), i, i + 1).solver)
 
-        exact, layers = velocity(self._full), range(len(self.call.layers))
-        return np.array(
-            [mean_square(velocity(self._full.with_method(i, layer, None, CACHED_METHOD)) - exact) for layer in layers]
-        )
+        def change(layer: int) -> np.ndarray:
+            alone = self._full.with_method(i, layer, None, CACHED_METHOD)
+            return np.array(mean_square(velocity(alone) - exact()))
+
+        exact, changes = cache(lambda: velocity(self._full)), []
+        for layer in range(len(self.call.layers)):
+            key = hashlib.sha256(repr(("change", i, layer)).encode()).digest()
+            changes.append(runs.journal.kept(key, (), partial(change, layer)))
+            runs.bar.update()
+        return np.array(changes, np.float64)
 
     def _sampled(self, state: State) -> dict[str, np.ndarray]:
         """Every so many tokens of all outputs, by stack: [L, B, T, N, H]."""

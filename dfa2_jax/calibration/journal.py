@@ -3,6 +3,7 @@
 import fcntl
 import hashlib
 import os
+from collections.abc import Callable
 from os import PathLike
 from pathlib import Path
 from typing import BinaryIO
@@ -89,6 +90,14 @@ class Journal:
         content = key + int(result.size).to_bytes(COUNT, "little") + np.ascontiguousarray(result, "<f4").tobytes()
         self.file.write(hashlib.sha256(content).digest() + content)
         os.fsync(self.file.fileno())
+
+    def kept(self, key: bytes, shape: tuple[int, ...], make: Callable[[], np.ndarray]) -> Float[np.ndarray, "..."]:
+        """The array of a key; where it is not known, it is made and added."""
+        result = self.get(key, shape)
+        if result is None:
+            result = np.asarray(make(), np.float32)
+            self.add(key, result)
+        return result
 
     def close(self) -> None:
         if self.file is not None:

@@ -80,14 +80,15 @@ class StepRuns:
         Args:
             part: as in `inputs`. The velocity is of there; the latents are of no use.
         """
-        key = hashlib.sha256((REFINED * step + part).to_bytes(4, "little") + x.tobytes()).digest()
-        result = self.journal.get(key, (2, *x.shape))
-        if result is None:
+
+        def both() -> np.ndarray:
             run = self._run(x, step, step + 1, part)
-            result = np.stack([run.latents, run.solver])
-            self.journal.add(key, result)
+            return np.stack([run.latents, run.solver])
+
+        key = hashlib.sha256((REFINED * step + part).to_bytes(4, "little") + x.tobytes()).digest()
+        after, velocity = self.journal.kept(key, (2, *x.shape), both)
         self.bar.update()
-        return result[0], result[1]
+        return after, velocity
 
     def _run(self, x: Latents, start: int, stop: int, part: int = 0) -> State:
         pipeline, state = self.call.pipeline, State(x, np.zeros_like(x))
@@ -165,16 +166,27 @@ def growth(runs: StepRuns, dense: Trajectory, sigmas: np.ndarray) -> tuple[Float
 
 
 class PlannedRun:
-    """A plan's own run, whose heads reuse outputs: a node at a time, from latents that the caller has."""
+    """A plan's own run, whose heads reuse outputs: a node at a time, from latents that the caller has.
+
+    A journal knows velocities, but no outputs of heads: before the first node that it does not know, earlier ones run.
+    """
 
     def __init__(self, runs: StepRuns, plan: Plan):
-        self.runs, (self.run, self.state) = runs, runs.call.program(plan)
+        self.runs, self.digest, self.known = runs, plan.digest, []
+        self.run, self.state = runs.call.program(plan)
 
     def velocity(self, x: Latents, number: int) -> Latents:
         """The guided velocity at a node, of these latents."""
-        state = State(x, self.state.solver, self.state.memory)
-        self.state = self.run(state, number, number + 1)
+        self.known.append((x, number))
+        key = hashlib.sha256(f"{self.digest} {number} ".encode() + x.tobytes()).digest()
         self.runs.bar.update()
+        return self.runs.journal.kept(key, x.shape, self._last)
+
+    def _last(self) -> np.ndarray:
+        """The velocity at the last of the nodes that did not run yet."""
+        for x, number in self.known:
+            self.state = self.run(State(x, self.state.solver, self.state.memory), number, number + 1)
+        self.known = []
         return np.asarray(self.state.solver)
 
 

@@ -1,5 +1,6 @@
 """Plans of heads by what their errors do: measured tables, their own runs, and one budget with steps."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 
 import jax
@@ -15,6 +16,7 @@ from dfa2_jax.calibration.journal import Journal
 from dfa2_jax.calibration.steps import StepRuns
 from dfa2_jax.nn.attention import AttentionCall
 from dfa2_jax.options import CalibrationOptions
+from dfa2_jax.pipeline.call import Call
 from dfa2_jax.plan.method import CACHED_METHOD, Method
 from dfa2_jax.plan.view import summary
 from pallas_kernels import Layout
@@ -82,6 +84,33 @@ def test_a_plan_in_a_file_keeps_its_shares_and_a_resolved_one_has_full_heads(onl
     faster = only.resolve(speedup=3.0)
     assert faster.heads_are_full and faster.cost() == pytest.approx(1 / 3)
     assert faster.step_calibration.tiles is None
+
+
+def test_an_interruption_repeats_no_layer_that_was_tried(only, pipelines, tmp_path, monkeypatch):
+    """After two layers of the second step that is tried, and in the plan's own run, whose memory is made anew."""
+    options = CALL | HEADS | {"heads": "only", "attention_share": 1.0, "speedup": 1.5, "resume": tmp_path / "progress"}
+    layers, ran, add, loop = len(only.setting.layers), [], Journal.add, Call.loop
+
+    def counting(self, plan, **others):
+        run = loop(self, plan, **others)
+        return lambda state, start, stop: (ran.append(stop - start), run(state, start, stop))[1]
+
+    monkeypatch.setattr(Call, "loop", counting)
+    forwards = []
+    for records in (10 + layers + 2, 10 + 3 * layers + 1 + 3, 10_000):  # after 6 dense steps and 4 perturbed ones
+
+        def stop(self, *record, records=records):
+            add(self, *record)
+            if len(self.places) == records:
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(Journal, "add", stop)
+        with nullcontext() if records == 10_000 else pytest.raises(KeyboardInterrupt):
+            assert calibrate(pipelines("tiny_sd35"), PROMPTS, **options) == only
+        forwards.append(sum(ran))
+        ran.clear()
+    # The first step, layers, and a dense forward for each step that is tried; then the plan's nodes.
+    assert forwards == [1 + layers + 1 + 2 + 1, 1 + layers - 2 + 1 + layers + 1 + 3, 6]
 
 
 @pytest.mark.parametrize("budget", [{"speedup": 2.0}, {"psnr": 30.0}])
