@@ -114,10 +114,11 @@ class Options:
     skip_layer_guidance_stop: float = option(0.2, "share of the steps after which skip-layer guidance ends", flag=True)
     plan: "Plan | None" = option(
         None,
-        "what each head does at each step (`calibrate`). It decides size, steps, sequence length and guidance scale "
-        "where those are None; only the last may differ",
+        "which steps run, and what each head does at them (`calibrate`). It decides size, steps, scheduler, sequence "
+        "length and guidance scale where those are None. The last may differ; where heads are full, size and sequence "
+        "length too",
         flag=True,
-        help="from dfa2 calibrate; it decides size, steps and sequence length too",
+        help="from dfa2 calibrate; it decides size, steps, scheduler and sequence length too",
         type=Path,
         metavar="FILE",
     )

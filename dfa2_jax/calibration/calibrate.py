@@ -125,9 +125,16 @@ def _of_steps(pipeline: Pipeline, prompts: list[str], options: CalibrationOption
         scheduler = call.setting.scheduler or type(call.inputs.solver).__name__
         raise ValueError(f"{scheduler}: a plan of steps moves x as Euler's steps do. Pass delta=, for heads alone.")
     pipeline.check_vae()
-    if budget["speedup"] is not None and options.heads != "only":
-        count_for(budget["speedup"], call.request.steps)
-    facts, heads = facts_of(prompts, call), _head_runs(options, call, budget["speedup"])
+    facts, heads = facts_of(prompts, call), _head_runs(options, call)
+    try:
+        if options.heads == "only" and heads is not None:
+            heads.check_speedup(budget["speedup"])
+        elif budget["speedup"] is not None:
+            count_for(budget["speedup"], call.request.steps)
+    except ValueError as error:
+        if options.speedup is not None:
+            raise
+        raise ValueError(f"{error} No budget was given, and speedup=2 is the default: pass one.") from error
     journal = Journal(options.resume, digest_of_all(call, facts))
     try:
         runs = StepRuns(call, journal, options.progress, *([] if heads is None else [heads.compile]))
@@ -149,7 +156,7 @@ def _check_whole(pipeline: Pipeline, options: CalibrationOptions) -> None:
         raise ValueError("heads are measured with whole weights: pass heads='full', or open without shard_weights.")
 
 
-def _head_runs(options: CalibrationOptions, call: Call, speedup: float | None) -> HeadRuns | None:
+def _head_runs(options: CalibrationOptions, call: Call) -> HeadRuns | None:
     """What measures heads; None where steps alone are planned."""
     if options.heads == "full":
         return None
@@ -169,8 +176,6 @@ def _head_runs(options: CalibrationOptions, call: Call, speedup: float | None) -
     _warn_idle(candidates, call.setting, tiles)
     arrows = tuple(method for method in candidates if method != CACHED_METHOD)
     runs = HeadRuns(call, arrows, shares, tiles, options.attention_chunk)
-    if options.heads == "only":
-        runs.check_speedup(speedup)
     runs.check_memory()
     return runs
 

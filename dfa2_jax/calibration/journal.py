@@ -37,7 +37,8 @@ class Journal:
             OSError: it cannot be written.
         """
         self.places: dict[bytes, int] = {}
-        self.file: BinaryIO | None = None if path is None else self._open(Path(path), digest)
+        self.path = None if path is None else Path(path)
+        self.file: BinaryIO | None = None if self.path is None else self._open(self.path, digest)
 
     def _open(self, path: Path, digest: str) -> BinaryIO:
         head = HEADER + digest.encode() + b"\n"
@@ -80,7 +81,7 @@ class Journal:
         place = self.places[key]
         record = self._record(self.file, place, os.fstat(self.file.fileno()).st_size)
         if record is None or record[HASH : 2 * HASH] != key or len(record) != HEAD + 4 * int(np.prod(shape)):
-            raise ValueError(f"{self.file.name}: it was changed by another program. Remove it to start anew.")
+            raise ValueError(f"{self.path}: it was changed by another program. Remove it to start anew.")
         return np.frombuffer(record[HEAD:], "<f4").reshape(shape)
 
     def add(self, key: bytes, result: Float[np.ndarray, "..."]) -> None:

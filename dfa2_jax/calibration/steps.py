@@ -346,10 +346,11 @@ class StepPlans:
         plan = self.fitted(self.search.nodes(self.search.num_steps))
         if self.facts["target"] == "converged" and not keeps(plan, psnr):
             assert plan.step_calibration is not None
-            kept = plan.step_calibration.psnr - MARGIN
+            kept, path = plan.step_calibration.psnr - MARGIN, self.runs.journal.path
+            progress = "" if path is None else f" {path} keeps what ran, for another psnr; remove it to take more steps."
             raise ValueError(
                 f"{psnr=} to the limit is more than {self.search.num_steps} steps can promise, {kept:.1f} dB. Ask for "
-                "less, or take more steps."
+                f"less, or take more steps.{progress}"
             )
         return plan
 

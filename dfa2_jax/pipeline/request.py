@@ -9,7 +9,7 @@ import numpy as np
 
 from dfa2_jax.families.base import Embeddings, Family
 from dfa2_jax.options import Options
-from dfa2_jax.sampling.solvers.schedulers import named_config
+from dfa2_jax.sampling.solvers.schedulers import FLOW_SCHEDULERS, check_settings, named_config
 
 MAX_SEQUENCE_LENGTH = 512
 MAX_SIDE, MAX_STEPS, MAX_IMAGES = 16384, 1000, 1000
@@ -207,6 +207,8 @@ def _scheduler(given: Any, family: Family, own: Mapping[str, Any]) -> Mapping[st
         raise ValueError(f"scheduler={given!r:.200} is none of this model's: {known} are, by name or as _class_name.")
     config = given if isinstance(given, Mapping) else named_config(given, own)
     try:
+        if isinstance(given, Mapping) and name in FLOW_SCHEDULERS:
+            check_settings(given)
         family.check_scheduler(config)
     except ValueError as error:
         raise ValueError(f"scheduler={given!r:.200}: {error}") from error

@@ -386,4 +386,5 @@ def test_a_promise_has_a_margin(first, no_shape_checks):
     assert len(plans.for_psnr(99.0).nodes) == 9, "every step is the dense run"
     fits.clear()
     with pytest.raises(ValueError, match="psnr=99.0 to the limit is more than 9 steps can promise, 44.0 dB"):
-        Plans(None, {"target": "converged"}, None, search, None).for_psnr(99.0)
+        runs = SimpleNamespace(journal=Journal(None, ""))
+        Plans(runs, {"target": "converged"}, None, search, None).for_psnr(99.0)

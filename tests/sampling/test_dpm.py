@@ -8,7 +8,7 @@ from pipeline_cases import PROMPTS, error, load_theirs, run_theirs
 
 from dfa2_jax import Plan, PlanError, calibrate
 from dfa2_jax.sampling.solvers.dpm_multistep import FlowDPM, dpm_levels
-from dfa2_jax.sampling.solvers.schedulers import DPM, EULER, named_config
+from dfa2_jax.sampling.solvers.schedulers import DPM, EULER, FLOW_SCHEDULERS, check_settings, named_config
 from dfa2_jax.weights.checkpoint import CheckpointError
 
 SD3 = named_config(DPM, {"_class_name": EULER, "shift": 3.0})
@@ -112,7 +112,7 @@ def test_a_plan_of_heads_goes_with_it_and_one_of_steps_does_not(pipelines):
     dense = pipeline(PROMPTS[0], **options, progress=False)
     by_plan = pipeline(PROMPTS[0], plan=full, guidance_scale=3.0, output_type="latent", progress=False)
     np.testing.assert_array_equal(by_plan.images, dense.images)  # the plan names the scheduler
-    with pytest.raises(PlanError, match="calibrate with this scheduler"):
+    with pytest.raises(PlanError, match="leave it to the plan, or calibrate with this scheduler, by delta= where its steps are not"):
         pipeline(PROMPTS[0], plan=full, scheduler=EULER, guidance_scale=3.0)
     with pytest.raises(PlanError, match="the call's solver is FlowDPM"):
         pipeline(PROMPTS[0], plan=Plan.full(full.setting, (0, 2, 4)), guidance_scale=3.0)
@@ -135,12 +135,24 @@ def test_a_plan_of_heads_goes_with_it_and_one_of_steps_does_not(pipelines):
         (SD3 | {"use_karras_sigmas": True}, "use_karras_sigmas=True is not supported"),
         (SD3 | {"flow_shift": 0}, "flow_shift=0 is not a positive number"),
         (SD3 | {"num_train_timesteps": 1}, "do not fall from below 1"),
+        (SD3 | {"shfit": 3.0}, "'shfit' is no setting of a scheduler: did you mean 'shift'"),
+        ({"_class_name": EULER, "zzz": 3.0}, "'zzz' is no setting of a scheduler: leave it out"),
         ({"_class_name": EULER, "use_karras_sigmas": True}, "sets \\['use_karras_sigmas'\\]"),
     ],
 )
 def test_other_schedulers_are_refused_before_any_work(scheduler, message, pipelines):
     with pytest.raises(ValueError, match=message):
         pipelines("tiny_sd35")("a fox", **CALL, scheduler=scheduler)
+
+
+@pytest.mark.torch
+def test_every_setting_of_diffusers_is_known():
+    import diffusers
+
+    for name in FLOW_SCHEDULERS:
+        config = dict(getattr(diffusers, name)().config)
+        assert len(config) > 10
+        check_settings(config | {"_class_name": name, "_diffusers_version": "0.42.1", "_any": 1})
 
 
 def test_own_sigmas_are_refused(pipelines):

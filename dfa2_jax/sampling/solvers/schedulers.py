@@ -1,6 +1,7 @@
 """Schedulers of flow matching by diffusers' names: noise levels, times and solver of each."""
 
 from collections.abc import Callable, Mapping, Sequence
+from difflib import get_close_matches
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,17 @@ def _dpm(config: Mapping[str, Any], sigmas: Levels | None, default: Levels | int
 
 EULER, DPM = "FlowMatchEulerDiscreteScheduler", "DPMSolverMultistepScheduler"
 FLOW_SCHEDULERS: dict[str, Callable[..., Steps]] = {EULER: _euler, DPM: _dpm}
+SETTINGS = (
+    *("num_train_timesteps", "shift", "flow_shift", "use_dynamic_shifting", "base_shift", "max_shift", "time_shift_type"),
+    *("base_image_seq_len", "max_image_seq_len", "invert_sigmas", "shift_terminal", "stochastic_sampling"),
+    *("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas", "use_flow_sigmas"),
+    *("prediction_type", "algorithm_type", "solver_order", "solver_type", "final_sigmas_type", "thresholding"),
+    *("dynamic_thresholding_ratio", "sample_max_value", "lower_order_final", "euler_at_final", "lambda_min_clipped"),
+    *("beta_start", "beta_end", "beta_schedule", "trained_betas", "variance_type", "timestep_spacing", "steps_offset"),
+    "rescale_betas_zero_snr",
+)
+"""What diffusers' configs of these schedulers hold. One made from another's holds that one's, too."""
+
 SAMPLERS = {EULER: "Euler", DPM: "DPM++ 2M"}
 """As AUTOMATIC1111's web UI names them."""
 
@@ -62,6 +74,19 @@ def check_flow_scheduler(config: Mapping[str, Any]) -> None:
         levels, _, _ = flow_steps(config, None, default, 4096)
         if not np.isfinite(levels).all():
             raise ValueError(f"its sigmas are {levels.tolist()}")
+
+
+def check_settings(config: Mapping[str, Any]) -> None:
+    """Refuses names that no scheduler here has: a misspelt one would be of no effect. Private ones begin with "_".
+
+    Raises:
+        ValueError: holds the nearest name.
+    """
+    for name in config:
+        if name not in SETTINGS and not (isinstance(name, str) and name.startswith("_")):
+            nearest = get_close_matches(str(name), SETTINGS, 1)
+            advice = f"did you mean {nearest[0]!r}?" if nearest else "leave it out."
+            raise ValueError(f"{name!r:.100} is no setting of a scheduler: {advice}")
 
 
 def named_config(name: str, own: Mapping[str, Any]) -> dict[str, Any]:
