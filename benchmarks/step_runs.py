@@ -116,16 +116,20 @@ def main() -> None:
     if unknown := [case for case in args.cases if case not in cases]:
         parser.error(f"unknown {unknown}: choose from {list(cases)}")
     earlier = json.loads(args.out.read_text())["rows"] if args.out.exists() else []
-    rows: list[dict[str, Any]] = [row for row in earlier if args.cases and row["case"] not in args.cases]
+    rows: list[dict[str, Any]] = earlier if args.cases else []
     content = {"machine": describe_machine(), "device": jax.devices()[0].device_kind, "rows": rows}
     for name in args.cases or cases:
         loop = cases[name](max(STEPS.get(name, (28,))))
         for steps in STEPS.get(name, (28,)):
-            rows.append({"case": name, **measure(loop, steps, args.rounds)})
-            for row in earlier:
-                if (row["case"], row["steps"]) == (name, steps):
-                    foretell(rows[-1]["plans"], row["plans"])
-            print(name, steps, f"dense {rows[-1]['dense_s']:.2f} s", rows[-1]["plans"], flush=True)
+            row = {"case": name, **measure(loop, steps, args.rounds)}
+            same = [i for i, one in enumerate(earlier) if (one["case"], one["steps"]) == (name, steps)]
+            if same:
+                foretell(row["plans"], earlier[same[0]]["plans"])
+            if same and rows is earlier:
+                rows[same[0]] = row
+            else:
+                rows.append(row)
+            print(name, steps, f"dense {row['dense_s']:.2f} s", row["plans"], flush=True)
             with replacing(args.out) as file:
                 file.write(json.dumps(content, indent=1).encode() + b"\n")
         del loop  # before the next is made

@@ -347,7 +347,9 @@ class StepPlans:
         if self.facts["target"] == "converged" and not keeps(plan, psnr):
             assert plan.step_calibration is not None
             kept, path = plan.step_calibration.psnr - MARGIN, self.runs.journal.path
-            progress = "" if path is None else f" {path} keeps what ran, for another psnr; remove it to take more steps."
+            progress = (
+                "" if path is None else f" {path} keeps what ran, for another psnr; remove it to take more steps."
+            )
             raise ValueError(
                 f"{psnr=} to the limit is more than {self.search.num_steps} steps can promise, {kept:.1f} dB. Ask for "
                 f"less, or take more steps.{progress}"

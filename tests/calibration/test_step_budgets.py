@@ -61,8 +61,14 @@ def test_a_bad_budget_is_refused_before_the_network_runs(budget, pipelines, monk
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_inference_steps": 1}, "speedup=2.0 must be from 1 to 1 for 1 steps. No budget was given, and speedup=2 is"),
-        ({"heads": "only", "attention_share": 0.2}, r"(?s)speedup=2.0 must be from 1 to 1\.\d+: .* No budget was given"),
+        (
+            {"num_inference_steps": 1},
+            "speedup=2.0 must be from 1 to 1 for 1 steps. No budget was given, and speedup=2 is",
+        ),
+        (
+            {"heads": "only", "attention_share": 0.2},
+            r"(?s)speedup=2.0 must be from 1 to 1\.\d+: .* No budget was given",
+        ),
     ],
 )
 def test_a_default_budget_that_cannot_be_is_said_to_be_one(options, message, pipelines):
@@ -73,7 +79,9 @@ def test_a_default_budget_that_cannot_be_is_said_to_be_one(options, message, pip
 def test_a_refused_limit_keeps_what_ran_and_says_so(pipelines, tmp_path, monkeypatch):
     pipeline, path = pipelines("tiny_sd35"), tmp_path / "progress"
     options = CALL | {"target": "converged", "heads": "full", "resume": path}
-    with pytest.raises(ValueError, match=f"Ask for less, .* {path} keeps what ran, for another psnr; remove it to take"):
+    with pytest.raises(
+        ValueError, match=f"Ask for less, .* {path} keeps what ran, for another psnr; remove it to take"
+    ):
         calibrate(pipeline, PROMPTS, **options, psnr=90.0)
     monkeypatch.setattr(StepRuns, "_run", lambda *_: pytest.fail("the network ran"))
     assert len(calibrate(pipeline, PROMPTS, **options, speedup=1.0).nodes) == 4

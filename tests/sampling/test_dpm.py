@@ -112,7 +112,9 @@ def test_a_plan_of_heads_goes_with_it_and_one_of_steps_does_not(pipelines):
     dense = pipeline(PROMPTS[0], **options, progress=False)
     by_plan = pipeline(PROMPTS[0], plan=full, guidance_scale=3.0, output_type="latent", progress=False)
     np.testing.assert_array_equal(by_plan.images, dense.images)  # the plan names the scheduler
-    with pytest.raises(PlanError, match="leave it to the plan, or calibrate with this scheduler, by delta= where its steps are not"):
+    with pytest.raises(
+        PlanError, match="leave it to the plan, or calibrate with this scheduler, by delta= where its steps are not"
+    ):
         pipeline(PROMPTS[0], plan=full, scheduler=EULER, guidance_scale=3.0)
     with pytest.raises(PlanError, match="the call's solver is FlowDPM"):
         pipeline(PROMPTS[0], plan=Plan.full(full.setting, (0, 2, 4)), guidance_scale=3.0)

@@ -52,8 +52,9 @@ def _quantize(x: Ref, *refs: Ref, depth: int, per_image: int) -> None:
 
     def load(ref: Ref, entry: Array) -> list[Array]:
         parts = [ref.at[pl.ds(entry * depth + start, size)] for start in pieces]
-        masked = [{} if mask is None else {"mask": mask, "other": 0.0} for mask in masks]
-        return [plgpu.load(part, **mask).astype(jnp.float32) for part, mask in zip(parts, masked, strict=True)]
+        others = [None if mask is None else 0.0 for mask in masks]
+        filled = zip(parts, masks, others, strict=True)
+        return [plgpu.load(part, mask=mask, other=other).astype(jnp.float32) for part, mask, other in filled]
 
     def mean(parts: list[Array]) -> Array:
         return sum(parts[1:], parts[0]).sum() / depth
@@ -71,7 +72,7 @@ def _quantize(x: Ref, *refs: Ref, depth: int, per_image: int) -> None:
         scaled = part / most
         rounded = (scaled + jnp.where(scaled < 0, -0.5, 0.5)).astype(jnp.int32)  # to the nearest, halves away from 0
         target = values.at[pl.ds(row * depth + start, size)]
-        plgpu.store(target, jnp.clip(rounded, -127, 127).astype(jnp.int8), **({} if mask is None else {"mask": mask}))
+        plgpu.store(target, jnp.clip(rounded, -127, 127).astype(jnp.int8), mask=mask)
     scale[row] = most
 
 
