@@ -123,6 +123,12 @@ def _psnr(seeds: Any) -> str:
 
 
 @table(
+    "learn-8",
+    "steps_20_learn_8.json",
+    "nodes | speedup | by its own 8 prompts | on 64 others",
+    "python -m benchmarks.steps --learn 8",
+)
+@table(
     "learn",
     "steps_20_learn_16.json",
     "nodes | speedup | by its own 16 prompts | on 64 others",

@@ -6,7 +6,8 @@ the compression that they will meet (DiTFastAttnV2, arXiv 2503.22796, section 3.
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from os import PathLike
@@ -120,21 +121,18 @@ def _of_steps(pipeline: Pipeline, prompts: list[str], options: CalibrationOption
     check_budget(**budget)
     _check_joint(options)
     _check_prompts(prompts, options.seed)
+    if budget["speedup"] is not None and options.heads != "only":
+        with _default_named(options):
+            count_for(budget["speedup"], pipeline.request(_asked(prompts, options, arguments)).steps)
     call = prepared(pipeline, prompts, options, arguments)
     if not isinstance(call.inputs.solver, FlowMultistep):
         scheduler = call.setting.scheduler or type(call.inputs.solver).__name__
         raise ValueError(f"{scheduler}: a plan of steps moves x as Euler's steps do. Pass delta=, for heads alone.")
     pipeline.check_vae()
     facts, heads = facts_of(prompts, call), _head_runs(options, call)
-    try:
-        if options.heads == "only" and heads is not None:
+    if options.heads == "only" and heads is not None:
+        with _default_named(options):
             heads.check_speedup(budget["speedup"])
-        elif budget["speedup"] is not None:
-            count_for(budget["speedup"], call.request.steps)
-    except ValueError as error:
-        if options.speedup is not None:
-            raise
-        raise ValueError(f"{error} No budget was given, and speedup=2 is the default: pass one.") from error
     journal = Journal(options.resume, digest_of_all(call, facts))
     try:
         runs = StepRuns(call, journal, options.progress, *([] if heads is None else [heads.compile]))
@@ -148,6 +146,17 @@ def _of_steps(pipeline: Pipeline, prompts: list[str], options: CalibrationOption
     assert plan is not None and plan.step_calibration is not None
     plan.step_calibration.warn_if_low()
     return plan
+
+
+@contextmanager
+def _default_named(options: CalibrationOptions) -> Iterator[None]:
+    """Says of a refused budget that nobody gave it, if so."""
+    try:
+        yield
+    except ValueError as error:
+        if options.speedup is not None:
+            raise
+        raise ValueError(f"{error} No budget was given, and speedup=2 is the default: pass one.") from error
 
 
 def _check_whole(pipeline: Pipeline, options: CalibrationOptions) -> None:
@@ -181,10 +190,12 @@ def _head_runs(options: CalibrationOptions, call: Call) -> HeadRuns | None:
 
 
 def _warn_unused(options: CalibrationOptions, share: float) -> None:
-    if unused := [name for name in HEADS if getattr(options, name) != getattr(CalibrationOptions, name)]:
+    changed = [name for name in HEADS if getattr(options, name) != getattr(CalibrationOptions, name)]
+    if unused := [name for name in changed if name != "attention_share"]:
+        given = ", as attention_share says" if "attention_share" in changed else ""
         logger.warning(
-            "heads are not planned, so %s has no effect: attention takes %.2f of a step, and they pay from %.1f on",
-            ", ".join(unused), share, WORTHWHILE,
+            "heads are not planned, so %s are of no effect: attention takes %.2f of a step%s; they pay from %.1f on",
+            ", ".join(unused), share, given, WORTHWHILE,
         )  # fmt: skip
 
 
@@ -327,11 +338,16 @@ def prepared(pipeline: Pipeline, prompts: list[str], options: CalibrationOptions
         ValueError: as in a call, or a negative prompt has no effect.
     """
     with told("encoding", options.progress):
-        call = pipeline.prepare(Options(prompt=prompts, seed=options.seed, output_type="latent", **arguments))
+        call = pipeline.prepare(_asked(prompts, options, arguments))
     negative, guidance_scale = arguments["negative_prompt"], arguments["guidance_scale"]
     if negative is not None and call.request.cfg_scale is None:
         raise ValueError(f"negative_prompt={negative:.100} has no effect: no guidance at {guidance_scale=}.")
     return call
+
+
+def _asked(prompts: list[str], options: CalibrationOptions, arguments: dict[str, Any]) -> Options:
+    """The call that is calibrated."""
+    return Options(prompt=prompts, seed=options.seed, output_type="latent", **arguments)
 
 
 def facts_of(prompts: list[str], call: Call) -> dict[str, Any]:

@@ -83,9 +83,10 @@ class Plan:
     def _check_nodes(self) -> None:
         """Fills in what is empty, and raises PlanError where nodes or coefficients cannot be."""
         steps = self.setting.num_inference_steps
-        nodes = self.nodes or tuple(range(steps))
-        if nodes[:1] != (0,) or nodes[-1] >= steps or any(a >= b for a, b in pairwise(nodes)):
-            raise PlanError(f"nodes are {list(nodes)!s:.200}: they must rise from 0 to at most {steps - 1}.")
+        nodes = tuple(self.nodes) or tuple(range(steps))
+        are_steps = all(isinstance(node, int | np.integer) for node in nodes)
+        if not are_steps or nodes[0] != 0 or nodes[-1] >= steps or any(a >= b for a, b in pairwise(nodes)):
+            raise PlanError(f"nodes are {list(nodes)!s:.200}: integers must rise from 0 to at most {steps - 1}.")
         coefficients = self.coefficients
         if not len(coefficients):
             coefficients = euler_coefficients(np.asarray(self.setting.sigmas)[[*nodes, -1]]).astype(np.float64)
@@ -249,10 +250,10 @@ class Plan:
     @suggests_names
     def with_method(self, steps: Any, layers: Any, heads: Any, method: Method | str) -> "Plan":
         """With another method for some heads. Steps, layers and heads are a number, a slice, a list, or None for all;
-        layers also names.
+        layers also names. Steps are the nodes, numbered from 0.
 
         Raises:
-            PlanError: there is no such step, layer or head, or step 0 would not be full.
+            PlanError: there is no such node, layer or head, or step 0 would not be full.
         """
         method = Method(method) if isinstance(method, str) else method
         methods = self.methods if method in self.methods else (*self.methods, method)
@@ -260,7 +261,7 @@ class Plan:
         chosen = [
             _select(name, selector, size)
             for name, selector, size in zip(
-                ("steps", "layers", "heads"), (steps, _numbers(layers, names), heads), self.choices.shape, strict=True
+                ("nodes", "layers", "heads"), (steps, _numbers(layers, names), heads), self.choices.shape, strict=True
             )
         ]
         choices = self.choices.copy()

@@ -198,3 +198,5 @@ def check_budget(**budgets: float | None) -> None:
     (value,) = (value for value in budgets.values() if value is not None)
     if isinstance(value, bool) or not isinstance(value, int | float) or not np.isfinite(value):
         raise ValueError(f"{given[0]} must be a finite number.")
+    if budgets.get("psnr") is not None and value <= 0:
+        raise ValueError(f"{given[0]} must be above 0 dB, where nothing is alike.")

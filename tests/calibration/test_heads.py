@@ -13,12 +13,13 @@ from dfa2_jax import Plan, calibrate
 from dfa2_jax.calibration.calibrate import prepared
 from dfa2_jax.calibration.heads import HeadRuns, StepShares, reuse_errors
 from dfa2_jax.calibration.journal import Journal
-from dfa2_jax.calibration.steps import StepRuns
+from dfa2_jax.calibration.steps import StepPlans, StepRuns, pixels
 from dfa2_jax.nn.attention import AttentionCall
 from dfa2_jax.options import CalibrationOptions
 from dfa2_jax.pipeline.call import Call
 from dfa2_jax.plan.method import CACHED_METHOD, Method
 from dfa2_jax.plan.view import summary
+from dfa2_jax.report.metrics import psnr
 from pallas_kernels import Layout
 
 CALL = {"height": 128, "width": 96, "num_inference_steps": 6, "max_sequence_length": 16, "guidance_scale": 3.0}
@@ -124,6 +125,19 @@ def test_steps_and_heads_are_at_least_as_good_as_steps(budget, pipelines, progre
     else:
         assert both.step_calibration.psnr >= 33.0 and both.cost(0.9) <= steps.cost(0.9)
     assert calibrate(pipeline, PROMPTS, **CALL, **HEADS, attention_share=0.2, **budget, resume=progress) == steps
+
+
+def test_the_offset_is_what_images_have_above_their_latents(pipelines):
+    """By the run that started a little off: plans of heads are allowed so much more error of the latents."""
+    pipeline = pipelines("tiny_sd35")
+    arguments = {"negative_prompt": None, "scheduler": None} | CALL
+    call = prepared(pipeline, PROMPTS, CalibrationOptions(progress=False), arguments)
+    steps = StepPlans.measured(StepRuns(call, Journal(None, ""), progress=False), {"target": "dense"})
+    ended, dense = steps.started, steps.target.latents[-1]
+    images = zip(pixels(call, ended), pixels(call, dense), strict=True)
+    of_images = np.mean([psnr(one[0], other[0]) for one, other in images])
+    of_latents = -10 * np.log10(np.mean((ended - dense).astype(np.float64) ** 2))
+    assert steps.psnr_offset == pytest.approx(of_images - of_latents, abs=0.01) and abs(steps.psnr_offset) > 1
 
 
 @pytest.mark.parametrize("name", ["tiny_sd35", "tiny_flux_dev"])

@@ -51,11 +51,13 @@ def test_progress_is_of_one_calibration(other, pipelines, tmp_path):
         calibrate(pipelines("tiny_sd35"), **options | other, resume=path)
 
 
-@pytest.mark.parametrize("budget", [{"speedup": 0.5}, {"speedup": 5.0}, {"psnr": float("nan")}], ids=str)
-def test_a_bad_budget_is_refused_before_the_network_runs(budget, pipelines, monkeypatch):
-    monkeypatch.setattr(StepRuns, "step", lambda *_: pytest.fail("the network ran"))
-    with pytest.raises(ValueError, match=next(iter(budget))):
-        calibrate(pipelines("tiny_sd35"), PROMPTS, **CALL, **budget)
+@pytest.mark.parametrize(
+    ("name", "value"), [("speedup", 0.5), ("speedup", 5.0), ("psnr", float("nan")), ("psnr", -5.0)]
+)
+def test_a_bad_budget_is_refused_before_any_work(name, value, pipelines, monkeypatch):
+    monkeypatch.setattr("dfa2_jax.calibration.calibrate.prepared", lambda *_: pytest.fail("prompts were encoded"))
+    with pytest.raises(ValueError, match=f"{name}={value}"):
+        calibrate(pipelines("tiny_sd35"), PROMPTS, **CALL, **{name: value})
 
 
 @pytest.mark.parametrize(
@@ -90,7 +92,10 @@ def test_a_refused_limit_keeps_what_ran_and_says_so(pipelines, tmp_path, monkeyp
 def test_options_of_heads_that_are_not_planned_are_named(pipelines, caplog, monkeypatch):
     monkeypatch.setattr("dfa2_jax.calibration.calibrate.WORTHWHILE", 1.0)
     calibrate(pipelines("tiny_sd35"), PROMPTS, **CALL, windows=(4,))
-    assert "so windows has no effect" in caplog.text
+    assert "windows are of no effect: attention takes" in caplog.text
+    caplog.clear()
+    calibrate(pipelines("tiny_sd35"), PROMPTS, **CALL, windows=(4,), attention_share=0.5)
+    assert "windows are of no effect: attention takes 0.50 of a step, as attention_share says" in caplog.text
 
 
 def test_velocities_that_are_parallel_leave_euler_s_move():

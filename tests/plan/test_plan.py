@@ -120,7 +120,7 @@ def test_other_methods_for_some_heads():
     assert changed.edited and not plan.edited and (plan.choices == 0).all()
     for selectors, message in (
         ((0, None, None), "steps.0..joint.0: head 0 is cached, but the first step is always full"),
-        ((3, 0, 0), r"steps: \[3\] are not from 0 to 2"),
+        ((3, 0, 0), r"nodes: \[3\] are not from 0 to 2"),
         ((1, "joint.7", 0), r"layers: \['joint.7'\] are not among joint.0 ... joint.1"),
         ((1, 0, [0, -1]), r"heads: \[-1\] are not from 0 to 3"),
     ):

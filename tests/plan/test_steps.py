@@ -110,9 +110,9 @@ def test_a_plan_of_every_step_is_one_of_version_1(tmp_path):
 
 
 FAULTS = {
-    "no first": ({"nodes": [1, 2, 3, 4]}, r"nodes are \[1, 2, 3, 4\]: they must rise from 0 to at most 8"),
-    "too late": ({"nodes": [0, 2, 3, 9]}, "they must rise from 0 to at most 8"),
-    "falling": ({"nodes": [0, 3, 2, 4]}, "they must rise"),
+    "no first": ({"nodes": [1, 2, 3, 4]}, r"nodes are \[1, 2, 3, 4\]: integers must rise from 0 to at most 8"),
+    "too late": ({"nodes": [0, 2, 3, 9]}, "integers must rise from 0 to at most 8"),
+    "falling": ({"nodes": [0, 3, 2, 4]}, "integers must rise"),
     "fewer": ({"nodes": [0, 2, 3]}, "there are 4, but nodes are 3"),
     "no coefficients": ({"coefficients": None}, "nodes and coefficients: there is one without the other"),
     "other count": ({"coefficients": [[1.0, 0.0]]}, r"coefficients are \[1, 2\]: for 4 nodes, two finite numbers each"),
