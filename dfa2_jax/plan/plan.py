@@ -179,7 +179,7 @@ class Plan:
 
         Args:
             attention_share: of a dense step's time, which attention takes in proportion to its tiles (Amdahl's law).
-                None: what the heads were planned with; 0, heads save nothing.
+                None: what the heads were planned with, without which heads save nothing, as by `delta`.
             projection_share: the same of projections, which reused heads spare.
 
         Raises:

@@ -100,6 +100,8 @@ def test_a_file_of_version_2_gives_the_plan_back(tmp_path):
     assert content["version"] == 2 and len(content["steps"]) == len(content["nodes"])
     assert "4 of 9 steps" in repr(plan) and plan.cost() == pytest.approx(4 / 9)
     assert plan.with_method(1, 0, None, "cached").cost(0.5) < plan.cost(0.5) == plan.cost()
+    every_other = plan.with_method([1, 3], None, None, "cached")  # half of attention and of projections
+    assert every_other.cost(0.5, 0.1) == pytest.approx(4 / 9 * (1 - 0.25 - 0.05))
 
 
 def test_a_plan_of_every_step_is_one_of_version_1(tmp_path):
