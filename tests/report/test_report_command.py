@@ -133,7 +133,7 @@ def test_bad_input_is_told_in_one_line(changes, message, command, plans, tmp_pat
 
 def test_plans_of_other_sizes_are_refused_by_name(plans, tiny_sd35):
     pipeline = Pipeline.from_pretrained(tiny_sd35)
-    wide = Plan.full(pipeline.setting(prompt="", **SIZE | {"width": 128}))
+    wide = Plan.full(pipeline.setting(prompt="", **SIZE | {"width": 128})).with_method(1, 0, 0, "cached")
     with pytest.raises(PlanError, match=r"plan wide: (.|\n)*width is 128 in the plan and 96 in the call"):
         quality_report(tiny_sd35, {"full": plans["full"], "wide": wide}, PROMPTS, progress=False)
 
