@@ -116,22 +116,18 @@ def main() -> None:
     if unknown := [case for case in args.cases if case not in cases]:
         parser.error(f"unknown {unknown}: choose from {list(cases)}")
     earlier = json.loads(args.out.read_text())["rows"] if args.out.exists() else []
-    rows: list[dict[str, Any]] = earlier if args.cases else []
-    content = {"machine": describe_machine(), "device": jax.devices()[0].device_kind, "rows": rows}
+    before = {(row["case"], row["steps"]): row for row in earlier}
+    rows: dict[tuple[str, int], dict[str, Any]] = dict(before) if args.cases else {}
+    content = {"machine": describe_machine(), "device": jax.devices()[0].device_kind}
     for name in args.cases or cases:
         loop = cases[name](max(STEPS.get(name, (28,))))
         for steps in STEPS.get(name, (28,)):
             row = {"case": name, **measure(loop, steps, args.rounds)}
-            same = [i for i, one in enumerate(earlier) if (one["case"], one["steps"]) == (name, steps)]
-            if same:
-                foretell(row["plans"], earlier[same[0]]["plans"])
-            if same and rows is earlier:
-                rows[same[0]] = row
-            else:
-                rows.append(row)
+            foretell(row["plans"], before.get((name, steps), {"plans": {}})["plans"])
+            rows[name, steps] = row
             print(name, steps, f"dense {row['dense_s']:.2f} s", row["plans"], flush=True)
             with replacing(args.out) as file:
-                file.write(json.dumps(content, indent=1).encode() + b"\n")
+                file.write(json.dumps(content | {"rows": [*rows.values()]}, indent=1).encode() + b"\n")
         del loop  # before the next is made
 
 

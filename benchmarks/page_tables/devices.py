@@ -28,7 +28,7 @@ def balance(data: Any) -> Iterator[list[str]]:
 @table("multigpu", "multigpu_gpu.json", "model, size | GPUs | dense, ms | by a plan, ms | off by")
 def multigpu(data: Any) -> Iterator[list[str]]:
     for case, one in data["rows"].items():
-        for count in ["1", *one.get("mesh", ())] if "ms_per_step" in one else ():
+        for count in sorted({"1", *one.get("mesh", ())}, key=int) if "ms_per_step" in one else ():
             names = [f"{kind}, {count}" for kind in ("dense", "planned")]
             times = (f"{one['ms_per_step'][name]:.1f} ({one['speedup'][name]:.2f}x)" for name in names)
             error = max(one["error"][name] for name in names)

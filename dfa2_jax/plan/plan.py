@@ -100,7 +100,7 @@ class Plan:
             raise PlanError(f"coefficients[0][1] is {coefficients[0, 1]}, but there is no velocity before it.")
         coefficients = coefficients.astype(np.float64)
         coefficients.flags.writeable = False
-        object.__setattr__(self, "nodes", nodes)
+        object.__setattr__(self, "nodes", tuple(map(int, nodes)))
         object.__setattr__(self, "coefficients", coefficients)
 
     @property

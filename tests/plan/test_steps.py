@@ -111,6 +111,14 @@ def test_a_plan_of_every_step_is_one_of_version_1(tmp_path):
     np.testing.assert_array_equal(every.coefficients, euler_coefficients(np.array(plan.setting.sigmas)))
 
 
+def test_nodes_are_integers_of_any_sequence(no_shape_checks):
+    plan = step_plan()
+    nodes = np.array(plan.nodes)
+    assert replace(plan, nodes=nodes.tolist()) == plan and replace(plan, nodes=tuple(nodes)).digest == plan.digest
+    with pytest.raises(PlanError, match="integers must rise from 0 to at most 8"):
+        replace(plan, nodes=(0, 1.5, 3, 5))
+
+
 FAULTS = {
     "no first": ({"nodes": [1, 2, 3, 4]}, r"nodes are \[1, 2, 3, 4\]: integers must rise from 0 to at most 8"),
     "too late": ({"nodes": [0, 2, 3, 9]}, "integers must rise from 0 to at most 8"),

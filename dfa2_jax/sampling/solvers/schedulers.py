@@ -33,21 +33,13 @@ def _dpm(config: Mapping[str, Any], sigmas: Levels | None, default: Levels | int
 EULER, DPM = "FlowMatchEulerDiscreteScheduler", "DPMSolverMultistepScheduler"
 FLOW_SCHEDULERS: dict[str, Callable[..., Steps]] = {EULER: _euler, DPM: _dpm}
 SETTINGS = (
-    *(
-        "num_train_timesteps",
-        "shift",
-        "flow_shift",
-        "use_dynamic_shifting",
-        "base_shift",
-        "max_shift",
-        "time_shift_type",
-    ),
+    *("num_train_timesteps", "shift", "flow_shift", "use_dynamic_shifting", "base_shift", "max_shift"),
     *("base_image_seq_len", "max_image_seq_len", "invert_sigmas", "shift_terminal", "stochastic_sampling"),
     *("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas", "use_flow_sigmas"),
     *("prediction_type", "algorithm_type", "solver_order", "solver_type", "final_sigmas_type", "thresholding"),
     *("dynamic_thresholding_ratio", "sample_max_value", "lower_order_final", "euler_at_final", "lambda_min_clipped"),
     *("beta_start", "beta_end", "beta_schedule", "trained_betas", "variance_type", "timestep_spacing", "steps_offset"),
-    "rescale_betas_zero_snr",
+    *("rescale_betas_zero_snr", "time_shift_type"),
 )
 """What diffusers' configs of these schedulers hold. One made from another's holds that one's, too."""
 

@@ -77,7 +77,7 @@ def _quantize(x: Ref, *refs: Ref, depth: int, per_image: int) -> None:
 
 
 def piece_of(depth: int) -> int:
-    """How many values of a row lie in one array, a power of two. Arrays hold a tenth beyond the row at most.
+    """How many values of a row lie in one array, a power of two. Where one fits so well, a tenth lies beyond at most.
 
     One array of 3,072 values has 4,096, a quarter of them in vain.
     """
