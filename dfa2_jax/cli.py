@@ -6,6 +6,7 @@ imported here imports no JAX, and help answers at once.
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -32,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     - 0: all is well.
     - 1: a plan misses a limit of `dfa2 report`, `dfa2 again` makes other pixels, or images of `dfa2 sample` cannot be
       right.
-    - 2: bad input, with one line on stderr.
+    - 2: bad input, or a process that others ran the command with was lost; with one line on stderr.
     - 128 and its number: a signal ended the command (Ctrl-C: 130).
     - 141: the reader of stdout has left.
     """
@@ -41,7 +42,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = _parser().parse_args(argv)
         return _run(f"dfa2 {args.command}", args)
 
-    return answered(run)
+    return _left(answered(run))
+
+
+def _left(code: int) -> int:
+    """The exit code; a process that failed beside others leaves at once. JAX would wait for them, and they for it."""
+    jax = sys.modules.get("jax")
+    if code > 1 and jax is not None and jax.distributed.is_initialized():
+        os._exit(code)
+    return code
 
 
 def convert(argv: Sequence[str] | None = None) -> int:

@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from dfa2_jax.commands.flags import given
-from dfa2_jax.commands.start import open_pipeline, read_prompts, start
+from dfa2_jax.commands.start import open_pipeline, read_prompts, start, together
 from dfa2_jax.demo.box import warn_unseen
 from dfa2_jax.io.atomic import writable
 from dfa2_jax.io.errors import printable
 from dfa2_jax.io.images import exif, numbered, read_metadata, stem_of
 from dfa2_jax.io.terminal import print_path
 from dfa2_jax.options import Options
+from dfa2_jax.parallel.processes import is_first, said_by_first
 from dfa2_jax.pipeline.output import image_format, image_metadata, is_file_name, metadata, parameters
 from dfa2_jax.pipeline.pipeline import Pipeline
 from dfa2_jax.pipeline.request import MAX_IMAGES
@@ -44,10 +45,12 @@ class Batch:
     images: list[dict[str, Any]]
 
 
+@together
 def run(args: argparse.Namespace) -> int:
     shots = shots_of(args)
-    target = Target(args.out, image_format(args.out, args.format, len(shots)))
-    start()
+    kind = image_format(args.out, args.format, len(shots))
+    start(args)
+    target = Target(args.out, kind)
     plan = None if args.plan is None else Plan.load(args.plan)
     phase = nullcontext if args.quiet else told
     with phase("loading"):
@@ -62,15 +65,15 @@ def run(args: argparse.Namespace) -> int:
     seconds: Counter[str] = Counter()
     is_sound = True
     for batch in batches:
-        paths = [target.find(image) for image in batch.images]
+        paths = [target.find(image) if is_first() else None for image in batch.images]
         output = None
-        if None in paths:
+        if said_by_first(bytes([None in paths])) == b"\1":  # others need not see the folder
             output = pipeline.sample(batch.options, phase)
             output = replace(output, metadata=output.metadata | plan_file)
             seconds.update(output.timings | {"calls": 1})
             is_sound &= not output.faults
             phase = nullcontext  # later batches have the shapes of this one: they compile nothing
-        for number, path in enumerate(paths):
+        for number, path in enumerate(paths if is_first() else ()):
             if path is None:
                 assert output is not None
                 (path,) = output.save(target.out, format=target.kind, numbers=[number], overwrite=False)
@@ -146,8 +149,9 @@ class Target:
     taken: set[Path] = field(default_factory=set)
 
     def __post_init__(self) -> None:
-        """Raises OSError where nothing can be written."""
-        writable(self.out.parent if is_file_name(self.out) else self.out)
+        """Raises OSError where nothing can be written, by the process that writes."""
+        if is_first():
+            writable(self.out.parent if is_file_name(self.out) else self.out)
 
     def check(self, images: Iterator[dict[str, Any]]) -> None:
         """Raises ValueError where JPEG has no room for what an image says of itself."""

@@ -1,15 +1,27 @@
-"""What commands begin with: a device, the cache of compiled programs, prompts from a file, a folder to write to."""
+"""What commands begin with: devices and processes, the cache of compiled programs, prompts from a file, a folder."""
 
 import argparse
+import logging
 import os
 import sys
+from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
 import jax
 
+from dfa2_jax import __version__
+from dfa2_jax.families.registry import open_checkpoint
 from dfa2_jax.io.atomic import writable
+from dfa2_jax.io.digest import digest_of
+from dfa2_jax.io.hub import find_model
+from dfa2_jax.parallel.processes import check_alike, is_first, join
 from dfa2_jax.pipeline.pipeline import Pipeline
+from dfa2_jax.plan.plan import Plan
+
+OWN = ("run", "folder", "verify", "prompts", "plan", "out", "format", "quiet")
+"""Arguments that each process may have its own of. What the files hold that they name is compared."""
 
 MAX_PROMPTS = 20_000_000
 """Characters of a file of prompts: a device has no end."""
@@ -28,12 +40,16 @@ def devices() -> list[Any]:
         raise OSError(f"JAX finds no device to run on (JAX_PLATFORMS is {asked}): {error!r:.300}") from error
 
 
-def start() -> None:
+def start(args: argparse.Namespace | None = None) -> None:
     """Finds a device, and keeps compiled programs on disk: the second run of a shape starts at once. The library never
     does this.
 
+    Args:
+        args: of a command that processes of a launcher run as one, where --devices is "all".
+
     Raises:
-        OSError: JAX cannot start.
+        OSError: JAX cannot start, or the other processes cannot be reached.
+        ValueError: the processes were told different things.
     """
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     try:
@@ -41,7 +57,54 @@ def start() -> None:
     except (RuntimeError, OSError) as error:
         jax.config.update("jax_compilation_cache_dir", None)
         print(f"compiled programs are not kept; set JAX_COMPILATION_CACHE_DIR: {error}", file=sys.stderr)
+    joined = args is not None and args.devices == "all" and join()
     devices()
+    if joined:
+        assert args is not None
+        _lead(args)
+        _check_alike(args)
+
+
+def _lead(args: argparse.Namespace) -> None:
+    """The first process speaks for all; the others say what is wrong with them, and no more."""
+    out = os.dup(1) if is_first() else os.open(os.devnull, os.O_WRONLY)
+    sys.stdout = os.fdopen(out, "w", errors="backslashreplace")
+    os.dup2(2, 1)  # Gloo, which connects processes, speaks there
+    if not is_first():
+        args.quiet = True
+        logging.getLogger("dfa2_jax").setLevel(logging.ERROR)
+
+
+def _check_alike(args: argparse.Namespace) -> None:
+    """Raises ValueError where processes were told different things, or one cannot read what it was told to."""
+    facts = {f"--{name.replace('_', '-')}": value for name, value in vars(args).items() if name not in OWN}
+    facts |= {"dfa2-jax": __version__, "jax": jax.__version__}
+    try:
+        facts["weights"] = open_checkpoint(find_model(args.folder), verify=args.verify).fingerprint
+        facts["--prompts"] = args.prompts and digest_of({"prompts": read_prompts(args.prompts)})
+        facts["--plan"] = getattr(args, "plan", None) and Plan.load(args.plan).digest
+    except (ValueError, OSError) as error:
+        check_alike(facts | {"error": str(error)})
+        raise
+    check_alike(facts)
+
+
+def together(run: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
+    """A command that several processes may run as one (`start`), each of which says when it lost the others."""
+
+    @wraps(run)
+    def of_all(args: argparse.Namespace) -> int:
+        try:
+            return run(args)
+        except jax.errors.JaxRuntimeError as error:
+            if not jax.distributed.is_initialized():
+                raise
+            raise OSError(
+                f"process {jax.process_index()} of {jax.process_count()} cannot go on, or has lost another: "
+                f"{error!s:.300}. Start all of them again: the same command goes on."
+            ) from error
+
+    return of_all
 
 
 def open_pipeline(args: argparse.Namespace) -> Pipeline:

@@ -148,6 +148,7 @@ LEFT_OUT = {
     ("README.md", "make demo"): "each makes an environment of its own, from the network",
     ("assets/package.md", "pip install"): "fetches packages from the network",
     ("docs/devices.md", "import jax"): "needs a launcher; tests/parallel/test_processes.py runs two processes",
+    ("docs/devices.md", "srun"): "needs a launcher; tests/parallel/test_processes.py runs two processes",
     ("docs/index.md", "pip install"): "fetches packages from the network",
     ("docs/index.md", "dfa2 demo"): "samples for a minute; tests/commands/test_demo.py runs it",
     ("docs/paper.md", "python -m benchmarks.ablations"): "takes an hour on two CPU cores",

@@ -1,5 +1,8 @@
 """Two processes of two devices each, as on two hosts: the images of one."""
 
+import json
+import os
+import signal
 import socket
 import subprocess
 import sys
@@ -7,8 +10,11 @@ import sys
 import numpy as np
 import pytest
 from checkout import ROOT
+from PIL import Image
 
 from dfa2_jax import Pipeline
+from dfa2_jax.cli import main
+from dfa2_jax.parallel import processes
 
 CALL = {"height": 48, "width": 80, "num_inference_steps": 2, "max_sequence_length": 13, "guidance_scale": 4.0}
 
@@ -63,3 +69,138 @@ def test_two_processes_make_the_images_of_one(tiny_sd35, tmp_path, shard):
         assert np.linalg.norm(dense - wanted) < 1e-5 * np.linalg.norm(wanted)
         assert not np.allclose(dense, planned, atol=1e-3)
     np.testing.assert_array_equal(*(np.load(tmp_path / f"{number}.npy") for number in range(2)))
+
+
+BY_HAND = {"MASTER_ADDR": "host", "MASTER_PORT": "1234", "RANK": "1", "WORLD_SIZE": "2"}
+SLURM = {
+    "SLURM_JOB_ID": "7",
+    "SLURM_STEP_NODELIST": "n1",
+    "SLURM_NTASKS": "2",
+    "SLURM_PROCID": "0",
+    "SLURM_LOCALID": "0",
+}
+OPEN_MPI = {"OMPI_MCA_orte_hnp_uri": "1.0;tcp://10.0.0.1:1", "OMPI_COMM_WORLD_SIZE": "2"}
+
+
+def test_a_launcher_is_known_by_its_variables():
+    told = processes.launched(SLURM | BY_HAND)  # by hand comes first
+    assert told is not None
+    assert (told["coordinator_address"], told["num_processes"], told["process_id"]) == ("host:1234", 2, 1)
+    assert told["local_device_ids"] is None
+    told = processes.launched(BY_HAND | {"LOCAL_RANK": "3"})
+    assert told is not None and told["local_device_ids"] == [3]
+    assert processes.launched(SLURM) == processes.launched(OPEN_MPI) == {}  # JAX reads these by itself
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {},
+        BY_HAND | {"WORLD_SIZE": "1"},
+        SLURM | {"SLURM_NTASKS": "1"},
+        {name: value for name, value in SLURM.items() if name != "SLURM_STEP_NODELIST"},  # a batch script, not srun
+        {"MASTER_ADDR": "host", "MASTER_PORT": "1234"},
+    ],
+)
+def test_one_process_is_alone(variables):
+    assert processes.launched(variables) is None
+
+
+@pytest.mark.parametrize(
+    ("variables", "words"),
+    [
+        (BY_HAND | {"MASTER_PORT": ""}, r"RANK=1 and WORLD_SIZE=2 are set, and \['MASTER_PORT'\]"),
+        (BY_HAND | {"WORLD_SIZE": "two"}, "WORLD_SIZE='two' must be a number"),
+    ],
+)
+def test_half_a_launcher_is_refused(variables, words):
+    with pytest.raises(ValueError, match=words):
+        processes.launched(variables)
+
+
+def test_processes_that_differ_say_in_what(monkeypatch):
+    monkeypatch.setattr(processes.jax, "process_count", lambda: 2)
+
+    def second_says(**facts):
+        monkeypatch.setattr(processes, "said_by_all", lambda own: [own, json.dumps(facts).encode()])
+
+    second_says(weights="a", seed=[1])
+    processes.check_alike({"weights": "a", "seed": [1]})
+    with pytest.raises(ValueError, match=r"0 and 1 .* differ in seed: \[2\] and \[1\]\. Start"):
+        processes.check_alike({"weights": "a", "seed": [2]})
+    with pytest.raises(ValueError, match="differ in error: None and no file") as caught:
+        second_says(weights="a", error="no file")
+        processes.check_alike({"weights": "a"})
+    assert "weights" not in str(caught.value)
+
+
+def test_others_go_on_from_the_first_ones_progress(monkeypatch, tmp_path):
+    path = tmp_path / "plan.json.progress"
+    with processes.progress_of_first(path) as own:
+        assert own == path
+    monkeypatch.setattr(processes, "is_first", lambda: False)
+    monkeypatch.setattr(processes, "said_by_first", lambda content: b"steps" if content == b"" else content)
+    with processes.progress_of_first(path) as own:
+        assert own != path and own.read_bytes() == b"steps"
+    assert not own.exists() and not path.exists()
+
+
+def test_heads_are_measured_by_one_process(monkeypatch, tiny_sd35, tmp_path, capsys):
+    (prompts := tmp_path / "prompts.txt").write_text("a red box")
+    monkeypatch.setattr("dfa2_jax.commands.calibrate.jax.process_count", lambda: 2)
+    command = ["calibrate", str(tiny_sd35), "--prompts", str(prompts), "--out", str(tmp_path / "plan.json")]
+    for flags in ([], ["--delta", "0.5", "--heads", "full"]):
+        assert main([*command, *flags]) == 2
+        assert "heads are measured by one process" in capsys.readouterr().err
+
+
+def commands(folder, out, *flags, of_second=()):
+    """`dfa2 sample` in two processes, not waited for."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = str(server.getsockname()[1])
+    variables = os.environ | BY_HAND | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    variables |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2", "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo"}
+    command = [sys.executable, "-m", "dfa2_jax", "sample", str(folder), "--devices", "all", *FLAGS, *flags]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT}
+    return [
+        subprocess.Popen([*command, *own, "--out", str(out)], env=variables | {"RANK": str(number)}, **pipes)
+        for number, own in enumerate(((), of_second))
+    ]
+
+
+FLAGS = "--prompt", "a red box", "--height", "48", "--width", "80", "--max-sequence-length", "13"
+
+
+@pytest.mark.long
+def test_a_killed_process_ends_the_command_which_then_goes_on_to_the_images_of_one(tiny_sd35, tmp_path):
+    made, wanted = tmp_path / "two", tmp_path / "one"
+    flags = "--steps", "4", "--seed", *map(str, range(30))
+    first, second = commands(tiny_sd35, made, *flags)
+    assert first.stdout is not None
+    kept = first.stdout.readline().strip()
+    second.send_signal(signal.SIGKILL)
+    out, error = first.communicate(timeout=120)
+    second.communicate(timeout=120)
+    assert first.returncode == 2 and "process 0 of 2 cannot go on, or has lost another" in error, error
+    assert len(out.splitlines()) < 29, "killed too late to be a loss"
+
+    first, second = commands(tiny_sd35, made, "--steps", "4", "--seed", "0", "1", "29")
+    (out, error), (nothing, of_second) = (process.communicate(timeout=300) for process in (first, second))
+    assert (first.returncode, second.returncode) == (0, 0), (error, of_second)
+    assert f"skipped {kept}" in error and nothing == "" and "denoise" not in of_second
+    paths = out.splitlines()
+    assert len(paths) == 3 and paths[0] == kept
+    assert main(["sample", str(tiny_sd35), *FLAGS, "--steps", "4", "--seed", "0", "1", "29", "--out", str(wanted)]) == 0
+    for path in paths:
+        one, two = (np.asarray(Image.open(folder / os.path.basename(path)), np.int32) for folder in (wanted, made))
+        assert np.abs(one - two).max() <= 1 and np.ptp(one) > 10
+
+
+@pytest.mark.long
+def test_processes_of_other_arguments_are_refused_before_any_work(tiny_sd35, tmp_path):
+    running = commands(tiny_sd35, tmp_path / "out", "--seed", "1", of_second=("--seed", "2"))
+    for process in running:
+        out, error = process.communicate(timeout=120)
+        assert process.returncode == 2 and "differ in --seed: [1] and [2]" in error, error
+        assert out == "" and "loading" not in error
+    assert not (tmp_path / "out").exists()
