@@ -42,12 +42,8 @@ Slowest = Float[np.ndarray, "steps layers"]
 
 def costs_of_plan(plan: Plan) -> Costs:
     """Tiles of every head after the first step."""
-    windows = plan.half_windows()[1:]
-    costs = np.zeros(windows.shape)
-    for number, layer in enumerate(plan.setting.layers):
-        distinct, place = np.unique(windows[:, number], return_inverse=True)
-        costs[:, number] = costs_of(distinct, layer.layout)[place.reshape(windows[:, number].shape)]
-    return costs
+    windows, layers = plan.half_windows()[1:], plan.setting.layers
+    return np.stack([costs_of(windows[:, number], layer.layout) for number, layer in enumerate(layers)], axis=1)
 
 
 def dealt(costs: Float[np.ndarray, " N"], devices: int) -> Int[np.ndarray, "devices count"]:

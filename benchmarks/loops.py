@@ -136,8 +136,11 @@ class Loop:
         """Without attention."""
         return self.dense(start, stop, attend=NoAttention())
 
-    def planned(self, caches: Any, plan: Plan, start: int, stop: int, **options: Any) -> tuple[jax.Array, Any]:
-        plans, state, options = self.head_plans(plan), self.start(caches), options | {"mesh": self.mesh}
+    def planned(
+        self, caches: Any, plan: Plan | HeadPlans, start: int, stop: int, **options: Any
+    ) -> tuple[jax.Array, Any]:
+        plans = plan if isinstance(plan, HeadPlans) else self.head_plans(plan)
+        state, options = self.start(caches), options | {"mesh": self.mesh}
         state = denoise_planned(self.graph, self.params, state, self.inputs, plans, start, stop, **options)
         return state.latents, state.memory
 

@@ -3,7 +3,8 @@
     python -m benchmarks.multigpu [CASE ...] [--devices 2] [--precision float8] [--rounds 3]
 
 All of a case are timed in turn, round by round: on one device, and on as many as are named. `error` is that of the
-latents after these steps, against one device. Weights are random. `benchmarks.exchange` times the exchange alone.
+latents after these steps, against one device. Weights are random. `benchmarks.exchange` times the exchange alone. On
+GPUs each is traced once more, for the time of the first one's kernels.
 On a CPU: XLA_FLAGS=--xla_force_host_platform_device_count=8.
 """
 
@@ -19,17 +20,18 @@ import numpy as np
 
 from benchmarks.loops import Loop, interleaved, ratio
 from benchmarks.machine import describe_machine
+from benchmarks.profile import by_kind
 from benchmarks.sampling import CPU, GPU, Case
 from dfa2_jax import Plan
 from dfa2_jax.io.atomic import write_whole
 
 
 class Runs:
-    """A loop by a plan, whose memory comes back from every call."""
+    """A loop by a plan, which is read once, and whose memory comes back from every call."""
 
     def __init__(self, loop: Loop, plan: Plan, steps: int):
-        self.loop, self.plan, self.stop = loop, plan, 1 + steps
-        _, self.memory = loop.planned(loop.caches(), plan, 0, 1)
+        self.loop, self.plan, self.stop = loop, loop.head_plans(plan), 1 + steps
+        _, self.memory = loop.planned(loop.caches(), self.plan, 0, 1)
 
     def dense(self) -> jax.Array:
         return self.loop.dense(1, self.stop)
@@ -46,13 +48,14 @@ def measure(case: Case, devices: list[int], precision: str | None, rounds: int, 
     every = {count: Runs(loop.on(count), plan, steps) for count in (1, *devices)}
     calls = {f"{kind}, {count}": getattr(runs, kind) for count, runs in every.items() for kind in ("dense", "planned")}
     latents = {name: np.asarray(call(), np.float64) for name, call in calls.items()}
-    times = interleaved(calls, rounds)
+    times, on_gpu = interleaved(calls, rounds), jax.default_backend() == "gpu"
     meshes = {str(count): runs.loop.mesh for count, runs in every.items()}
     return {
         "mesh": {count: [mesh.rows, mesh.tokens] for count, mesh in meshes.items() if mesh is not None},
         "ms_per_step": {name: 1e3 * median(values) / steps for name, values in times.items()},
         "speedup": {name: ratio(times, f"{name.split(',')[0]}, 1", name) for name in times},
         "error": {name: difference(x, latents[f"{name.split(',')[0]}, 1"]) for name, x in latents.items()},
+        "kernels": {name: by_kind(call, steps) for name, call in calls.items()} if on_gpu else {},
         "kept": keep,
         "seconds": times,
     }
@@ -81,7 +84,9 @@ def main() -> None:
     for name in args.cases or cases:
         started, key = time.perf_counter(), name + (f", {args.precision}" if args.precision else "")
         rows[key] = measure(cases[name], args.devices, args.precision, args.rounds, args.steps, args.keep)
-        print(f"{key}: {json.dumps({k: v for k, v in rows[key].items() if k != 'seconds'})}", flush=True)
+        print(
+            f"{key}: {json.dumps({k: v for k, v in rows[key].items() if k not in ('seconds', 'kernels')})}", flush=True
+        )
         rows[key] |= machine | {"run_seconds": time.perf_counter() - started}
         args.out.parent.mkdir(parents=True, exist_ok=True)
         write_whole(args.out, json.dumps({"rows": rows}, indent=1) + "\n")

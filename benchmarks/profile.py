@@ -24,6 +24,7 @@ from dfa2_jax.io.atomic import write_whole
 from dfa2_jax.sampling.loop import denoise
 
 KINDS = {
+    "exchange": ("nccl",),
     "attention": ("sdpa", "mosaic", "arrow"),
     "products": ("nvjet", "gemm", "gemv", "cublas", "cutlass"),
     "copies": ("memcpy", "MemcpyD2D"),
@@ -36,8 +37,8 @@ def kind_of(kernel: str) -> str:
 
 
 def kernel_ms(run: Any) -> tuple[dict[str, float], float]:
-    """Milliseconds on the GPU of each kernel that a call runs, longest first, and from the first's start to the last's
-    end."""
+    """Milliseconds of each kernel that a call runs on the first GPU, longest first, and from the first's start to the
+    last's end."""
     options = jax.profiler.ProfileOptions()
     options.host_tracer_level = options.python_tracer_level = 0
     with tempfile.TemporaryDirectory() as folder:
@@ -48,7 +49,7 @@ def kernel_ms(run: Any) -> tuple[dict[str, float], float]:
         events = [
             (event.name, event.start_ns, event.duration_ns)
             for plane in planes
-            if "GPU" in plane.name
+            if plane.name == "/device:GPU:0"
             for line in plane.lines
             if line.name.startswith("Stream")
             for event in line.events
@@ -62,6 +63,22 @@ def kernel_ms(run: Any) -> tuple[dict[str, float], float]:
     return dict(ordered), (last - min(start for _, start, _ in events)) / 1e6
 
 
+def by_kind(run: Any, steps: int) -> dict[str, Any]:
+    """Milliseconds of a step by kinds of kernels, between kernels, and of the longest; of a call of so many steps.
+
+    Kernels that run at once both count, so that gaps can be negative.
+    """
+    found, span = kernel_ms(run)
+    kinds: dict[str, float] = defaultdict(float)
+    for kernel, ms in found.items():
+        kinds[kind_of(kernel)] += ms / steps
+    return {
+        "ms": kinds,
+        "gaps_ms": span / steps - sum(kinds.values()),
+        "longest": [[kernel[:80], ms / steps] for kernel, ms in list(found.items())[:20]],
+    }
+
+
 def measure(loop: Loop, rounds: int, steps: int) -> dict[str, Any]:
     plain = jax.jit(denoise.__wrapped__, static_argnames=("graph", "implementation"), donate_argnames="state")
     runs = {
@@ -71,23 +88,12 @@ def measure(loop: Loop, rounds: int, steps: int) -> dict[str, Any]:
         for name, function in {"shipped": denoise, "without": plain}.items()
     }
     times = interleaved(runs, rounds)
-    row: dict[str, Any] = {
+    return {
         "ms_per_step": {name: 1e3 * median(values) / steps for name, values in times.items()},
         "without_over_shipped": ratio(times, "without", "shipped"),
         "seconds": times,
-        "kernels": {},
+        "kernels": {name: by_kind(run, steps) for name, run in runs.items()},
     }
-    for name, run in runs.items():
-        found, span = kernel_ms(run)
-        kinds: dict[str, float] = defaultdict(float)
-        for kernel, ms in found.items():
-            kinds[kind_of(kernel)] += ms / steps
-        row["kernels"][name] = {
-            "ms": kinds,
-            "gaps_ms": span / steps - sum(kinds.values()),
-            "longest": [[kernel[:80], ms / steps] for kernel, ms in list(found.items())[:20]],
-        }
-    return row
 
 
 def main() -> None:

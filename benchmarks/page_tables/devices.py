@@ -28,11 +28,25 @@ def balance(data: Any) -> Iterator[list[str]]:
 @table("multigpu", "multigpu_gpu.json", "model, size | GPUs | dense, ms | by a plan, ms | off by")
 def multigpu(data: Any) -> Iterator[list[str]]:
     for case, one in data["rows"].items():
-        for count in sorted({"1", *one.get("mesh", ())}, key=int) if "ms_per_step" in one else ():
+        for count in one["mesh"]:
             names = [f"{kind}, {count}" for kind in ("dense", "planned")]
             times = (f"{one['ms_per_step'][name]:.1f} ({one['speedup'][name]:.2f}x)" for name in names)
             error = max(one["error"][name] for name in names)
             yield [title(case), count, *times, f"{100 * error:.1f} %" if error else ""]
+
+
+@table(
+    "multigpu-kernels",
+    "multigpu_gpu.json",
+    "model, size | step | GPUs | products | attention | exchange | the rest | copies | between kernels",
+)
+def multigpu_kernels(data: Any) -> Iterator[list[str]]:
+    """Milliseconds of a step by kinds of kernels."""
+    for case, one in data["rows"].items():
+        for name, kernels in one["kernels"].items():
+            kinds = ("products", "attention", "exchange", "the rest", "copies")
+            ms = (f"{kernels['ms'][kind]:.1f}" if kind in kernels["ms"] else "" for kind in kinds)
+            yield [title(case), *name.split(", "), *ms, f"{kernels['gaps_ms']:.1f}"]
 
 
 @table(
@@ -72,10 +86,11 @@ def _mesh(one: Any) -> str:
 @table(
     "exchange",
     "exchange_gpu.json",
-    "model, size | devices | sent by each, MB | all-to-all, ms | nothing to itself, ms | packing alone, ms",
+    "model, size | devices | sent by each, MB | all-to-all, ms | nothing to itself, ms | each alone, ms | packing "
+    "alone, ms",
 )
 def exchange(data: Any) -> Iterator[list[str]]:
     for case, counts in data["rows"].items():
         for count, one in counts.items():
-            ms = (f"{one['ms'][way]:.2f}" for way in ("all-to-all", "permutes", "packing"))
+            ms = (f"{one['ms'][way]:.2f}" for way in ("all-to-all", "permutes", "apart", "packing"))
             yield [title(case), count, f"{one['sent_mb']:.0f}", *ms]

@@ -1,26 +1,30 @@
 """Tables of docs/quantization.md."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from benchmarks.page_tables.base import table
 
+TOY = "dtype | layers in float8 | PSNR to float32, dB: mean, worst | SSIM: mean, worst"
 
-@table(
-    "quantized-toy",
-    "quantized_toy.json",
-    "dtype | layers in float8 | PSNR to float32, dB: mean, worst | SSIM: mean, worst",
-    "python -m benchmarks.quantized --prompts 8 --batch 8",
-)
+
+@table("quantized-toy", "quantized_toy_gpu.json", TOY, "python -m benchmarks.quantized")
 def quantized_toy(data: Any) -> Iterator[list[str]]:
-    shipped = {"float8": "`down`"}
-    for one in data["rows"]:
+    yield from _quality(one for one in data["rows"] if one["in_float8"] is None)
+
+
+@table("quantized-kinds", "quantized_toy.json", TOY, "python -m benchmarks.quantized --prompts 8 --batch 8")
+def quantized_kinds(data: Any) -> Iterator[list[str]]:
+    yield from _quality(one for one in data["rows"] if one["in_float8"] or one["dtype"] in ("float8", "int8"))
+
+
+def _quality(rows: Iterable[Any]) -> Iterator[list[str]]:
+    for one in rows:
         psnr, ssim = (
             f"{one[name]:.{digits}f}, {one[f'worst_{name}']:.{digits}f}" for name, digits in (("psnr", 1), ("ssim", 4))
         )
-        kinds = one["in_float8"]
-        layers = shipped.get(one["dtype"], "") if kinds is None else ", ".join(f"`{kind}`" for kind in kinds)
-        yield [f"`{one['dtype']}`" if kinds is None else "", layers, psnr, ssim]
+        kinds = one["in_float8"] or (["down"] if one["dtype"] == "float8" else [])
+        yield [f"`{one['dtype']}`" if one["in_float8"] is None else "", ", ".join(f"`{x}`" for x in kinds), psnr, ssim]
 
 
 @table(

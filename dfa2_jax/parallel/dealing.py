@@ -21,44 +21,44 @@ def hands(most: int) -> tuple[int, ...]:
     return tuple(sorted({-(-most * part // parts) for part in range(parts + 1)}))
 
 
-def costs_of(windows: Int[np.ndarray, " N"], layout: Layout) -> Float[np.ndarray, " N"]:
+def costs_of(windows: Int[np.ndarray, "*dims N"], layout: Layout) -> Float[np.ndarray, "*dims N"]:
     """Tiles that each head visits; 0 of cached ones."""
-    return np.asarray(count_tiles(windows, layout, TILE, TILE).visited, np.float64)
+    distinct, numbers = np.unique(windows, return_inverse=True)
+    visited = np.asarray(count_tiles(distinct, layout, TILE, TILE).visited, np.float64)
+    return visited[numbers.reshape(windows.shape)]
 
 
-def deal(costs: Float[np.ndarray, " N"], devices: int) -> Int[np.ndarray, " padded"]:
-    """Heads in the order of the devices that compute them, those of one device with the most expensive first.
+def deal(costs: Float[np.ndarray, "*layers N"], devices: int) -> Int[np.ndarray, "*layers padded"]:
+    """A layer's heads in the order of the devices that compute them, one device's with the most expensive first.
 
     The most expensive goes to the device that has the least so far: LPT (Graham, SIAM J. Appl. Math. 17, 1969). Every
     device has equally many, the least of `hands` that suffices. Cached heads fill up, then heads of padding.
     """
-    num_heads = len(costs)
-    padded = num_heads + -num_heads % devices
-    heaviest = [int(head) for head in np.argsort(-costs, kind="stable") if costs[head] > 0]
-    count = next(count for count in hands(padded // devices) if count * devices >= len(heaviest))
-    dealt: list[list[int]] = [[] for _ in range(devices)]
-    sums = np.zeros(devices)
-    for head in heaviest:
-        device = min((i for i in range(devices) if len(dealt[i]) < count), key=lambda i: sums[i])
-        dealt[device].append(head)
-        sums[device] += costs[head]
-    rest = [*(head for head in range(num_heads) if costs[head] == 0), *range(num_heads, padded)]
-    for hand in dealt:
-        while len(hand) < count:
-            hand.append(rest.pop(0))
-    return np.array([*sum(dealt, []), *rest], np.int32)
+    *shape, num_heads = costs.shape
+    costs = np.pad(costs.reshape(-1, num_heads), ((0, 0), (0, -num_heads % devices)))
+    layers, padded = np.arange(len(costs)), costs.shape[1]
+    choices = np.array(hands(padded // devices))
+    active = np.count_nonzero(costs, axis=1)
+    count = choices[np.searchsorted(choices * devices, active)]
+    order = np.full(costs.shape, -1, np.int32)
+    sums, held = np.zeros((len(costs), devices)), np.zeros((len(costs), devices), np.int64)
+    for place, head in enumerate(np.argsort(-costs, axis=1, kind="stable").T):
+        device = np.argmin(np.where(held < count[:, None], sums, np.inf), axis=1)
+        dealt = layers[place < active]
+        at, head = device[dealt], head[dealt]
+        order[dealt, at * count[dealt] + held[dealt, at]] = head
+        sums[dealt, at] += costs[dealt, head]
+        held[dealt, at] += 1
+    rest = np.argsort(costs > 0, axis=1, kind="stable")  # in the model's order, padding last
+    order[order < 0] = rest[np.arange(padded) < (padded - active)[:, None]]
+    return order.reshape(*shape, padded)
 
 
 def deal_plan(
     half_windows: Int[np.ndarray, "steps layers N"], layouts: Sequence[Layout], devices: int
 ) -> tuple[Int[np.ndarray, "steps layers padded"], Int[np.ndarray, "steps layers padded"]]:
     """A plan's windows, and the order that `deal` gives its heads; padded with cached heads that nobody has."""
-    steps, layers, num_heads = half_windows.shape
-    padding = (0, 0), (0, 0), (0, -num_heads % devices)
+    padding = (0, 0), (0, 0), (0, -half_windows.shape[2] % devices)
     windows = np.pad(half_windows, padding, constant_values=CACHED)
-    order = np.zeros_like(windows)
-    for layer, layout in enumerate(layouts):
-        distinct, numbers = np.unique(half_windows[:, layer], axis=0, return_inverse=True)
-        dealt = np.stack([deal(costs_of(one, layout), devices) for one in distinct])
-        order[:, layer] = dealt[numbers.reshape(-1)]
-    return windows, order
+    costs = np.stack([costs_of(half_windows[:, layer], layout) for layer, layout in enumerate(layouts)], axis=1)
+    return windows, deal(costs, devices)
