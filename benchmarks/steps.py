@@ -71,7 +71,8 @@ def plans(pipeline: Pipeline, learn: list[str], args: argparse.Namespace) -> Ite
         )
         euler = Plan.full(plan.setting, plan.nodes)
         yield "steps, Euler's", {"nodes": euler.nodes}, euler
-    for speedup in [1.0, *args.speedups] if args.speedups else []:
+    limit = args.speedups and (not args.only or "steps to the limit" in args.only)
+    for speedup in [1.0, *args.speedups] if limit else []:
         plan = calibrate(pipeline, learn, speedup=speedup, target="converged", **shape)
         assert plan.step_calibration is not None
         told = {"nodes": plan.nodes, "calibration_psnr": round(plan.step_calibration.psnr, 3)}
@@ -108,14 +109,16 @@ def rows(pipeline: Pipeline, args: argparse.Namespace) -> Iterator[dict[str, Any
     yield {"kind": "dense", "cost": 1.0, **compared(dense)}
     counts = set()
     for kind, told, plan in plans(pipeline, learn, args):
+        if args.only and kind not in args.only:
+            continue
         cost = len(plan.nodes) / args.steps * plan.density()
         record = plan.step_calibration
         errors = {} if record is None else {"calibration_psnr": round(record.psnr, 3)}
         if "attention_share" in told:
             cost = plan.cost(told["attention_share"])
-        yield {"kind": kind, "cost": round(cost, 4), **errors, **told, **compared(images(plan=plan))}
+        yield {"kind": kind, "cost": round(cost, 4), **errors, **told, **compared(images(plan=plan, **SHAPE))}
         counts.add(len(plan.nodes))
-    for count in sorted(counts):
+    for count in sorted(counts) if not args.only else ():
         cost = round(count / args.steps, 4)
         if count < args.steps:
             fewer = images(num_inference_steps=count, **SHAPE)
@@ -135,6 +138,7 @@ def main() -> None:
     parser.add_argument("--densities", type=float, nargs="*", default=[], help="of heads, by what their errors do")
     parser.add_argument("--shares", type=float, nargs="*", default=[], help="attention's, for plans of steps and heads")
     parser.add_argument("--joint-speedups", type=float, nargs="*", default=[1.5, 2.0, 3.0], help="of these plans")
+    parser.add_argument("--only", nargs="*", default=[], metavar="KIND", help="of plans, as results name it")
     parser.add_argument("--learn", type=int, default=4, help="prompts of the calibration")
     parser.add_argument("--prompts", type=int, default=64, help="that are judged")
     parser.add_argument("--batch", type=int, default=16)

@@ -344,16 +344,11 @@ class StepPlans:
     def of_every_step(self, psnr: float) -> Plan:
         """The plan where no other keeps what was asked; raises ValueError where it must, and does not either."""
         plan = self.fitted(self.search.nodes(self.search.num_steps))
-        if self.facts["target"] == "converged" and not keeps(plan, psnr):
-            assert plan.step_calibration is not None
-            kept, path = plan.step_calibration.psnr - MARGIN, self.runs.journal.path
-            progress = (
-                "" if path is None else f" {path} keeps what ran, for another psnr; remove it to take more steps."
-            )
-            raise ValueError(
-                f"{psnr=} to the limit is more than {self.search.num_steps} steps can promise, {kept:.1f} dB. Ask for "
-                f"less, or take more steps.{progress}"
-            )
+        assert plan.step_calibration is not None
+        path = self.runs.journal.path
+        advice = "" if path is None else f" {path} keeps what ran, for another psnr; remove it to take more steps."
+        promised = plan.step_calibration.psnr - MARGIN
+        plan.step_calibration.check_of_every_step(psnr, promised, self.search.num_steps, advice)
         return plan
 
 

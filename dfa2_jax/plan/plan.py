@@ -219,12 +219,9 @@ class Plan:
         else:
             assert psnr is not None
             nodes = search.for_psnr(psnr + MARGIN, record.predicted_psnr)
-            promised = record.predicted_psnr(nodes.predicted_error) - MARGIN
-            if record.target == "converged" and promised < psnr:
-                raise ValueError(
-                    f"{psnr=} to the limit is more than {search.num_steps} steps can promise, {promised:.1f} dB. Ask "
-                    "for less, or calibrate with more steps."
-                )
+            if len(nodes.steps) == search.num_steps:
+                promised = record.predicted_psnr(nodes.predicted_error) - MARGIN
+                record.check_of_every_step(psnr, promised, search.num_steps)
         kept = {"predicted_error": nodes.predicted_error, "measured_error": None, "measured_psnr": None}
         kept |= {"tiles": None, "attention_share": 0.0, "projection_share": 0.0}
         record = record.model_copy(update=kept)

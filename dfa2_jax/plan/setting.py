@@ -172,6 +172,19 @@ class StepCalibration(Record):
         """In dB against the target's images: measured where the plan ran, else predicted."""
         return self.predicted_psnr(self.predicted_error) if self.measured_psnr is None else self.measured_psnr
 
+    def check_of_every_step(self, psnr: float, promised: float, steps: int, advice: str = "") -> None:
+        """What a plan has to say that runs every step, because no other promises so much; in dB.
+
+        Raises:
+            ValueError: the target is the limit, and every step promises less, too.
+        """
+        if self.target == "converged" and promised < psnr:
+            raise ValueError(
+                f"{psnr=} to the limit is more than {steps} steps can promise, {promised:.1f} dB. Ask for less, or "
+                f"take more steps.{advice}"
+            )
+        logger.warning("no plan that spares anything promises psnr=%g: every step runs in full", psnr)
+
     def warn_if_low(self) -> None:
         """Below `LOWEST_PSNR`, whoever asked for a plan should know."""
         if (promised := self.psnr - MARGIN) < LOWEST_PSNR:

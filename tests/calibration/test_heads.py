@@ -10,6 +10,7 @@ import pytest
 from pipeline_cases import PROMPTS
 
 from dfa2_jax import Plan, calibrate
+from dfa2_jax.calibration.attention_share import shares_of
 from dfa2_jax.calibration.calibrate import prepared
 from dfa2_jax.calibration.heads import HeadRuns, StepShares, reuse_errors
 from dfa2_jax.calibration.journal import Journal
@@ -75,6 +76,16 @@ def test_another_budget_takes_what_was_measured(only, pipelines, progress, monke
     assert sparser.step_calibration.measured_error > only.step_calibration.measured_error
     nearer = calibrate(pipeline, PROMPTS, **options, heads="only", psnr=30.0)
     assert nearer.step_calibration.psnr >= 33.0 and nearer.cost() < 1
+
+
+def test_projections_keep_their_part_of_what_your_attention_share_leaves(pipelines, progress):
+    pipeline, arguments = pipelines("tiny_sd35"), {"negative_prompt": None, "scheduler": None} | CALL
+    counted = shares_of(prepared(pipeline, PROMPTS, CalibrationOptions(progress=False), arguments))
+    options = {"heads": "only", "attention_share": 0.8, "speedup": 1.5, "resume": progress}
+    record = calibrate(pipeline, PROMPTS, **CALL, **HEADS, **options).step_calibration
+    assert record is not None and record.attention_share == 0.8
+    assert record.projection_share == pytest.approx(0.2 * counted.projections / (1 - counted.attention))
+    assert 0.02 < record.projection_share < 0.18
 
 
 def test_a_plan_in_a_file_keeps_its_shares_and_a_resolved_one_has_full_heads(only, tmp_path):
