@@ -65,6 +65,18 @@ def steps(data: Any) -> Iterator[list[str]]:
             yield [f"{cost * count:.0f} of {count}", f"{1 / cost:.2f}x", *cells]
 
 
+@table(
+    "steps-euler",
+    "steps_20_euler.json",
+    "nodes | Euler's moves between them",
+    'python -m benchmarks.steps --prompts 16 --seeds 1 --only "steps, Euler\'s"',
+)
+def steps_euler(data: Any) -> Iterator[list[str]]:
+    for one in data["rows"]:
+        if one["kind"] == "steps, Euler's":
+            yield [f"{len(one['nodes'])} of {data['arguments']['steps']}", _psnr(one["against_dense"])]
+
+
 HEADS = "kept pairs | by what errors do | by the paper's delta"
 
 

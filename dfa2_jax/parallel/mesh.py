@@ -69,6 +69,14 @@ class DeviceMesh:
     def put_weight(self, x: Any) -> Any:
         return _put(x, NamedSharding(self.devices, self.of_weight(x)))
 
+    @property
+    def members(self) -> tuple[Any, ...]:
+        return tuple(self.devices.devices.flat)
+
+    def weight_bytes(self, x: Any) -> int:
+        """What each device has of an array of the transformer."""
+        return x.size * x.dtype.itemsize // (self.devices.size if self.of_weight(x) == WEIGHTS else 1)
+
     def of_weight(self, x: Any) -> P:
         """Where an array of the transformer lies. Those that devices do not divide stay whole, as small ones do."""
         is_shared = self.shard_weights and x.ndim == 3 and x.shape[1] % self.devices.size == 0

@@ -1,6 +1,5 @@
 """The networks and tokenizers of a checkpoint, loaded when first needed, each a jitted program."""
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -11,6 +10,7 @@ from dfa2_jax.encoders.tokenizers import Tokenizer, load_tokenizer
 from dfa2_jax.pipeline.fit import check_ids, check_tokenizer
 from dfa2_jax.weights.checkpoint import Checkpoint
 from dfa2_jax.weights.dtypes import as_precision
+from dfa2_jax.weights.room import Places
 
 
 @partial(jax.jit, static_argnames=("graph", "method"))
@@ -36,7 +36,7 @@ class Networks:
     Args:
         dtype: of the networks; what the transformer's blocks are quantised to is not the others'.
         text_encoder_dtype: of text encoders. None: as the others. "int8_weights" is T5's alone.
-        place: puts text encoders' weights elsewhere (`Checkpoint.load`).
+        places: where text encoders' weights lie (`Checkpoint.load`).
     """
 
     def __init__(
@@ -44,11 +44,11 @@ class Networks:
         checkpoint: Checkpoint,
         dtype: Any,
         text_encoder_dtype: Any = None,
-        place: Callable[[Any], Any] | None = None,
+        places: Places | None = None,
     ):
         self.configs = checkpoint.configs
         self._checkpoint, self._dtype = checkpoint, None if as_precision(dtype) else dtype
-        self._text_encoder_dtype, self._place = text_encoder_dtype, place
+        self._text_encoder_dtype, self._places = text_encoder_dtype, places
         self._loaded: dict[str, Component] = {}
         self._tokenizers: dict[str, Tokenizer] = {}
 
@@ -60,8 +60,8 @@ class Networks:
 
     def __getitem__(self, name: str) -> Component:
         if name not in self._loaded:
-            place = self._place if name.startswith("text_encoder") else None
-            self._loaded[name] = Component(self._checkpoint.load(name, self._dtype_of(name), place))
+            places = self._places if name.startswith("text_encoder") else None
+            self._loaded[name] = Component(self._checkpoint.load(name, self._dtype_of(name), places))
         return self._loaded[name]
 
     def _dtype_of(self, name: str) -> Any:

@@ -1,7 +1,7 @@
 """A folder's networks, loaded, with what their family knows of them."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -105,7 +105,7 @@ class Loaded:
         self.precision: Precision | None = as_precision(dtype) or checkpoint.precision
         check_precision(self.precision)
         _check_shares(shard_weights, len(self.devices), self.precision)
-        self.networks = Networks(checkpoint, dtype, self.text_encoder_dtype, self._placing(of_process=True))
+        self.networks = Networks(checkpoint, dtype, self.text_encoder_dtype, self._mesh(of_process=True))
         self.folder = checkpoint.folder
         self.pipeline_class: str = checkpoint.pipeline_class
         self.torch_rounding = torch_rounding
@@ -117,7 +117,7 @@ class Loaded:
         self.networks.load_tokenizers()
         self.scheduler = checkpoint.configs["scheduler"]
         started = time.perf_counter()
-        transformer: Any = checkpoint.load("transformer", dtype, self._placing())
+        transformer: Any = checkpoint.load("transformer", dtype, self._mesh())
         self.dtype = transformer.dtype
         self.family: Family = FAMILIES[self.pipeline_class](self.config, self.scheduler, transformer)
         self.transformer = Component(transformer)
@@ -136,8 +136,8 @@ class Loaded:
             pooled_projection_dim=getattr(self.config, "pooled_projection_dim", None),
         )
 
-    def _placing(self, of_process: bool = False) -> Callable[[Any], Any] | None:
-        """What puts a weight on the devices; None: it stays where it is loaded.
+    def _mesh(self, of_process: bool = False) -> DeviceMesh | None:
+        """Where weights lie; None: they stay where they are loaded.
 
         Args:
             of_process: only weights that devices share, on those of this process: each encodes prompts for itself.
@@ -145,7 +145,7 @@ class Loaded:
         if not self.devices or (of_process and not self.shard_weights):
             return None
         here = [device for device in self.devices if device.process_index == jax.process_index()]
-        return DeviceMesh.of(here if of_process else self.devices, 1, self.shard_weights).put_weight
+        return DeviceMesh.of(here if of_process else self.devices, 1, self.shard_weights)
 
     @suggests_names
     def encode_prompt(

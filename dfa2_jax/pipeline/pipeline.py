@@ -67,6 +67,7 @@ class Pipeline(Loaded):
 
         Raises:
             CheckpointError: what is wrong with which file.
+            MemoryError: weights do not fit on a device; none was read.
         """
         checkpoint = open_checkpoint(find_model(folder), verify=verify)
         options: dict[str, Any] = {"text_encoder_dtype": text_encoder_dtype, "torch_rounding": torch_rounding}

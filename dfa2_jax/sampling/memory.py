@@ -1,8 +1,6 @@
 """Where attention keeps what it remembers from step to step."""
 
-import re
-import sys
-from pathlib import Path
+from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -10,6 +8,7 @@ from jax.typing import DTypeLike
 
 from dfa2_jax.nn.attention import Attend, AttentionCall, stacks
 from dfa2_jax.parallel.mesh import DeviceMesh
+from dfa2_jax.weights.room import free_bytes
 from pallas_kernels import Layout
 
 
@@ -41,38 +40,31 @@ def empty_memory(attend: Attend, shapes: dict[str, jax.ShapeDtypeStruct], *, ima
     Raises:
         MemoryError: it does not fit; the message says what would.
     """
-    devices = max((shape.sharding.num_devices for shape in shapes.values() if shape.sharding is not None), default=1)
+    shardings = [shape.sharding for shape in shapes.values() if shape.sharding is not None]
+    devices = shardings[0].device_set if shardings else ()
     remembered = jax.eval_shape(lambda: {name: attend.memory(shape) for name, shape in shapes.items()})
     check_fits(remembered, images=images, devices=devices)
     return {name: remembered for name, shape in shapes.items() if (remembered := attend.memory(shape)) is not None}
 
 
-def check_fits(memory: Any, *, images: int, devices: int = 1) -> None:
+def check_fits(memory: Any, *, images: int, devices: Collection[Any] = ()) -> None:
     """Whether there is room for another memory of this size.
 
     Args:
-        devices: that have equal shares of it.
+        devices: that have equal shares of it; of none, it is the default device's.
 
     Raises:
         MemoryError: there is not; the message says what would fit.
     """
     arrays = jax.tree.leaves(memory)
-    need, free = sum(x.size * x.dtype.itemsize for x in arrays) // devices, free_bytes()
+    need, free = sum(x.size * x.dtype.itemsize for x in arrays) // max(1, len(devices)), free_bytes(devices)
     if need > free:
         fitting = int(free / need * images)
         smaller = f"one image takes {need / images / 1e9:.1f} GB: take a smaller one, or dense attention"
         advice = f"a batch of {fitting} would fit" if fitting else smaller
         tokens = max(x.shape[2] for x in arrays)
+        each = f" on each of {len(devices)} devices" if len(devices) > 1 else ""
         raise MemoryError(
-            f"Attention keeps {need / 1e9:.1f} GB from step to step for {images} images of {tokens} tokens"
-            f"{f' on each of {devices} devices' if devices > 1 else ''}, and {free / 1e9:.1f} GB are free: {advice}."
+            f"Attention keeps {need / 1e9:.1f} GB from step to step for {images} images of {tokens} tokens{each}, "
+            f"and {free / 1e9:.1f} GB are free: {advice}."
         )
-
-
-def free_bytes() -> int:
-    """What the fullest device can still hold; of a CPU's memory, what programs can get without swapping."""
-    if stats := [stats for device in jax.local_devices() if (stats := device.memory_stats())]:
-        return min(each["bytes_limit"] - each["bytes_in_use"] for each in stats)
-    meminfo = Path("/proc/meminfo")  # Linux alone
-    available = re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text()) if meminfo.is_file() else None
-    return int(available[1]) * 1024 if available else sys.maxsize

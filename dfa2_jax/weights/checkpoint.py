@@ -1,7 +1,7 @@
 """Opened checkpoints: what a diffusers folder and a converted one have in common, and loading either into a model."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from dfa2_jax.io.errors import CheckpointError, blame, check_fields
 from dfa2_jax.weights.dtypes import FLOAT_DTYPES, Precision, as_precision
 from dfa2_jax.weights.leaf import Leaf, load_leaf
 from dfa2_jax.weights.quantized import Place, Stacked, quantized_leaves
+from dfa2_jax.weights.room import Places, check_room
 from dfa2_jax.weights.spec import REQUIRED, ComponentSpec, ParameterPath, PipelineSpec, class_names
 
 
@@ -141,15 +142,16 @@ class Checkpoint(ABC):
             leaves = quantized_leaves(leaves, self.quantize(component, model, precision), model)
         return model, leaves
 
-    def load(self, component: str, dtype: Any = None, place: Callable[[Any], Any] | None = None) -> nnx.Module:
+    def load(self, component: str, dtype: Any = None, places: Places | None = None) -> nnx.Module:
         """The component's model with its weights on the default device.
 
         Args:
             dtype: as in `compute_dtype`, or one of `PRECISIONS`.
-            place: puts a weight elsewhere, one after the other.
+            places: where weights lie; each is put there before the next is read.
 
         Raises:
             CheckpointError: weights are missing, unknown or misshapen, or not finite, or of another precision.
+            MemoryError: they do not fit; none was read then.
         """
         self.check_component(component)
         spec, stored, platform = self.spec.components[component], self.stored_dtype(component), jax.default_backend()
@@ -164,19 +166,20 @@ class Checkpoint(ABC):
             if (precision or self.precision) and platform != "cpu" and stored == jnp.float32:
                 dtype = jnp.bfloat16  # the kernel gives no float32
         model, leaves = self.model_and_leaves(component, compute_dtype(spec, stored, dtype, platform), precision)
+        check_room(component, model, places)
         graph, state = nnx.split(model)
         filled = []
         for path, variable in nnx.to_flat_state(state):
             if isinstance(variable, Place):
-                places = jnp.arange(variable.shape[0], dtype=variable.dtype)
-                filled.append((path, variable.replace(place(places) if place else places)))
+                numbers = jnp.arange(variable.shape[0], dtype=variable.dtype)
+                filled.append((path, variable.replace(places.put_weight(numbers) if places else numbers)))
                 continue
             # Only trainable parameters live on the device: SD3's position table (452 MB) is cropped on the host.
             on_device = isinstance(variable, nnx.Param)
             array = load_leaf(leaves[path], variable.dtype, on_device=on_device)
             if isinstance(variable, Stacked) and path[-1] == "scale" and not (array > 0).all():
                 raise CheckpointError(f"{leaves[path].blocks[0].source} holds scales that are not positive.")
-            filled.append((path, variable.replace(place(array) if place and on_device else array)))
+            filled.append((path, variable.replace(places.put_weight(array) if places and on_device else array)))
         return nnx.merge(graph, nnx.from_flat_state(filled))
 
 

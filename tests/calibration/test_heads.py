@@ -193,7 +193,7 @@ def test_memory_for_two_copies_is_asked_for_before_any_step(pipelines, monkeypat
         4 * 4 * pipeline.config.width * sum(layer.layout.length for layer in pipeline.setting(**CALL, prompt="").layers)
     )
     monkeypatch.setattr(StepRuns, "step", lambda *_: pytest.fail("a step runs"))
-    monkeypatch.setattr("dfa2_jax.sampling.memory.free_bytes", lambda: 2 * size - 1)
+    monkeypatch.setattr("dfa2_jax.sampling.memory.free_bytes", lambda devices: 2 * size - 1)
     with pytest.raises(MemoryError, match=f"Attention keeps {2 * size / 1e9:.1f} GB"):
         calibrate(pipeline, PROMPTS, **CALL, **HEADS, heads="only", speedup=1.2)
 

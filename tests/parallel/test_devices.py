@@ -157,7 +157,7 @@ def test_an_own_attend_is_refused(sd35):
 def test_memory_is_counted_per_device(sd35, monkeypatch):
     many = sd35[1]
     plan = Plan.full(many.setting(**CALL | GUIDED))
-    monkeypatch.setattr("dfa2_jax.sampling.memory.free_bytes", lambda: 1000)
+    monkeypatch.setattr("dfa2_jax.sampling.memory.free_bytes", lambda devices: 1000)
     with pytest.raises(MemoryError, match="on each of 4 devices"):
         many(**CALL | GUIDED, plan=plan)
 
