@@ -1,6 +1,7 @@
 """Attention that tries every method on every head, and keeps what it chose."""
 
 from dataclasses import dataclass
+from math import gcd
 
 import jax
 import jax.numpy as jnp
@@ -71,6 +72,7 @@ class TryEverything:
     candidates: methods other than full.
     tiles: queries and keys of the tiles that a method saves, `Plan.density`'s.
     chunk: samples of the batch whose candidates are held at once; None: all.
+    shared_by: the axis of a mesh whose devices share the batch, each with as many samples of it; None: there is none.
     """
 
     candidates: tuple[Method, ...]
@@ -78,6 +80,7 @@ class TryEverything:
     tiles: tuple[int, int]
     chunk: int | None = None
     implementation: str | None = None
+    shared_by: str | None = None
 
     def memory(self, stack: jax.ShapeDtypeStruct) -> Trials:
         return Trials.of_caches(jnp.zeros(stack.shape, stack.dtype), len(self.candidates))
@@ -97,7 +100,7 @@ class TryEverything:
     ) -> tuple[Float[Array, "L B T N H"], Int[Array, " N"], Float[Array, "N M"]]:  # fmt: skip
         """Hold every candidate's output, and take the chosen ones."""
         candidates, out = self._outputs(windows, layout, *qkv, caches[place])
-        errors = relative_errors(jax.tree.map(lambda x: x[None], moments(candidates, out)))
+        errors = self._errors(jax.tree.map(lambda x: x[None], moments(candidates, out)))
         picks = choose(errors, saved, self.budget.delta, self.budget.bound)
         for number, candidate in enumerate(candidates):
             out = jnp.where((picks == number)[None, None, :, None], candidate, out)
@@ -108,12 +111,19 @@ class TryEverything:
         qkv: tuple[Heads, Heads, Heads], caches: Float[Array, "L B T N H"], place: Int[Array, ""],
     ) -> tuple[Float[Array, "L B T N H"], Int[Array, " N"], Float[Array, "N M"]]:  # fmt: skip
         """Drop each chunk's candidates after their errors, and compute the chosen ones again."""
-        parts = tuple(x.reshape(-1, self.chunk, *x.shape[1:]) for x in (*qkv, caches[place]))
-        errors = relative_errors(jax.lax.map(lambda part: moments(*self._outputs(windows, layout, *part)), parts))
+        chunk = gcd(len(qkv[0]), self.chunk or 1)
+        parts = tuple(x.reshape(-1, chunk, *x.shape[1:]) for x in (*qkv, caches[place]))
+        errors = self._errors(jax.lax.map(lambda part: moments(*self._outputs(windows, layout, *part)), parts))
         picks = choose(errors, saved, self.budget.delta, self.budget.bound)
         half_window = jnp.append(jnp.asarray(windows), jnp.int32(FULL))[picks]
         options = {"layout": layout, "implementation": self.implementation}
         return arrow_attention(*qkv, half_window, cache=caches, layer=place, **options), picks, errors
+
+    def _errors(self, parts: Moments) -> Float[Array, "N M"]:
+        """Of the whole batch, from equal parts of this device's samples."""
+        if self.shared_by is not None:
+            parts = jax.tree.map(lambda x: jax.lax.all_gather(x, self.shared_by, tiled=True), parts)
+        return relative_errors(parts)
 
     def _outputs(
         self, windows: Int[np.ndarray, " M"], layout: Layout, q: Heads, k: Heads, v: Heads, previous: Heads

@@ -26,7 +26,7 @@ from dfa2_jax.calibration.journal import Journal
 from dfa2_jax.calibration.resume import Checkpointed
 from dfa2_jax.calibration.search import MAX_DELTA
 from dfa2_jax.calibration.steps import StepPlans, StepRuns
-from dfa2_jax.calibration.trial_step import calibrate_step, planning_tiles
+from dfa2_jax.calibration.trial_step import batch_mesh, calibrate_step, planning_tiles
 from dfa2_jax.io.digest import digest_of
 from dfa2_jax.io.names import natural, suggests_names
 from dfa2_jax.nn.attention import in_order
@@ -275,12 +275,13 @@ class CalibrationRun:
             calibrate_step,
             transformer.graph,
             transformer.params,
-            inputs=jax.device_put(self.call.inputs),
+            inputs=self.call.put(self.call.inputs),
             budget=Budget.of(self.options.delta, self.options.c, self.pipeline.config.num_attention_heads),
             candidates=self.candidates,
             tiles=self.tiles,
             chunk=self.options.attention_chunk,
             rounding=self.pipeline.rounding,
+            mesh=batch_mesh(self.call.mesh),
         )
         with told("compiling", self.options.progress):
             state = run(state, 0, 0)

@@ -72,7 +72,7 @@ class StepRuns:
         if part:
             times = times + np.diff(times, append=np.float32(0)) * np.float32(part / REFINED)
             inputs = replace(inputs, timesteps=pad_steps(sinusoid(times)))
-        return jax.device_put(inputs) if self.call.mesh is None else self.call.mesh.put(inputs)
+        return self.call.put(inputs)
 
     def step(self, x: Latents, step: int, part: int = 0) -> tuple[Latents, Latents]:
         """The latents after a step of Euler's, and the guided velocity at `x`; float32.

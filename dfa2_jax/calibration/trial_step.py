@@ -5,13 +5,15 @@ from typing import Any
 
 import jax
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Int
 
 from dfa2_jax.calibration.attends import Budget, Trials, TryEverything
 from dfa2_jax.nn.linear import XLA_OPTIONS
+from dfa2_jax.parallel.mesh import ROWS, DeviceMesh
 from dfa2_jax.plan.method import Method
 from dfa2_jax.sampling.inputs import Inputs
-from dfa2_jax.sampling.loop import State, denoise_step
+from dfa2_jax.sampling.loop import State, denoise_step, merged
 
 
 def planning_tiles(head_dim: int) -> tuple[int, int]:
@@ -19,9 +21,14 @@ def planning_tiles(head_dim: int) -> tuple[int, int]:
     return (128, 64) if head_dim == 128 else (128, 128)
 
 
+def batch_mesh(mesh: DeviceMesh | None) -> DeviceMesh | None:
+    """The mesh, where its devices share a batch. Where they share tokens, too, each tries everything: None."""
+    return mesh if mesh is not None and mesh.tokens == 1 else None
+
+
 @partial(
     jax.jit,
-    static_argnames=("graph", "candidates", "tiles", "chunk", "implementation", "rounding"),
+    static_argnames=("graph", "candidates", "tiles", "chunk", "implementation", "rounding", "mesh"),
     donate_argnames=("state",),
     compiler_options=XLA_OPTIONS,
 )
@@ -38,16 +45,23 @@ def calibrate_step(
     chunk: int | None = None,
     implementation: str | None = None,
     rounding: str | None = None,
+    mesh: DeviceMesh | None = None,
 ) -> tuple[State, dict[str, tuple[Any, Any]]]:
     """Step `i`, not the first, and what it chose in every stack of layers: picks and errors (`Trials`).
 
     Args:
         state: given away; its memory holds every attention call's last output, as `denoise_planned` leaves it.
+        mesh: of devices that share the batch alone (`batch_mesh`).
     """
-    memory = {stack: Trials.of_caches(caches, len(candidates)) for stack, caches in state.memory.items()}
-    attend = TryEverything(candidates, budget, tiles, chunk, implementation)
-    before = State(state.latents, state.solver, memory)
-    after = denoise_step(nnx.merge(graph, params), attend, inputs, i, before, rounding=rounding)
-    caches = {stack: trials.caches for stack, trials in after.memory.items()}
-    chosen = {stack: (trials.picks, trials.errors) for stack, trials in after.memory.items()}
-    return State(after.latents, after.solver, caches), chosen
+
+    def step(params: Any, state: State, inputs: Inputs, i: Any, budget: Budget) -> tuple[State, Any]:
+        memory = {stack: Trials.of_caches(caches, len(candidates)) for stack, caches in state.memory.items()}
+        before = State(state.latents, state.solver, memory)
+        attend = TryEverything(candidates, budget, tiles, chunk, implementation, None if mesh is None else ROWS)
+        after = denoise_step(merged(graph, params, mesh), attend, inputs, i, before, rounding=rounding)
+        caches = {stack: trials.caches for stack, trials in after.memory.items()}
+        chosen = {stack: (trials.picks, trials.errors) for stack, trials in after.memory.items()}
+        return State(after.latents, after.solver, caches), chosen
+
+    run = step if mesh is None else partial(mesh.run, step, returns=lambda of_state: (of_state, P()))
+    return run(params, state, inputs, i, budget)

@@ -105,14 +105,20 @@ class DeviceMesh:
     def own_tokens(self, x: Shaped[Array, "..."], axis: int) -> Shaped[Array, "..."]:
         return _own(x, axis, TOKENS, self.tokens)
 
-    def run(self, loop: Callable[..., Any], params: Any, state: Any, *data: Any) -> Any:
-        """`loop(params, state, *data)` on every device. All is whole there but memory and shared weights."""
+    def run(
+        self, loop: Callable[..., Any], params: Any, state: Any, *data: Any, returns: Callable[[Any], Any] = lambda x: x
+    ) -> Any:
+        """`loop(params, state, *data)` on every device. All is whole there but memory and shared weights.
+
+        Args:
+            returns: where lies what the loop returns, of where the state lies; without it, that.
+        """
         if self.shard_weights:
             params = self._readable(params)
         of_params = jax.tree.map(self.of_weight, params)
         of_state = jax.tree_util.tree_map_with_path(lambda path, _: MEMORY if path[0].name == "memory" else P(), state)
         specs = of_params, of_state, *(P() for _ in data)
-        mapped = jax.shard_map(loop, mesh=self.devices, in_specs=specs, out_specs=of_state, check_vma=False)
+        mapped = jax.shard_map(loop, mesh=self.devices, in_specs=specs, out_specs=returns(of_state), check_vma=False)
         return mapped(params, state, *data)
 
 

@@ -92,6 +92,10 @@ class Call:
             layers=tuple(AttentionLayer.of(layer.name, layer.layout) for layer in self.layers),
         )
 
+    def put(self, x: Any) -> Any:
+        """A pytree on the device, or whole on each of the mesh's."""
+        return jax.device_put(x) if self.mesh is None else self.mesh.put(x)
+
     @jax.enable_x64(False)  # what attention remembers is of 32 bits, too
     def start(self, attend: Attend | None = None, mesh: DeviceMesh | None = None) -> State:
         """Before the first step.
@@ -152,7 +156,7 @@ class Call:
             implementation: of attention, to measure what another order of the same sums changes; None: the best one.
             skip_projections: as in `denoise_planned`.
         """
-        transformer, put = self.pipeline.transformer, jax.device_put if self.mesh is None else self.mesh.put
+        transformer, put = self.pipeline.transformer, self.put
         options = {"inputs": put(self.inputs_for(plan)), "rounding": self.pipeline.rounding, "mesh": self.mesh}
         options |= {"implementation": implementation}
         if self.remembers(plan):

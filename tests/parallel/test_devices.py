@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from dfa2_jax import Method, Pipeline, Plan, calibrate
+from dfa2_jax.calibration.attends import moments
 from dfa2_jax.nn.attention import Dense
 from dfa2_jax.options import Options
 from dfa2_jax.parallel.mesh import DeviceMesh, devices_named
@@ -21,6 +22,9 @@ CALL = {
 }
 GUIDED = {"guidance_scale": 4.0, "negative_prompt": "fog"}
 SKIPPING = {"skip_guidance_layers": [1], "skip_layer_guidance_stop": 0.9}
+
+
+CALIBRATION = {name: value for name, value in CALL.items() if name not in ("prompt", "output_type")} | GUIDED
 
 
 def close(x, wanted):
@@ -60,15 +64,35 @@ def test_a_plan_is_the_same_file_on_any_number_of_devices(sd35, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "budget", [{"speedup": 1.5, "heads": "full"}, pytest.param({"delta": 0.4}, marks=pytest.mark.long)], ids=str
+    "budget",
+    [
+        {"speedup": 1.5, "heads": "full"},
+        {"speedup": 1.5, "windows": (4,), "tiles": (8, 8), "attention_share": 0.9},
+        {"delta": 0.4, "windows": (4,), "tiles": (8, 8), "attention_chunk": 2},
+        pytest.param({"delta": 0.4}, marks=pytest.mark.long),
+    ],
+    ids=str,
 )
 def test_calibration_on_several_devices_finds_the_plan_of_one(sd35, budget):
-    options = {name: value for name, value in CALL.items() if name not in ("prompt", "output_type")} | GUIDED
-    one, many = (calibrate(x, CALL["prompt"], **options, **budget) for x in sd35)
+    one, many = (calibrate(x, CALL["prompt"], **CALIBRATION, **budget) for x in sd35)
     np.testing.assert_array_equal(one.choices, many.choices)
-    assert one.nodes == many.nodes
-    if "speedup" in budget:
-        np.testing.assert_allclose(one.coefficients, many.coefficients, rtol=1e-4, atol=1e-5)
+    assert one.nodes == many.nodes and one.methods == many.methods
+    np.testing.assert_allclose(one.coefficients, many.coefficients, rtol=1e-4, atol=1e-5)
+    if "delta" in budget:
+        np.testing.assert_allclose(one.calibration.errors, many.calibration.errors, rtol=1e-4, atol=1e-6)
+        assert (one.choices > 0).any()
+
+
+def test_each_device_tries_every_method_on_its_own_prompts(sd35, monkeypatch):
+    seen = []
+
+    def watched(candidates, dense):
+        seen.append(len(dense))
+        return moments(candidates, dense)
+
+    monkeypatch.setattr("dfa2_jax.calibration.attends.moments", watched)
+    calibrate(sd35[1], CALL["prompt"], **CALIBRATION, delta=0.4, windows=(2,), tiles=(8, 8))  # traced here alone
+    assert {*seen} == {1}  # of two prompts and both sides of guidance
 
 
 def test_torch_rounding_rounds_on_every_device(tiny_flux_dev):

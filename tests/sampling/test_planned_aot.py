@@ -10,6 +10,7 @@ from real_shapes import denoise_arguments, planned_arguments
 
 from dfa2_jax import Method
 from dfa2_jax.calibration.calibrate import Budget, calibrate_step, planning_tiles
+from dfa2_jax.parallel.mesh import DeviceMesh
 from dfa2_jax.sampling.loop import denoise, denoise_planned
 from pallas_kernels import Layout, arrow_attention
 from pallas_kernels.inspect import aot
@@ -101,16 +102,19 @@ def custom_calls(hlo):
 
 
 @pytest.mark.aot
-@pytest.mark.parametrize(("name", "head_dim"), [("FLUX.1-dev", 128), ("SD3.5-large", 64)])
-def test_calibration_with_its_exact_choice_compiles_where_caches_are(name, head_dim):
-    """24 and 38 heads, 4 methods. The choice is in the program: no callback to the host."""
-    target = aot.target("h200")
-    graph, params, state, inputs, *_ = planned_arguments(name, 1024)
+@pytest.mark.parametrize(
+    ("name", "head_dim", "devices"), [("FLUX.1-dev", 128, 1), ("SD3.5-large", 64, 1), ("SD3.5-large", 64, 2)]
+)
+def test_calibration_with_its_exact_choice_compiles_where_caches_are(name, head_dim, devices):
+    """24 and 38 heads, 4 methods. The choice is in the program: no callback to the host. Two devices share a batch."""
+    target = aot.target("h200", devices)
+    mesh = DeviceMesh.of([*target.mesh.devices.flat], devices) if devices > 1 else None
+    target = target if mesh is None else aot.Target("h200", mesh.devices)
+    graph, params, state, inputs, *_ = planned_arguments(name, 1024, mesh=mesh)
     step, budget = jax.ShapeDtypeStruct((), np.int32), Budget.of(0.1, 1.5, 24)
     arguments = target.abstract((params, state, inputs, step, budget))
-    candidates = (Method("cached"), *map(Method.arrow, (8, 16, 32)))
-    compiled = aot.compile_for(
-        target, calibrate_step, graph, *arguments, candidates=candidates, tiles=planning_tiles(head_dim)
-    )
+    options = {"candidates": (Method("cached"), *map(Method.arrow, (8, 16, 32))), "tiles": planning_tiles(head_dim)}
+    compiled = aot.compile_for(target, calibrate_step, graph, *arguments, **options, mesh=mesh)
     assert "callback" not in compiled.hlo
-    assert compiled.alias_bytes >= sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state.memory))
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state.memory))
+    assert compiled.alias_bytes >= size // devices
