@@ -29,15 +29,17 @@ class Places(Protocol):
 def free_bytes(devices: Collection[Any] = ()) -> int:
     """What the fullest of this process's devices among these can still hold; of none, the default device.
 
-    Of a CPU's memory: what programs can get without swapping.
+    Of a CPU's memory: what programs can get without swapping. Of a GPU whose allocator counts nothing: no limit.
     """
     default = getattr(jax.config, "jax_default_device", None)  # pyright knows no such field
     here = [device for device in devices if device.process_index == jax.process_index()]
     fullest = here or [default if isinstance(default, jax.Device) else jax.local_devices()[0]]
-    if stats := [stats for device in fullest if (stats := device.memory_stats())]:
-        return min(each["bytes_limit"] - each["bytes_in_use"] for each in stats)
+    stats = [device.memory_stats() or {} for device in fullest]
+    if counted := [each["bytes_limit"] - each["bytes_in_use"] for each in stats if "bytes_limit" in each]:
+        return min(counted)
     meminfo = Path("/proc/meminfo")  # Linux alone
-    available = re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text()) if meminfo.is_file() else None
+    has_host_memory = fullest[0].platform == "cpu" and meminfo.is_file()
+    available = re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text()) if has_host_memory else None
     return int(available[1]) * 1024 if available else sys.maxsize
 
 
