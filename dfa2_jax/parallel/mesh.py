@@ -12,7 +12,7 @@ from flax import nnx
 from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Shaped
+from jaxtyping import Array, Float, Shaped
 
 from pallas_kernels import Layout
 
@@ -68,6 +68,11 @@ class DeviceMesh:
 
     def put_weight(self, x: Any) -> Any:
         return _put(x, NamedSharding(self.devices, self.of_weight(x)))
+
+    def put_image(self, x: Float[Array | np.ndarray, "B h w C"]) -> jax.Array:
+        """Devices share the lines of pixels where they divide them; else each has the whole image."""
+        lines = P(None, (ROWS, TOKENS)) if x.shape[1] % self.devices.size == 0 else P()
+        return _put(x, NamedSharding(self.devices, lines))
 
     @property
     def members(self) -> tuple[Any, ...]:

@@ -26,5 +26,5 @@ def compile_decoder(call: Call) -> None:
     pipeline, vae = call.pipeline, call.pipeline.networks["vae"]
     latents = pipeline.family.tokens.unpack(call.tokens[:1], call.grid)[:, :, 0]
     channels, rows, columns = latents.shape[1:]
-    image = np.zeros((1, rows, columns, channels), np.float32)
+    image = pipeline.put_image(np.zeros((1, rows, columns, channels), np.float32))
     components.call.lower(vae.graph, vae.params, image, method="decode").compile()

@@ -1,5 +1,6 @@
 """The networks and tokenizers of a checkpoint, loaded when first needed, each a jitted program."""
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -36,7 +37,7 @@ class Networks:
     Args:
         dtype: of the networks; what the transformer's blocks are quantised to is not the others'.
         text_encoder_dtype: of text encoders. None: as the others. "int8_weights" is T5's alone.
-        places: where text encoders' weights lie (`Checkpoint.load`).
+        places: by component, where its weights lie (`Checkpoint.load`).
     """
 
     def __init__(
@@ -44,11 +45,11 @@ class Networks:
         checkpoint: Checkpoint,
         dtype: Any,
         text_encoder_dtype: Any = None,
-        places: Places | None = None,
+        places: Mapping[str, Places] | None = None,
     ):
         self.configs = checkpoint.configs
         self._checkpoint, self._dtype = checkpoint, None if as_precision(dtype) else dtype
-        self._text_encoder_dtype, self._places = text_encoder_dtype, places
+        self._text_encoder_dtype, self._places = text_encoder_dtype, places or {}
         self._loaded: dict[str, Component] = {}
         self._tokenizers: dict[str, Tokenizer] = {}
 
@@ -60,8 +61,7 @@ class Networks:
 
     def __getitem__(self, name: str) -> Component:
         if name not in self._loaded:
-            places = self._places if name.startswith("text_encoder") else None
-            self._loaded[name] = Component(self._checkpoint.load(name, self._dtype_of(name), places))
+            self._loaded[name] = Component(self._checkpoint.load(name, self._dtype_of(name), self._places.get(name)))
         return self._loaded[name]
 
     def _dtype_of(self, name: str) -> Any:

@@ -74,6 +74,7 @@ class Loaded:
         folder: of the checkpoint.
         devices: that share the transformer's work; one of them, or none, for the default device alone.
         shard_weights: they share its blocks' weights, too, and text encoders'.
+        own_mesh: those of this process, which encode prompts and decode images for themselves; None: no devices.
         requested_dtype, text_encoder_dtype: what the caller asked for; None: the checkpoint's own.
         precision: of the products in the transformer's blocks, where they are quantised; else None.
         config: sizes of the transformer.
@@ -105,7 +106,10 @@ class Loaded:
         self.precision: Precision | None = as_precision(dtype) or checkpoint.precision
         check_precision(self.precision)
         _check_shares(shard_weights, len(self.devices), self.precision)
-        self.networks = Networks(checkpoint, dtype, self.text_encoder_dtype, self._mesh(of_process=True))
+        self.own_mesh = self._mesh([device for device in self.devices if device.process_index == jax.process_index()])
+        shared = {name for name in checkpoint.classes if name.startswith("text_encoder") and shard_weights} | {"vae"}
+        places = {} if self.own_mesh is None else dict.fromkeys(shared, self.own_mesh)
+        self.networks = Networks(checkpoint, dtype, self.text_encoder_dtype, places)
         self.folder = checkpoint.folder
         self.pipeline_class: str = checkpoint.pipeline_class
         self.torch_rounding = torch_rounding
@@ -117,7 +121,7 @@ class Loaded:
         self.networks.load_tokenizers()
         self.scheduler = checkpoint.configs["scheduler"]
         started = time.perf_counter()
-        transformer: Any = checkpoint.load("transformer", dtype, self._mesh())
+        transformer: Any = checkpoint.load("transformer", dtype, self._mesh(self.devices))
         self.dtype = transformer.dtype
         self.family: Family = FAMILIES[self.pipeline_class](self.config, self.scheduler, transformer)
         self.transformer = Component(transformer)
@@ -136,16 +140,9 @@ class Loaded:
             pooled_projection_dim=getattr(self.config, "pooled_projection_dim", None),
         )
 
-    def _mesh(self, of_process: bool = False) -> DeviceMesh | None:
-        """Where weights lie; None: they stay where they are loaded.
-
-        Args:
-            of_process: only weights that devices share, on those of this process: each encodes prompts for itself.
-        """
-        if not self.devices or (of_process and not self.shard_weights):
-            return None
-        here = [device for device in self.devices if device.process_index == jax.process_index()]
-        return DeviceMesh.of(here if of_process else self.devices, 1, self.shard_weights)
+    def _mesh(self, devices: Sequence[Any]) -> DeviceMesh | None:
+        """Where weights lie; None: they stay where they are loaded."""
+        return DeviceMesh.of(devices, 1, self.shard_weights) if devices else None
 
     @suggests_names
     def encode_prompt(
@@ -173,14 +170,19 @@ class Loaded:
     def decode(self, latents: Float[np.ndarray, "B C F h w"]) -> Float[np.ndarray, "B F H W 3"]:
         """Frames, in [0, 1], of latents as the sampler leaves them. A picture is one frame.
 
-        One frame at a time: another batch size compiles nothing, and activations stay those of one frame.
+        One frame at a time: another batch size compiles nothing, and activations stay those of one frame. Devices of
+        this process share its lines of pixels.
         """
         self.check_vae()
         vae, (batch, _, frames, *_) = self.networks["vae"], latents.shape
         nfhwc = np.asarray(latents, np.float32).transpose(0, 2, 3, 4, 1)
         each = nfhwc.reshape(-1, 1, *nfhwc.shape[2:])
-        decoded = np.stack([np.asarray(vae(frame, method="decode"), np.float32)[0] for frame in each])
+        decoded = np.stack([np.asarray(vae(self.put_image(x), method="decode"), np.float32)[0] for x in each])
         return np.clip(decoded / 2 + 0.5, 0, 1).reshape(batch, frames, *decoded.shape[1:])
+
+    def put_image(self, x: Float[np.ndarray, "B h w C"]) -> Any:
+        """As the VAE takes it."""
+        return x if self.own_mesh is None else self.own_mesh.put_image(x)
 
     def given_tokens(self, latents: Any, request: Request, grid: Grid) -> np.ndarray:
         """Patchified latents [B, V, P] of latents as diffusers takes them."""

@@ -9,6 +9,7 @@ from dfa2_jax.calibration.attends import moments
 from dfa2_jax.nn.attention import Dense
 from dfa2_jax.options import Options
 from dfa2_jax.parallel.mesh import DeviceMesh, devices_named
+from dfa2_jax.pipeline.components import Component
 from pallas_kernels import Device
 
 CALL = {
@@ -105,9 +106,21 @@ def test_torch_rounding_rounds_on_every_device(tiny_flux_dev):
     np.testing.assert_array_equal(many.astype(jax.numpy.bfloat16).astype(np.float32), many)
 
 
-def test_images_leave_the_vae_as_on_one_device(sd35):
-    one, many = (x(**CALL | {"output_type": "np"}).images for x in sd35)
+@pytest.mark.parametrize(("height", "share"), [(48, 6), (64, 2)])
+def test_images_leave_the_vae_as_on_one_device(sd35, height, share, monkeypatch):
+    """Of 6 lines of latents four devices have no equal shares, of 8 they have."""
+    decoded, run = [], Component.__call__
+
+    def watched(self, *args, **options):
+        decoded.extend(args if options.get("method") == "decode" else ())
+        return run(self, *args, **options)
+
+    monkeypatch.setattr(Component, "__call__", watched)
+    one, many = (x(**CALL | {"output_type": "np", "height": height}).images for x in sd35)
     np.testing.assert_allclose(many, one, atol=1e-4)
+    alone, shared = decoded[0], decoded[-1]
+    assert isinstance(alone, np.ndarray) and len(shared.devices()) == 4
+    assert shared.sharding.shard_shape(shared.shape)[1] == share
 
 
 def test_weights_lie_whole_on_every_device(sd35):
