@@ -8,6 +8,8 @@ import argparse
 import logging
 import os
 import sys
+import time
+import traceback
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
@@ -42,13 +44,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = _parser().parse_args(argv)
         return _run(f"dfa2 {args.command}", args)
 
-    return _left(answered(run))
+    try:
+        return _left(answered(run))
+    except Exception:
+        if _is_one_of_several():
+            traceback.print_exc()
+            _left(70)  # EX_SOFTWARE
+        raise
+
+
+def _is_one_of_several() -> bool:
+    """Whether other processes run the same command."""
+    jax = sys.modules.get("jax")
+    return jax is not None and jax.distributed.is_initialized()
 
 
 def _left(code: int) -> int:
     """The exit code; a process that failed beside others leaves at once. JAX would wait for them, and they for it."""
-    jax = sys.modules.get("jax")
-    if code > 1 and jax is not None and jax.distributed.is_initialized():
+    if code > 1 and _is_one_of_several():
+        if sys.modules["jax"].process_index() == 0:
+            time.sleep(1)  # the others lose the first one's service, and should have said first what is wrong
         os._exit(code)
     return code
 

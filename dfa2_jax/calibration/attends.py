@@ -55,14 +55,14 @@ def float32_below(x: float) -> Float[Array, ""]:
 
 @carrier
 class Moments:
-    """Sums over a part of the batch, per head, in float32; with a leading axis, of several parts."""
+    """Means over a part of the batch, per head, in float32; with a leading axis, of several equal parts."""
 
     squares: Float[Array, "*parts N M"]
-    """Sums of the squared differences between each candidate's output and the dense one."""
+    """Means of the squared differences between each candidate's output and the dense one."""
     mean: Float[Array, "*parts N"]
     """The dense output's mean."""
     spread: Float[Array, "*parts N"]
-    """The sum of the dense output's squared distances from that mean."""
+    """The mean of the dense output's squared distances from that mean."""
 
 
 @dataclass(frozen=True)

@@ -101,7 +101,9 @@ class HeadRuns:
 
     def check_memory(self) -> None:
         """Raises MemoryError where the outputs kept from step to step do not fit twice: probes start from a copy."""
-        check_fits([self.call.memory_shapes()] * 2, images=self.call.request.batch)
+        mesh = self.call.mesh
+        twice = [self.call.memory_shapes(mesh)] * 2
+        check_fits(twice, images=self.call.request.batch, devices=() if mesh is None else mesh.members)
 
     @jax.enable_x64(False)
     def compile(self) -> None:

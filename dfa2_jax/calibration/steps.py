@@ -21,6 +21,7 @@ from jaxtyping import Float
 from tqdm import tqdm
 
 from dfa2_jax.calibration.journal import Journal
+from dfa2_jax.parallel.processes import of_first
 from dfa2_jax.pipeline.ahead import compile_decoder
 from dfa2_jax.pipeline.call import Call
 from dfa2_jax.pipeline.timing import told
@@ -80,6 +81,8 @@ class StepRuns:
         Args:
             part: as in `inputs`. The velocity is of there; the latents are of no use.
         """
+
+        x = of_first(x)  # a key that one process lacks would let it run alone
 
         def both() -> np.ndarray:
             run = self._run(x, step, step + 1, part)
@@ -247,7 +250,8 @@ class StepPlans:
     def psnr_of(self, x: Latents) -> float:
         """Mean over the images that these latents become, in dB against the target's."""
         pairs = zip(pixels(self.runs.call, x), self.images, strict=True)
-        return float(np.mean([-decibels(mean_square(a - b)) for a, b in pairs]))
+        kept = np.mean([-decibels(mean_square(a - b)) for a, b in pairs])
+        return float(of_first(np.asarray(kept, np.float64)))  # processes must all choose the same plan
 
     @cached_property
     def psnr_offset(self) -> float:
@@ -339,11 +343,15 @@ class StepPlans:
                 best, many = plan, len(plan.nodes)
             else:
                 few = len(plan.nodes)
-        return best or self.of_every_step(psnr)
+        return best if best and len(best.nodes) < self.search.num_steps else self.of_every_step(psnr, best)
 
-    def of_every_step(self, psnr: float) -> Plan:
-        """The plan where no other keeps what was asked; raises ValueError where it must, and does not either."""
-        plan = self.fitted(self.search.nodes(self.search.num_steps))
+    def of_every_step(self, psnr: float, plan: Plan | None = None) -> Plan:
+        """The plan where no other keeps what was asked; raises ValueError where it must, and does not either.
+
+        Args:
+            plan: of every step, where it ran.
+        """
+        plan = self.fitted(self.search.nodes(self.search.num_steps)) if plan is None else plan
         assert plan.step_calibration is not None
         path = self.runs.journal.path
         advice = "" if path is None else f" {path} keeps what ran, for another psnr; remove it to take more steps."

@@ -47,10 +47,9 @@ class Batch:
 
 @together
 def run(args: argparse.Namespace) -> int:
-    shots = shots_of(args)
-    kind = image_format(args.out, args.format, len(shots))
     start(args)
-    target = Target(args.out, kind)
+    shots = shots_of(args)
+    target = Target(args.out, image_format(args.out, args.format, len(shots)))
     plan = None if args.plan is None else Plan.load(args.plan)
     phase = nullcontext if args.quiet else told
     with phase("loading"):

@@ -20,7 +20,7 @@ from dfa2_jax.parallel.processes import check_alike, is_first, join
 from dfa2_jax.pipeline.pipeline import Pipeline
 from dfa2_jax.plan.plan import Plan
 
-OWN = ("run", "folder", "verify", "prompts", "plan", "out", "format", "quiet")
+OWN = ("run", "folder", "verify", "prompts", "plan", "out", "format")
 """Arguments that each process may have its own of. What the files hold that they name is compared."""
 
 MAX_PROMPTS = 20_000_000
@@ -61,17 +61,17 @@ def start(args: argparse.Namespace | None = None) -> None:
     devices()
     if joined:
         assert args is not None
-        _lead(args)
+        _lead()
         _check_alike(args)
 
 
-def _lead(args: argparse.Namespace) -> None:
+def _lead() -> None:
     """The first process speaks for all; the others say what is wrong with them, and no more."""
     out = os.dup(1) if is_first() else os.open(os.devnull, os.O_WRONLY)
     sys.stdout = os.fdopen(out, "w", errors="backslashreplace")
     os.dup2(2, 1)  # Gloo, which connects processes, speaks there
-    if not is_first():
-        args.quiet = True
+    if not is_first():  # it runs what the first one runs, progress included, and shows none of it
+        sys.stderr = open(os.devnull, "w")
         logging.getLogger("dfa2_jax").setLevel(logging.ERROR)
 
 
@@ -94,6 +94,7 @@ def together(run: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Nam
 
     @wraps(run)
     def of_all(args: argparse.Namespace) -> int:
+        stderr = sys.stderr
         try:
             return run(args)
         except jax.errors.JaxRuntimeError as error:
@@ -103,6 +104,8 @@ def together(run: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Nam
                 f"process {jax.process_index()} of {jax.process_count()} cannot go on, or has lost another: "
                 f"{error!s:.300}. Start all of them again: the same command goes on."
             ) from error
+        finally:
+            sys.stderr = stderr
 
     return of_all
 

@@ -70,9 +70,11 @@ class DeviceMesh:
         return _put(x, NamedSharding(self.devices, self.of_weight(x)))
 
     def put_image(self, x: Float[Array | np.ndarray, "B h w C"]) -> jax.Array:
-        """Devices share the lines of pixels where they divide them; else each has the whole image."""
-        lines = P(None, (ROWS, TOKENS)) if x.shape[1] % self.devices.size == 0 else P()
-        return _put(x, NamedSharding(self.devices, lines))
+        return _put(x, NamedSharding(self.devices, self.of_image(x.shape)))
+
+    def of_image(self, shape: tuple[int, ...]) -> P:
+        """Where an image [B, h, w, C] lies. Devices share lines of pixels, where they divide them; else all have it."""
+        return P(None, (ROWS, TOKENS)) if shape[1] % self.devices.size == 0 else P()
 
     @property
     def members(self) -> tuple[Any, ...]:

@@ -89,6 +89,11 @@ def said_by_first(content: bytes) -> bytes:
     return np.asarray(multihost_utils.broadcast_one_to_all(own), np.uint8).tobytes()
 
 
+def of_first(x: np.ndarray) -> np.ndarray:
+    """The first process's array, where each has one of that shape and may have rounded it its own way."""
+    return x if jax.process_count() == 1 else np.frombuffer(said_by_first(x.tobytes()), x.dtype).reshape(x.shape)
+
+
 def said_by_all(content: bytes) -> list[bytes]:
     """What each process passes, at every process."""
     sizes = np.asarray(multihost_utils.process_allgather(np.array([len(content)], np.int32))).reshape(-1)
@@ -102,14 +107,17 @@ def check_alike(facts: Mapping[str, Any]) -> None:
     """Whether all processes were told the same.
 
     Args:
-        facts: what all must have in common, by a name that users know.
+        facts: what all must have in common, by a name that users know; "error": why one cannot begin.
 
     Raises:
-        ValueError: they were not: which facts, and both values. Every process raises it.
+        ValueError: they were not: which facts, and both values; or one cannot begin. Every process raises it.
     """
     if jax.process_count() == 1:
         return
     first, *others = (json.loads(said) for said in said_by_all(json.dumps(facts, default=str).encode()))
+    for number, error in enumerate(one.get("error") for one in (first, *others)):
+        if error is not None:
+            raise ValueError(f"Process {number} cannot begin: {error:.500}")
     for number, other in enumerate(others, 1):
         if differing := [name for name in first | other if first.get(name) != other.get(name)]:
             values = "; ".join(f"{name}: {first.get(name)!s:.100} and {other.get(name)!s:.100}" for name in differing)

@@ -58,7 +58,7 @@ class Pipeline(Loaded):
                 alone, for memory.
             text_encoder_dtype: another one for text encoders; "int8_weights" halves T5, and leaves CLIPs as they are.
             devices: that share the transformer's work on each batch: their number, "all", or some of JAX's. None: the
-                default one. Encoders and VAE run on the first.
+                default one. Encoders run on the first, and all share the lines of pixels that the VAE decodes.
             shard_weights: devices hold equal shares of blocks' and text encoders' weights, and gather each where it is
                 read.
             torch_rounding: round where torch does in `dtype`, to reproduce diffusers' 16-bit images. False keeps
@@ -67,7 +67,7 @@ class Pipeline(Loaded):
 
         Raises:
             CheckpointError: what is wrong with which file.
-            MemoryError: weights do not fit on a device; none was read.
+            MemoryError: the transformer's or the VAE's weights do not fit on a device; none of theirs was read.
         """
         checkpoint = open_checkpoint(find_model(folder), verify=verify)
         options: dict[str, Any] = {"text_encoder_dtype": text_encoder_dtype, "torch_rounding": torch_rounding}

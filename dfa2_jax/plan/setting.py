@@ -183,7 +183,7 @@ class StepCalibration(Record):
                 f"{psnr=} to the limit is more than {steps} steps can promise, {promised:.1f} dB. Ask for less, or "
                 f"take more steps.{advice}"
             )
-        logger.warning("no plan that spares anything promises psnr=%g: every step runs in full", psnr)
+        logger.warning("no plan of fewer steps promises psnr=%g: every step runs", psnr)
 
     def warn_if_low(self) -> None:
         """Below `LOWEST_PSNR`, whoever asked for a plan should know."""

@@ -31,9 +31,11 @@ def free_bytes(devices: Collection[Any] = ()) -> int:
 
     Of a CPU's memory: what programs can get without swapping. Of a GPU whose allocator counts nothing: no limit.
     """
-    default = getattr(jax.config, "jax_default_device", None)  # pyright knows no such field
+    default = getattr(jax.config, "jax_default_device", None)  # a device, or a platform; pyright knows no such field
     here = [device for device in devices if device.process_index == jax.process_index()]
-    fullest = here or [default if isinstance(default, jax.Device) else jax.local_devices()[0]]
+    if isinstance(default, str) or default is None:
+        default = jax.local_devices(backend=default)[0]
+    fullest = here or [default]
     stats = [device.memory_stats() or {} for device in fullest]
     if counted := [each["bytes_limit"] - each["bytes_in_use"] for each in stats if "bytes_limit" in each]:
         return min(counted)

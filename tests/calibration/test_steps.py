@@ -1,6 +1,7 @@
 """Step plans, from prompts to images: against themselves, against diffusers, and after an interruption."""
 
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import jax
@@ -13,7 +14,7 @@ from dfa2_jax import Plan, PlanError, calibrate
 from dfa2_jax.calibration import steps as of_steps
 from dfa2_jax.calibration.journal import Journal
 from dfa2_jax.options import Options
-from dfa2_jax.plan.setting import UnfittedRun
+from dfa2_jax.plan.setting import StepCalibration, UnfittedRun
 from dfa2_jax.plan.steps import Nodes, StepSearch, euler_coefficients
 from dfa2_jax.sampling.guidance import ClassifierFree, SkipLayer
 from dfa2_jax.sampling.solvers.flow_euler import FlowMultistep
@@ -362,7 +363,7 @@ def test_growth_is_that_of_the_flow(no_shape_checks):
 
 
 @pytest.mark.parametrize("first", [2, 5, 8])
-def test_a_promise_has_a_margin(first, no_shape_checks):
+def test_a_promise_has_a_margin(first, no_shape_checks, caplog):
     """Plans have a PSNR of 20 dB and 3 for each node: 7 nodes for 38 dB, wherever the search begins."""
 
     class Plans(of_steps.StepPlans):
@@ -370,7 +371,8 @@ def test_a_promise_has_a_margin(first, no_shape_checks):
 
         def fitted(self, count):
             fits.append(count)
-            record = SimpleNamespace(psnr=20.0 + 3 * count, predicted_error=1.0)
+            record = SimpleNamespace(psnr=20.0 + 3 * count, predicted_error=1.0, target=self.facts["target"])
+            record.check_of_every_step = partial(StepCalibration.check_of_every_step, record)
             return SimpleNamespace(nodes=range(count), step_calibration=record)
 
     def guess(psnr, predicted):
@@ -380,11 +382,12 @@ def test_a_promise_has_a_margin(first, no_shape_checks):
         return SimpleNamespace(steps=range(min(max(count, 1), 9)))
 
     search = SimpleNamespace(num_steps=9, paths=range(1, 10), nodes=lambda count: count, for_psnr=guess)
-    plans, fits = Plans(None, {"target": "dense"}, None, search, None), []
-    assert len(plans.for_psnr(38.0).nodes) == 7 and len(fits) <= 3
+    runs = SimpleNamespace(journal=Journal(None, ""))
+    plans, fits = Plans(runs, {"target": "dense"}, None, search, None), []
+    assert len(plans.for_psnr(38.0).nodes) == 7 and len(fits) <= 3 and not caplog.text
     fits.clear()
     assert len(plans.for_psnr(99.0).nodes) == 9, "every step is the dense run"
+    assert "no plan of fewer steps promises psnr=99" in caplog.text
     fits.clear()
     with pytest.raises(ValueError, match="psnr=99.0 to the limit is more than 9 steps can promise, 44.0 dB"):
-        runs = SimpleNamespace(journal=Journal(None, ""))
         Plans(runs, {"target": "converged"}, None, search, None).for_psnr(99.0)

@@ -6,6 +6,8 @@ import pytest
 
 from dfa2_jax import Method, Pipeline, Plan, calibrate
 from dfa2_jax.calibration.attends import moments
+from dfa2_jax.calibration.attention_share import StepShares
+from dfa2_jax.calibration.heads import HeadRuns
 from dfa2_jax.nn.attention import Dense
 from dfa2_jax.options import Options
 from dfa2_jax.parallel.mesh import DeviceMesh, devices_named
@@ -68,7 +70,7 @@ def test_a_plan_is_the_same_file_on_any_number_of_devices(sd35, tmp_path):
     "budget",
     [
         {"speedup": 1.5, "heads": "full"},
-        {"speedup": 1.5, "windows": (4,), "tiles": (8, 8), "attention_share": 0.9},
+        {"speedup": 1.3, "heads": "only", "windows": (4,), "tiles": (8, 8), "attention_share": 1.0},
         {"delta": 0.4, "windows": (4,), "tiles": (8, 8), "attention_chunk": 2},
         pytest.param({"delta": 0.4}, marks=pytest.mark.long),
     ],
@@ -79,9 +81,9 @@ def test_calibration_on_several_devices_finds_the_plan_of_one(sd35, budget):
     np.testing.assert_array_equal(one.choices, many.choices)
     assert one.nodes == many.nodes and one.methods == many.methods
     np.testing.assert_allclose(one.coefficients, many.coefficients, rtol=1e-4, atol=1e-5)
+    assert budget.get("heads") == "full" or (one.choices > 0).any()
     if "delta" in budget:
         np.testing.assert_allclose(one.calibration.errors, many.calibration.errors, rtol=1e-4, atol=1e-6)
-        assert (one.choices > 0).any()
 
 
 def test_each_device_tries_every_method_on_its_own_prompts(sd35, monkeypatch):
@@ -192,7 +194,18 @@ def test_an_own_attend_is_refused(sd35):
 
 
 def test_memory_is_counted_per_device(sd35, monkeypatch):
-    many = sd35[1]
+    one, many = sd35
+    heads = {"delta": None, "speedup": 1.5, "heads": "only", "attention_share": 1.0, "windows": (4,), "tiles": (8, 8)}
+    sizes = [x.prepare(Options(**CALL | GUIDED)).memory_shapes() for x in sd35]
+    whole = sum(x.size * 4 for x in sizes[0].values())
+    monkeypatch.setattr("dfa2_jax.sampling.memory.free_bytes", lambda devices: 2 * whole // max(1, len(devices)) - 1)
+    for pipeline, words in ((one, "images of"), (many, "on each of 4 devices")):
+        with pytest.raises(MemoryError, match=words):
+            calibrate(pipeline, CALL["prompt"], **CALIBRATION, **heads)
+    room = {0: 2 * whole, 4: 2 * whole // 4}
+    monkeypatch.setattr("dfa2_jax.sampling.memory.free_bytes", lambda devices: room[len(devices)])
+    call = many.prepare(Options(**CALL | GUIDED))
+    HeadRuns(call, (), StepShares(1.0, 0.0), (8, 8)).check_memory()
     plan = Plan.full(many.setting(**CALL | GUIDED))
     monkeypatch.setattr("dfa2_jax.sampling.memory.free_bytes", lambda devices: 1000)
     with pytest.raises(MemoryError, match="on each of 4 devices"):

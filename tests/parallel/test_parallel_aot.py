@@ -4,12 +4,17 @@ import re
 from collections import Counter
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
+from jax.sharding import NamedSharding
 from real_shapes import compile_planned
 
 from dfa2_jax.parallel.dealing import BRANCHES
 from dfa2_jax.parallel.mesh import DeviceMesh
+from dfa2_jax.pipeline.components import call
+from dfa2_jax.vae.image import AutoencoderConfig, AutoencoderKL
 from pallas_kernels.inspect import aot
 from pallas_kernels.inspect.hlo import collectives, uses_of_stacks
 
@@ -103,3 +108,22 @@ def test_devices_exchange_heads_and_keep_their_memory(name, shape, layers):
 
     kernels = re.findall(r'custom_call_target="(mosaic_gpu\w*)"', compiled.hlo)
     assert len(kernels) >= BRANCHES * len(leaves), "an arrow kernel for each number of heads"
+
+
+@pytest.mark.aot
+def test_two_devices_decode_an_image_in_little_more_than_half_of_the_memory():
+    published = {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "latent_channels": 16}
+    config = AutoencoderConfig(**published, use_quant_conv=False, use_post_quant_conv=False)
+    vae = nnx.eval_shape(lambda: AutoencoderKL(config, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
+
+    def temp_bytes(devices):
+        target = aot.target("h200", devices)
+        mesh = DeviceMesh.of([*target.mesh.devices.flat], 1)
+        target = aot.Target("h200", mesh.devices)
+        graph, params = nnx.split(vae)
+        lines = NamedSharding(mesh.devices, mesh.of_image((1, 128, 128, 16)))
+        image = jax.ShapeDtypeStruct((1, 128, 128, 16), np.float32, sharding=lines)
+        (params,) = target.abstract((params,))
+        return aot.compile_for(target, call, graph, params, image, method="decode").temp_bytes
+
+    assert temp_bytes(2) < 0.6 * temp_bytes(1)
