@@ -71,7 +71,7 @@ def _lead() -> None:
     sys.stdout = os.fdopen(out, "w", errors="backslashreplace")
     os.dup2(2, 1)  # Gloo, which connects processes, speaks there
     if not is_first():  # it runs what the first one runs, progress included, and shows none of it
-        sys.stderr = open(os.devnull, "w")
+        sys.stderr = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
         logging.getLogger("dfa2_jax").setLevel(logging.ERROR)
 
 
