@@ -120,7 +120,7 @@ class TryEverything:
         return arrow_attention(*qkv, half_window, cache=caches, layer=place, **options), picks, errors
 
     def _errors(self, parts: Moments) -> Float[Array, "N M"]:
-        """Of the whole batch, from equal parts of this device's samples."""
+        """Errors of the whole batch, from equal parts of this device's samples."""
         if self.shared_by is not None:
             parts = jax.tree.map(lambda x: jax.lax.all_gather(x, self.shared_by, tiled=True), parts)
         return relative_errors(parts)

@@ -47,7 +47,7 @@ def test_a_plan_and_an_attention_contradict_each_other(pipelines):
 
 
 def test_its_memory_is_refused_where_it_does_not_fit(monkeypatch, pipelines):
-    monkeypatch.setattr("dfa2_jax.sampling.memory.free_bytes", lambda: 1000)
+    monkeypatch.setattr("dfa2_jax.sampling.memory.free_bytes", lambda devices: 1000)
     with pytest.raises(MemoryError, match="are free"):
         pipelines("tiny_flux_dev")(**CALL | SIZES["tiny_flux_dev"], attend=EverySecondStep())
 

@@ -115,9 +115,9 @@ def test_caches_that_do_not_fit_are_refused_before_any_step(pipelines, monkeypat
     plan = Plan.full(pipeline.setting(**arguments))
     layouts, size = [layer.layout for layer in plan.setting.layers], 2 * 3 * pipeline.config.width * 4
     need = size * sum(layout.length for layout in layouts)
-    monkeypatch.setattr("dfa2_jax.sampling.memory.free_bytes", lambda: need)
+    monkeypatch.setattr("dfa2_jax.sampling.memory.free_bytes", lambda devices: need)
     pipeline(**arguments, plan=plan, progress=False)
-    monkeypatch.setattr("dfa2_jax.sampling.memory.free_bytes", lambda: need - 1)
+    monkeypatch.setattr("dfa2_jax.sampling.memory.free_bytes", lambda devices: need - 1)
     with pytest.raises(MemoryError, match=f"3 images of {layouts[0].length} tokens.*a batch of 2 would fit"):
         pipeline(**arguments, plan=plan, progress=False)
 
