@@ -110,7 +110,7 @@ def test_torch_rounding_rounds_on_every_device(tiny_flux_dev):
 
 @pytest.mark.parametrize(("height", "share"), [(48, 6), (64, 2)])
 def test_images_leave_the_vae_as_on_one_device(sd35, height, share, monkeypatch):
-    """Of 6 lines of latents four devices have no equal shares, of 8 they have."""
+    """Four devices have no equal shares of 6 lines of latents; of 8 they have."""
     decoded, run = [], Component.__call__
 
     def watched(self, *args, **options):
