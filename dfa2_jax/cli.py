@@ -36,6 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     - 1: a plan misses a limit of `dfa2 report`, `dfa2 again` makes other pixels, or images of `dfa2 sample` cannot be
       right.
     - 2: bad input, or a process that others ran the command with was lost; with one line on stderr.
+    - 70: a fault of ours in one of several processes, with its traceback; alone, Python's own 1.
     - 128 and its number: a signal ended the command (Ctrl-C: 130).
     - 141: the reader of stdout has left.
     """
