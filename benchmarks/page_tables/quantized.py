@@ -43,6 +43,19 @@ def quantized_steps(data: Any) -> Iterator[list[str]]:
             yield [f"{case} px", f"`{dtype}`", f"{nbytes:.1f}", peak, dense, planned]
 
 
+@table(
+    "products",
+    "products_gpu.json",
+    "product | dtype | bfloat16, us | ours, us | XLA's, us | ours, error | XLA's, error",
+)
+def products(data: Any) -> Iterator[list[str]]:
+    for case, one in data["rows"].items():
+        name, dtype = case.rsplit(", ", 1)
+        times = (f"{1e3 * one['ms'][way]:.0f}" for way in ("bfloat16", "mosaic", "xla"))
+        errors = (f"{one['errors'][way]:.4f}" for way in ("mosaic", "xla"))
+        yield [name, f"`{dtype}`", *times, *errors]
+
+
 CHOICES = ("int8", "int8, Hadamard", "int8, blocks", "e4m3", "e4m3, Hadamard", "e4m3, blocks")
 
 

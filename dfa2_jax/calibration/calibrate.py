@@ -26,7 +26,7 @@ from dfa2_jax.calibration.journal import Journal
 from dfa2_jax.calibration.resume import Checkpointed
 from dfa2_jax.calibration.search import MAX_DELTA
 from dfa2_jax.calibration.steps import StepPlans, StepRuns
-from dfa2_jax.calibration.trial_step import batch_mesh, calibrate_step, planning_tiles
+from dfa2_jax.calibration.trial_step import calibrate_step, planning_tiles
 from dfa2_jax.io.digest import digest_of
 from dfa2_jax.io.names import natural, suggests_names
 from dfa2_jax.nn.attention import in_order
@@ -184,7 +184,7 @@ def _head_runs(options: CalibrationOptions, call: Call) -> HeadRuns | None:
         return None
     _warn_idle(candidates, call.setting, tiles)
     arrows = tuple(method for method in candidates if method != CACHED_METHOD)
-    runs = HeadRuns(call, arrows, shares, tiles, options.attention_chunk)
+    runs = HeadRuns(call.over_batch(), arrows, shares, tiles, options.attention_chunk)
     runs.check_memory()
     return runs
 
@@ -242,7 +242,7 @@ class CalibrationRun:
         _check_prompts(prompts, options.seed)
         _check_heads(options)
         _check_tiles(tiles)
-        call = prepared(pipeline, prompts, options, arguments)
+        call = prepared(pipeline, prompts, options, arguments).over_batch()
         _check_chunk(options.attention_chunk, call)
         shape = call.request.steps, len(call.layers), pipeline.config.num_attention_heads
         empty = Plan(setting=call.setting, methods=(FULL_METHOD, *candidates), choices=np.zeros(shape, np.uint8))
@@ -274,14 +274,14 @@ class CalibrationRun:
         step = partial(
             calibrate_step,
             transformer.graph,
-            transformer.params,
+            self.call.params,
             inputs=self.call.put(self.call.inputs),
             budget=Budget.of(self.options.delta, self.options.c, self.pipeline.config.num_attention_heads),
             candidates=self.candidates,
             tiles=self.tiles,
             chunk=self.options.attention_chunk,
             rounding=self.pipeline.rounding,
-            mesh=batch_mesh(self.call.mesh),
+            mesh=self.call.mesh,
         )
         with told("compiling", self.options.progress):
             state = run(state, 0, 0)

@@ -20,7 +20,7 @@ from jaxtyping import Float
 from dfa2_jax.calibration.attends import Budget
 from dfa2_jax.calibration.attention_share import StepShares
 from dfa2_jax.calibration.steps import StepRuns, mean_square
-from dfa2_jax.calibration.trial_step import batch_mesh, calibrate_step
+from dfa2_jax.calibration.trial_step import calibrate_step
 from dfa2_jax.nn.attention import in_order
 from dfa2_jax.pipeline.call import Call
 from dfa2_jax.plan.heads import HeadTables
@@ -79,14 +79,14 @@ class HeadRuns:
         return partial(
             calibrate_step,
             transformer.graph,
-            transformer.params,
+            self.call.params,
             inputs=self.call.put(self.call.inputs),
             budget=Budget.of(0.0, None, self.call.setting.num_heads),
             candidates=(CACHED_METHOD, *self.arrows),
             tiles=self.tiles,
             chunk=self.chunk,
             rounding=self.call.pipeline.rounding,
-            mesh=batch_mesh(self.call.mesh),
+            mesh=self.call.mesh,
         )
 
     def check_speedup(self, speedup: float | None) -> None:

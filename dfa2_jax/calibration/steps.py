@@ -95,9 +95,9 @@ class StepRuns:
 
     def _run(self, x: Latents, start: int, stop: int, part: int = 0) -> State:
         pipeline, state = self.call.pipeline, State(x, np.zeros_like(x))
-        transformer, options = pipeline.transformer, {"rounding": pipeline.rounding, "mesh": self.call.mesh}
+        graph, options = pipeline.transformer.graph, {"rounding": pipeline.rounding, "mesh": self.call.mesh}
         with jax.enable_x64(False):
-            return denoise(transformer.graph, transformer.params, state, self.inputs(part), start, stop, **options)
+            return denoise(graph, self.call.params, state, self.inputs(part), start, stop, **options)
 
 
 @dataclass(frozen=True)

@@ -21,11 +21,6 @@ def planning_tiles(head_dim: int) -> tuple[int, int]:
     return (128, 64) if head_dim == 128 else (128, 128)
 
 
-def batch_mesh(mesh: DeviceMesh | None) -> DeviceMesh | None:
-    """The mesh, where its devices share a batch. Where they share tokens, too, each tries everything: None."""
-    return mesh if mesh is not None and mesh.tokens == 1 else None
-
-
 @partial(
     jax.jit,
     static_argnames=("graph", "candidates", "tiles", "chunk", "implementation", "rounding", "mesh"),
@@ -51,7 +46,7 @@ def calibrate_step(
 
     Args:
         state: given away; its memory holds every attention call's last output, as `denoise_planned` leaves it.
-        mesh: of devices that share the batch alone (`batch_mesh`).
+        mesh: of devices that share the batch alone (`Call.over_batch`).
     """
 
     def step(params: Any, state: State, inputs: Inputs, i: Any, budget: Budget) -> tuple[State, Any]:

@@ -69,6 +69,15 @@ class DeviceMesh:
     def put_weight(self, x: Any) -> Any:
         return _put(x, NamedSharding(self.devices, self.of_weight(x)))
 
+    def adopted(self, x: jax.Array) -> jax.Array:
+        """A weight that lies on these devices, as an array of this mesh; nothing is copied.
+
+        A pipeline's weights are loaded for a mesh of their own, and cuDNN's attention refuses a program of two.
+        """
+        by_device = {shard.device: shard.data for shard in x.addressable_shards}
+        own = [by_device[device] for device in self.members if device in by_device]
+        return jax.make_array_from_single_device_arrays(x.shape, NamedSharding(self.devices, self.of_weight(x)), own)
+
     def put_image(self, x: Float[Array | np.ndarray, "B h w C"]) -> jax.Array:
         return _put(x, NamedSharding(self.devices, self.of_image(x.shape)))
 

@@ -1,7 +1,7 @@
 """One call of the pipeline: checked, encoded, run, decoded."""
 
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any, TypeGuard
 
@@ -41,6 +41,7 @@ class Call:
     tokens: patchified latents [B, V, P] to start from, of a `grid`.
     seeds: one per image, None where the latents were given.
     inputs: all that a step needs beside the latents.
+    devices: those that run it; none: the pipeline's.
     """
 
     pipeline: Loaded
@@ -52,6 +53,7 @@ class Call:
     schedule: Schedule
     num_text: int
     inputs: Inputs = field(repr=False)
+    devices: tuple[Any, ...] = ()
 
     @cached_property
     def layers(self) -> tuple[AttentionCall, ...]:
@@ -69,11 +71,22 @@ class Call:
 
         A mesh of one tells kernels that no other GPU takes part.
         """
-        devices, transformer = self.pipeline.devices, self.pipeline.transformer
+        devices, transformer = self.devices or self.pipeline.devices, self.pipeline.transformer
         if self.options.attend is not None or not (devices or (gpu_kind() is not None and jax.device_count() > 1)):
             return None
         devices = devices or [*jax.tree.leaves(transformer.params)[0].devices()]
         return DeviceMesh.of(devices, self.batch, self.pipeline.shard_weights)
+
+    def over_batch(self) -> "Call":
+        """This call on as many devices as share its batch alone, where every image is whole."""
+        mesh = self.mesh
+        return self if mesh is None or mesh.tokens == 1 else replace(self, devices=mesh.members[: mesh.rows])
+
+    @cached_property
+    def params(self) -> Any:
+        """The transformer's, as arrays of this call's mesh."""
+        params = self.pipeline.transformer.params
+        return params if self.mesh is None else jax.tree.map(self.mesh.adopted, params)
 
     @cached_property
     def setting(self) -> Setting:
@@ -156,7 +169,7 @@ class Call:
             implementation: of attention, to measure what another order of the same sums changes; None: the best one.
             skip_projections: as in `denoise_planned`.
         """
-        transformer, put = self.pipeline.transformer, self.put
+        graph, put = self.pipeline.transformer.graph, self.put
         options = {"inputs": put(self.inputs_for(plan)), "rounding": self.pipeline.rounding, "mesh": self.mesh}
         options |= {"implementation": implementation}
         if self.remembers(plan):
@@ -165,7 +178,7 @@ class Call:
         else:
             options |= {"attend": self.options.attend}
             program = denoise
-        run = jax.enable_x64(False)(partial(program, transformer.graph, transformer.params, **options))
+        run = jax.enable_x64(False)(partial(program, graph, self.params, **options))
         return lambda state, start, stop: run(state, start=start, stop=stop)
 
     @staticmethod

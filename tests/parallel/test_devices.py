@@ -8,7 +8,7 @@ from dfa2_jax import Method, Pipeline, Plan, calibrate
 from dfa2_jax.calibration.attends import moments
 from dfa2_jax.calibration.attention_share import StepShares
 from dfa2_jax.calibration.heads import HeadRuns
-from dfa2_jax.nn.attention import Dense
+from dfa2_jax.nn.attention import Dense, Planned
 from dfa2_jax.options import Options
 from dfa2_jax.parallel.mesh import DeviceMesh, devices_named
 from dfa2_jax.pipeline.components import Component
@@ -84,6 +84,28 @@ def test_calibration_on_several_devices_finds_the_plan_of_one(sd35, budget):
     assert budget.get("heads") == "full" or (one.choices > 0).any()
     if "delta" in budget:
         np.testing.assert_allclose(one.calibration.errors, many.calibration.errors, rtol=1e-4, atol=1e-6)
+
+
+def test_heads_of_one_prompt_are_measured_where_its_tokens_are_whole(tiny_flux_schnell):
+    """Two devices share its 15 visual tokens and pad them, which no error may see."""
+    call = {**CALIBRATION, "guidance_scale": 0.0, "delta": 0.4, "windows": (2,), "tiles": (8, 8)}
+    del call["negative_prompt"]
+    plans = [calibrate(Pipeline.from_pretrained(tiny_flux_schnell, devices=n), ["a red box"], **call) for n in (None, 2)]
+    np.testing.assert_array_equal(*(plan.choices for plan in plans))
+    np.testing.assert_allclose(*(plan.calibration.errors for plan in plans), rtol=1e-4, atol=1e-6)
+
+
+def test_a_program_sees_one_mesh(sd35):
+    """cuDNN's attention refuses two. Weights are loaded for a mesh that shares tokens, and this call's rows are four."""
+    _, many = sd35
+    call = many.prepare(Options(**CALL | GUIDED))
+    given = call.params, call.put(call.inputs), call.start(Planned(), call.mesh).memory
+    assert {x.sharding.mesh for x in jax.tree.leaves(given)} == {call.mesh.devices}
+    before, after = (jax.tree.leaves(x) for x in (many.transformer.params, call.params))
+    assert {x.sharding.mesh for x in before} != {call.mesh.devices}
+    for x, y in zip(before, after, strict=True):
+        pointers = [[shard.data.unsafe_buffer_pointer() for shard in z.addressable_shards] for z in (x, y)]
+        assert pointers[0] == pointers[1]
 
 
 def test_each_device_tries_every_method_on_its_own_prompts(sd35, monkeypatch):
