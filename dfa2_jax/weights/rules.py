@@ -43,6 +43,11 @@ def conv(x: np.ndarray) -> np.ndarray:
     return x.transpose(2, 3, 1, 0)
 
 
+def video_conv(x: np.ndarray) -> np.ndarray:
+    """torch's [out, in, frames, height, width] as [frames, height, width, in, out]."""
+    return x.transpose(2, 3, 4, 1, 0)
+
+
 def table(x: np.ndarray) -> np.ndarray:
     """[1, cells, D] as [cells, D]."""
     return x.squeeze(0)
@@ -71,6 +76,10 @@ def norm(key: str, target: str) -> list[Rule]:
 
 def conv2d(key: str, target: str) -> list[Rule]:
     return [Rule(rf"{key}\.weight", f"{target}.kernel", conv), Rule(rf"{key}\.bias", f"{target}.bias")]
+
+
+def conv3d(key: str, target: str) -> list[Rule]:
+    return [Rule(rf"{key}\.weight", f"{target}.kernel", video_conv), Rule(rf"{key}\.bias", f"{target}.bias")]
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,177 @@
+"""AutoencoderKLCogVideoX: latents to videos. Names follow diffusers' class of that name; arrays are NFHWC throughout.
+
+A video is decoded in chunks of frames, and the chunks are part of the model. Norms see the frames of their chunk, and
+the convolutions carry two frames of it to the next chunk. Runs in its parameters' dtype.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from dfa2_jax.io.errors import check_fields
+from dfa2_jax.nn.config import config_from_json
+from dfa2_jax.vae.video_blocks import ChunkCache, Resnets, SpatialNorm, UpBlock, causal, conv3d
+
+# config.json fields with one value that is implemented: CogVideoX's, and diffusers' default. The quant convolutions of
+# diffusers' class have another number of channels than its latents, so no model with them runs there.
+IMPLEMENTED = {
+    "act_fn": "silu",
+    "norm_eps": 1e-6,
+    "shift_factor": None,
+    "latents_mean": None,
+    "latents_std": None,
+    "use_quant_conv": False,
+    "use_post_quant_conv": False,
+}
+
+CHUNK = 2
+"""Latent frames of a chunk after the first, as the published model was trained. The first chunk has up to 3."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VideoAutoencoderConfig:
+    """diffusers' fields, with diffusers' defaults where a config.json may leave them out.
+
+    `invert_scale_latents` is ignored, as diffusers' text-to-video pipeline ignores it. So are the sizes of tiles.
+    """
+
+    block_out_channels: tuple[int, ...] = (128, 256, 256, 512)  # from the video's end to the latents'
+    layers_per_block: int = 3  # of the encoder; the decoder has one more
+    latent_channels: int = 16
+    in_channels: int = 3
+    out_channels: int = 3
+    norm_num_groups: int = 32
+    temporal_compression_ratio: int = 4
+    scaling_factor: float = 1.15258426
+
+    def __post_init__(self):
+        check_fields(self)
+        levels, ratio = len(self.block_out_channels), self.temporal_compression_ratio
+        if not 0 < levels < 10:
+            raise ValueError(f"Video VAE config: {len(self.block_out_channels)=} must be from 1 to 9 levels")
+        if ratio not in (powers := [2**level for level in range(levels)]):
+            raise ValueError(f"Video VAE config: {self.temporal_compression_ratio=} must be one of {powers}")
+        if self.scaling_factor <= 0:
+            raise ValueError(f"Video VAE config: {self.scaling_factor=} must be positive: latents are divided by it")
+        if any(channels % self.norm_num_groups for channels in self.block_out_channels):
+            raise ValueError(
+                f"Video VAE config: {self.block_out_channels=} must be multiples of {self.norm_num_groups=}"
+            )
+
+    @property
+    def temporal_levels(self) -> int:
+        """Levels whose number of frames changes."""
+        return self.temporal_compression_ratio.bit_length() - 1
+
+    def num_frames(self, latent_frames: int) -> int:
+        """Frames that latent frames are decoded to: 4F - 3 for an odd number F, but 4F for an even one."""
+        return latent_frames * self.temporal_compression_ratio - latent_frames % 2 * (
+            self.temporal_compression_ratio - 1
+        )
+
+    @classmethod
+    def from_json(cls, json: Mapping[str, Any]) -> "VideoAutoencoderConfig":
+        """From diffusers' parsed config.json. Raises ValueError for what this model cannot be."""
+        for name, value in IMPLEMENTED.items():
+            if json.get(name, value) != value:
+                raise ValueError(f"Video VAE config: {name}={json[name]!r}, but only {value!r} is implemented")
+        config = config_from_json(cls, json)
+        for name, block in (("down_block_types", "CogVideoXDownBlock3D"), ("up_block_types", "CogVideoXUpBlock3D")):
+            wanted = [block] * len(config.block_out_channels)
+            if list(json.get(name, wanted)) != wanted:
+                raise ValueError(f"Video VAE config: {name}={json[name]!r}, but only {wanted!r} is implemented")
+        return config
+
+
+def frame_chunks(latent_frames: int) -> list[slice]:
+    """The latent frames of each call: up to 3 of `decode_first`, which takes what is odd, and 2 of each `decode_next`.
+
+    Raises:
+        ValueError: there is no frame.
+    """
+    if latent_frames < 1:
+        raise ValueError(f"A video needs latent frames, got {latent_frames=}: ask for at least 1")
+    first = min(latent_frames, CHUNK + latent_frames % CHUNK)
+    return [slice(0, first), *(slice(start, start + CHUNK) for start in range(first, latent_frames, CHUNK))]
+
+
+class Decoder(nnx.Module):
+    """One chunk of latents to frames. How a video is cut into chunks is the caller's part."""
+
+    def __init__(self, config: VideoAutoencoderConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        widths, groups, latents = config.block_out_channels[::-1], config.norm_num_groups, config.latent_channels
+        self.conv_in = conv3d(latents, widths[0], 3, dtype=dtype, rngs=rngs)
+        self.mid_block = Resnets(2, widths[0], widths[0], latents, groups, dtype=dtype, rngs=rngs)
+        self.up_blocks = nnx.List(
+            UpBlock(
+                config.layers_per_block + 1,
+                widths[max(level - 1, 0)],
+                width,
+                latents,
+                groups,
+                upsample=level < len(widths) - 1,
+                upsample_frames=level < config.temporal_levels,
+                dtype=dtype,
+                rngs=rngs,
+            )
+            for level, width in enumerate(widths)
+        )
+        self.norm_out = SpatialNorm(widths[-1], latents, groups, dtype=dtype, rngs=rngs)
+        self.conv_out = conv3d(widths[-1], config.out_channels, 3, dtype=dtype, rngs=rngs)
+
+    def __call__(
+        self, z: Float[Array, "B f h w C"], cache: ChunkCache | None
+    ) -> tuple[Float[Array, "B F height width E"], ChunkCache]:
+        blocks = [self.mid_block, *self.up_blocks]
+        before_in, befores, before_out = (None, [None] * len(blocks), None) if cache is None else cache
+        x, after_in = causal(self.conv_in, z, before_in)
+        afters = []
+        for block, before in zip(blocks, befores, strict=True):
+            x, after = block(x, z, before)
+            afters.append(after)
+        x, after_out = causal(self.conv_out, jax.nn.silu(self.norm_out(x, z)), before_out)
+        return x, ChunkCache(after_in, tuple(afters), after_out)
+
+
+class AutoencoderKLCogVideoX(nnx.Module):
+    """The decoder, of the sampler's latents, `posterior * scaling_factor`, chunk by chunk (`frame_chunks`).
+
+    The cache that a call returns is the next call's argument, and of no use after it: donate it. It has 2.8 GB in
+    bfloat16 at 480 x 720.
+    """
+
+    def __init__(self, config: VideoAutoencoderConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        self.decoder = Decoder(config, dtype=dtype, rngs=rngs)
+        self.config = config
+        self.dtype = dtype
+
+    def decode_first(self, z: Float[Array, "B f h w C"]) -> tuple[Float[Array, "B F height width E"], ChunkCache]:
+        """Frames, about -1 to 1 and not clipped, from a video's first 1 to 3 latent frames, of any float dtype.
+
+        Raises:
+            ValueError: more latent frames.
+        """
+        if z.shape[1] > CHUNK + 1:
+            raise ValueError(f"decode_first takes up to {CHUNK + 1} latent frames, got {z.shape[1]}: see frame_chunks")
+        return self.decoder(self._unscaled(z), None)
+
+    def decode_next(
+        self, z: Float[Array, "B f h w C"], cache: ChunkCache
+    ) -> tuple[Float[Array, "B F height width E"], ChunkCache]:
+        """The frames that follow, from 2 more latent frames and what the call before returned.
+
+        Raises:
+            ValueError: another number of latent frames.
+        """
+        if z.shape[1] != CHUNK:
+            raise ValueError(f"decode_next takes {CHUNK} latent frames, got {z.shape[1]}: see frame_chunks")
+        return self.decoder(self._unscaled(z), cache)
+
+    def _unscaled(self, z: Float[Array, "B f h w C"]) -> Float[Array, "B f h w C"]:
+        return (z.astype(jnp.float32) / self.config.scaling_factor).astype(self.dtype)

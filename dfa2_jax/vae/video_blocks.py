@@ -1,0 +1,208 @@
+"""Blocks of CogVideoX's autoencoder, in diffusers' arrangement and NFHWC (frames before pixels).
+
+`F h w` are the frames and pixels of the level at hand; `f i j` are those of the latents `z`, which every norm of the
+decoder reads. A video goes through in chunks of frames, and each convolution in time carries frames to the next chunk.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from dfa2_jax.nn.weights import matmul_precision
+from dfa2_jax.vae.blocks import GroupNorm, conv
+
+
+class ResnetCache(NamedTuple):
+    """What the convolutions of a resnet block carry to the next chunk."""
+
+    conv1: Float[Array, "B 2 h w C"]
+    conv2: Float[Array, "B 2 h w E"]
+
+
+class ChunkCache(NamedTuple):
+    """What all convolutions carry to the next chunk: the last two frames of each one's input.
+
+    blocks: by block in order of execution, then by resnet block.
+    """
+
+    conv_in: Float[Array, "B 2 h w C"]
+    blocks: tuple[tuple[ResnetCache, ...], ...]
+    conv_out: Float[Array, "B 2 height width E"]
+
+
+def conv3d(
+    in_channels: int,
+    out_channels: int,
+    size: int,
+    *,
+    dtype: DTypeLike,
+    rngs: nnx.Rngs,
+) -> nnx.Conv:
+    """Kernel [frames, height, width, in, out], `size` each; pads height and width with zeros, and frames not at all."""
+    return nnx.Conv(
+        in_channels,
+        out_channels,
+        kernel_size=(size, size, size),
+        padding=((0, 0), (size // 2, size // 2), (size // 2, size // 2)),
+        dtype=dtype,
+        param_dtype=dtype,
+        precision=matmul_precision(dtype),
+        rngs=rngs,
+    )
+
+
+def causal(
+    conv: nnx.Conv, x: Float[Array, "B F h w C"], before: Float[Array, "B 2 h w C"] | None
+) -> tuple[Float[Array, "B F h w E"], Float[Array, "B 2 h w C"]]:
+    """A 3 x 3 x 3 convolution that sees no later frame, and the two frames that the next chunk begins with.
+
+    Args:
+        before: what the last chunk's call returned; None: there was none, and the first frame stands twice before x.
+    """
+    x = jnp.concatenate([jnp.repeat(x[:, :1], 2, axis=1) if before is None else before, x], axis=1)
+    return conv(x), x[:, -2:]
+
+
+def chunk_norm(norm: GroupNorm, x: Float[Array, "B F h w C"]) -> Float[Array, "B F h w C"]:
+    """A group norm whose statistics are over all frames of the chunk."""
+    batch, frames, height, width, channels = x.shape
+    return norm(x.reshape(batch, frames * height, width, channels)).reshape(x.shape)
+
+
+def repeat_frames(x: Float[Array, "B F h w C"], times: int = 2) -> Float[Array, "B G h w C"]:
+    """Each frame `times` times; of an odd number of frames the first stays single, as it does where it is alone."""
+    if x.shape[1] % 2 == 0:
+        return jnp.repeat(x, times, axis=1)
+    return jnp.concatenate([x[:, :1], jnp.repeat(x[:, 1:], times, axis=1)], axis=1)
+
+
+def repeat_pixels(x: Float[Array, "B F h w C"], times: int = 2) -> Float[Array, "B F y x C"]:
+    """Each pixel `times` times in both directions: nearest-neighbour upsampling."""
+    return jnp.repeat(jnp.repeat(x, times, axis=2), times, axis=3)
+
+
+class SpatialNorm(nnx.Module):
+    """A group norm whose scale and shift come from the latents, pixel by pixel (arXiv 2209.09002).
+
+    All is float32 and rounded once. Upsampling repeats latents, and the convolutions are of single pixels, so they come
+    first: at the last level of the published model that is 1/256 of the products.
+    """
+
+    def __init__(self, channels: int, latent_channels: int, num_groups: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        self.norm_layer = GroupNorm(channels, num_groups, dtype=dtype)
+        self.conv_y, self.conv_b = (conv3d(latent_channels, channels, 1, dtype=dtype, rngs=rngs) for _ in range(2))
+
+    def __call__(self, x: Float[Array, "B F h w C"], z: Float[Array, "B f i j L"]) -> Float[Array, "B F h w C"]:
+        scale, shift = (self.at_pixels(conv(z), x).astype(jnp.float32) for conv in (self.conv_y, self.conv_b))
+        return (chunk_norm(self.norm_layer, x.astype(jnp.float32)) * scale + shift).astype(x.dtype)
+
+    def at_pixels(self, y: Float[Array, "B f i j C"], x: Float[Array, "B F h w C"]) -> Float[Array, "B F h w C"]:
+        """y, as large as x."""
+        odd = y.shape[1] % 2
+        times = (x.shape[1] - odd) // (y.shape[1] - odd) if y.shape[1] > 1 else 1
+        return repeat_frames(repeat_pixels(y, x.shape[2] // y.shape[2]), times)
+
+
+class ResnetBlock(nnx.Module):
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        latent_channels: int,
+        num_groups: int,
+        *,
+        dtype: DTypeLike,
+        rngs: nnx.Rngs,
+    ):
+        self.norm1 = SpatialNorm(in_channels, latent_channels, num_groups, dtype=dtype, rngs=rngs)
+        self.conv1 = conv3d(in_channels, out_channels, 3, dtype=dtype, rngs=rngs)
+        self.norm2 = SpatialNorm(out_channels, latent_channels, num_groups, dtype=dtype, rngs=rngs)
+        self.conv2 = conv3d(out_channels, out_channels, 3, dtype=dtype, rngs=rngs)
+        widens = in_channels != out_channels
+        self.conv_shortcut = conv3d(in_channels, out_channels, 1, dtype=dtype, rngs=rngs) if widens else None
+
+    def __call__(
+        self, x: Float[Array, "B F h w C"], z: Float[Array, "B f i j L"], cache: ResnetCache | None
+    ) -> tuple[Float[Array, "B F h w E"], ResnetCache]:
+        before1, before2 = (None, None) if cache is None else cache
+        y, after1 = causal(self.conv1, jax.nn.silu(self.norm1(x, z)), before1)
+        y, after2 = causal(self.conv2, jax.nn.silu(self.norm2(y, z)), before2)
+        x = x if self.conv_shortcut is None else self.conv_shortcut(x)
+        return x + y, ResnetCache(after1, after2)
+
+
+class Resnets(nnx.Module):
+    """A chain of resnet blocks, the first of which changes the width: the middle block, and a part of the others."""
+
+    def __init__(
+        self,
+        count: int,
+        in_channels: int,
+        out_channels: int,
+        latent_channels: int,
+        num_groups: int,
+        *,
+        dtype: DTypeLike,
+        rngs: nnx.Rngs,
+    ):
+        self.resnets = nnx.List(
+            ResnetBlock(
+                out_channels if index else in_channels,
+                out_channels,
+                latent_channels,
+                num_groups,
+                dtype=dtype,
+                rngs=rngs,
+            )
+            for index in range(count)
+        )
+
+    def __call__(
+        self, x: Float[Array, "B F h w C"], z: Float[Array, "B f i j L"], caches: Sequence[ResnetCache] | None
+    ) -> tuple[Float[Array, "B G y x E"], tuple[ResnetCache, ...]]:
+        afters = []
+        for resnet, cache in zip(self.resnets, caches or [None] * len(self.resnets), strict=True):
+            x, after = resnet(x, z, cache)
+            afters.append(after)
+        return x, tuple(afters)
+
+
+class UpBlock(Resnets):
+    """Resnet blocks, then doubling of pixels, with a convolution of each frame, and of frames.
+
+    Args:
+        upsample: whether pixels double.
+        upsample_frames: whether frames do.
+    """
+
+    def __init__(
+        self,
+        count: int,
+        in_channels: int,
+        out_channels: int,
+        latent_channels: int,
+        num_groups: int,
+        *,
+        upsample: bool,
+        upsample_frames: bool,
+        dtype: DTypeLike,
+        rngs: nnx.Rngs,
+    ):
+        super().__init__(count, in_channels, out_channels, latent_channels, num_groups, dtype=dtype, rngs=rngs)
+        self.upsampler = conv(out_channels, out_channels, 3, dtype=dtype, rngs=rngs) if upsample else None
+        self.upsample_frames = upsample_frames
+
+    def __call__(
+        self, x: Float[Array, "B F h w C"], z: Float[Array, "B f i j L"], caches: Sequence[ResnetCache] | None
+    ) -> tuple[Float[Array, "B G y x E"], tuple[ResnetCache, ...]]:
+        x, afters = super().__call__(x, z, caches)
+        if self.upsampler is not None:
+            # The convolution is of each frame alone, so it comes before the frames double: half of the products.
+            x = self.upsampler(repeat_pixels(x))
+            x = repeat_frames(x) if self.upsample_frames else x
+        return x, afters

@@ -1,0 +1,224 @@
+import mmap
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+from lowering import assert_highest_precision, largest_intermediate, lower_for_cuda
+from torch_models import redraw, relative_error
+
+from dfa2_jax.pipeline.components import Component
+from dfa2_jax.vae.spec import VIDEO_AUTOENCODER
+from dfa2_jax.vae.video import AutoencoderKLCogVideoX, VideoAutoencoderConfig, frame_chunks
+from dfa2_jax.weights.leaf import load_leaf
+from dfa2_jax.weights.rules import map_weights
+from dfa2_jax.weights.safetensors import Tensor, open_weights
+
+MODELS: dict[str, dict[str, Any]] = {
+    "four_levels": dict(block_out_channels=(8, 16, 16, 24), layers_per_block=1, scaling_factor=0.7),
+    "three_levels": dict(block_out_channels=(8, 8, 16), layers_per_block=2, temporal_compression_ratio=2),
+}
+LATENTS = 4
+DECODER_PARAMETERS, KEYS = 123_368_451, 436  # of the published model
+
+
+@cache
+def reference(name: str) -> torch.nn.Module:
+    levels = len(MODELS[name]["block_out_channels"])
+    blocks = dict(down_block_types=("CogVideoXDownBlock3D",) * levels, up_block_types=("CogVideoXUpBlock3D",) * levels)
+    vae = diffusers.AutoencoderKLCogVideoX(norm_num_groups=4, latent_channels=LATENTS, **blocks, **MODELS[name])
+    return redraw(vae, 0.08)
+
+
+def shapes_of(config: VideoAutoencoderConfig, dtype: Any) -> tuple[nnx.GraphDef, nnx.State, dict[str, Any]]:
+    graph, state = nnx.split(nnx.eval_shape(lambda: VIDEO_AUTOENCODER.build(config, dtype=dtype, rngs=nnx.Rngs(0))))
+    return graph, state, {".".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(state)}
+
+
+@cache
+def model(name: str, dtype: Any = jnp.float32) -> AutoencoderKLCogVideoX:
+    """From the folder that diffusers writes, by the rules that a pipeline loads it by."""
+    config = VIDEO_AUTOENCODER.config(dict(reference(name).config))
+    graph, state, variables = shapes_of(config, dtype)
+    with tempfile.TemporaryDirectory() as folder:
+        reference(name).save_pretrained(folder)
+        shapes = {path: tuple(variable.shape) for path, variable in variables.items()}
+        leaves = map_weights(open_weights(Path(folder)), VIDEO_AUTOENCODER.rules, shapes, "tiny")
+        for path, leaf in leaves.items():
+            variables[path].set_value(load_leaf(leaf, np.dtype(dtype), on_device=True))
+    return nnx.merge(graph, state)
+
+
+def latents(frames: int) -> np.ndarray:
+    """Two videos, not square, NFHWC."""
+    return np.random.default_rng(frames).standard_normal((2, frames, 2, 3, LATENTS)).astype(np.float32)
+
+
+def diffusers_decode(vae: Any, z: np.ndarray) -> torch.Tensor:
+    """As pipeline_cogvideox calls it."""
+    channels_first = torch.tensor(z).permute(0, 4, 1, 2, 3).to(vae.dtype)
+    with torch.no_grad():
+        frames = vae.decode(1 / vae.config.scaling_factor * channels_first).sample
+    return frames.permute(0, 2, 3, 4, 1)
+
+
+def decode(vae: AutoencoderKLCogVideoX, z: np.ndarray) -> np.ndarray:
+    """The whole video, as a pipeline calls it chunk by chunk."""
+    component = Component(vae)
+    first, *others = frame_chunks(z.shape[1])
+    frames, cache = component(z[:, first], method="decode_first")
+    chunks = [frames]
+    for chunk in others:
+        frames, cache = component(z[:, chunk], cache, method="decode_next")
+        chunks.append(frames)
+    return np.concatenate([np.asarray(chunk, np.float32) for chunk in chunks], axis=1)
+
+
+@pytest.mark.parametrize("latent_frames", [1, 2, 3, 4, 5, 6, 13])
+def test_equals_diffusers(latent_frames):
+    z = latents(latent_frames)
+    ours = decode(model("four_levels"), z)
+    error = relative_error(ours, diffusers_decode(reference("four_levels"), z))
+    print(f"{latent_frames=} {ours.shape=} {error=:.2e}")
+    assert error <= 1e-5
+    assert ours.shape[1] == 4 * latent_frames - (3 if latent_frames % 2 else 0)
+    assert ours.shape[1] == model("four_levels").config.num_frames(latent_frames)
+
+
+@pytest.mark.parametrize("latent_frames", [3, 4])
+def test_other_levels_and_ratios_equal_diffusers(latent_frames):
+    z = latents(latent_frames)
+    ours = decode(model("three_levels"), z)
+    assert relative_error(ours, diffusers_decode(reference("three_levels"), z)) <= 1e-5
+    assert ours.shape[1] == model("three_levels").config.num_frames(latent_frames)
+
+
+def test_bfloat16_is_as_near_as_torch():
+    z, name = latents(5), "four_levels"
+    exact = diffusers_decode(reference(name), z)
+    vae = model(name, jnp.bfloat16)
+    rounded = diffusers_decode(reference(name).to(torch.bfloat16), z)
+    reference.cache_clear()  # `.to` changed it in place
+    error, torch_error = relative_error(decode(vae, z), exact), relative_error(rounded, exact)
+    print(f"{error=:.2e} {torch_error=:.2e}")
+    assert error <= 1.5 * torch_error
+
+
+def test_chunks_are_part_of_the_model():
+    """All latent frames in one chunk are another video."""
+    z, vae = latents(13), model("four_levels")
+    whole, _ = jax.jit(lambda vae, z: vae.decoder(z, None))(vae, z / vae.config.scaling_factor)
+    error = relative_error(whole, decode(vae, z))
+    print(f"{error=:.2e}")
+    assert error >= 1e-3
+
+
+def test_frame_chunks():
+    def lengths(latent_frames):
+        return [chunk.stop - chunk.start for chunk in frame_chunks(latent_frames)]
+
+    assert [lengths(number) for number in range(1, 8)] == [[1], [2], [3], [2, 2], [3, 2], [2, 2, 2], [3, 2, 2]]
+    for number in range(1, 20):
+        assert [i for chunk in frame_chunks(number) for i in range(number)[chunk]] == list(range(number))
+    with pytest.raises(ValueError, match="latent_frames=0"):
+        frame_chunks(0)
+
+
+def test_refuses_other_chunks():
+    vae = model("four_levels")
+    _, cache = Component(vae)(latents(1), method="decode_first")
+    with pytest.raises(ValueError, match="up to 3 latent frames, got 4"):
+        vae.decode_first(jnp.asarray(latents(4)))
+    with pytest.raises(ValueError, match="takes 2 latent frames, got 1"):
+        vae.decode_next(jnp.asarray(latents(1)), cache)
+
+
+def test_the_cache_can_be_donated():
+    """Warnings are errors: every donated buffer is used, for the cache that comes back."""
+    graph, params = nnx.split(model("four_levels"))
+    following = jax.jit(lambda params, z, cache: nnx.merge(graph, params).decode_next(z, cache), donate_argnums=2)
+    z = latents(5)
+    frames, cache = Component(model("four_levels"))(z[:, :3], method="decode_first")
+    compiled = following.lower(params, z[:, 3:], cache).compile()
+    assert compiled.memory_analysis().alias_size_in_bytes == sum(leaf.nbytes for leaf in jax.tree.leaves(cache))
+    donated = jax.tree.leaves(cache)
+    more, cache = following(params, z[:, 3:], cache)
+    assert all(leaf.is_deleted() for leaf in donated)
+    np.testing.assert_array_equal(np.concatenate([frames, more], axis=1), decode(model("four_levels"), z))
+
+
+def test_latents_are_scaled_in_float32():
+    vae, rounded = model("four_levels"), jnp.asarray(latents(1), jnp.bfloat16)
+    np.testing.assert_array_equal(decode(vae, rounded), decode(vae, rounded.astype(jnp.float32)))
+    frames, _ = Component(model("four_levels", jnp.bfloat16))(rounded.astype(jnp.float16), method="decode_first")
+    assert frames.dtype == jnp.bfloat16
+
+
+def test_float32_asks_for_ieee_products():
+    assert_highest_precision(lower_for_cuda(lambda vae, z: vae.decode_first(z), model("four_levels"), latents(3)))
+
+
+def published(latent_frames: int, dtype: Any = jnp.bfloat16) -> tuple[nnx.GraphDef, nnx.State, Any]:
+    """The published model and latents of 480 x 720, all abstract."""
+    graph, state, _ = shapes_of(VideoAutoencoderConfig(), dtype)
+    return graph, state, jax.ShapeDtypeStruct((1, latent_frames, 60, 90, 16), dtype)
+
+
+def test_memory_at_480_x_720():
+    """Nothing is larger than the input of the widest convolution, 8 frames of 256 channels and 2 before them."""
+    graph, params, z = published(2)
+    frames, cache = jax.eval_shape(lambda params, z: nnx.merge(graph, params).decode_first(z), params, z)
+    assert frames.shape == (1, 8, 480, 720, 3)
+    assert round(sum(leaf.size * 2 for leaf in jax.tree.leaves(cache)) / 1e9, 2) == 2.81
+    largest = largest_intermediate(lambda params, *args: nnx.merge(graph, params).decode_next(*args), params, z, cache)
+    assert largest == 10 * 256 * 480 * 720
+
+
+def test_all_published_keys_are_known():
+    with torch.device("meta"):
+        vae = diffusers.AutoencoderKLCogVideoX()
+    no_bytes = mmap.mmap(-1, 1)
+    tensors = {
+        key: Tensor(Path("meta"), key, "BF16", tuple(value.shape), 0, 0, no_bytes)
+        for key, value in vae.state_dict().items()
+    }
+    config = VIDEO_AUTOENCODER.config(dict(vae.config))
+    assert config == VideoAutoencoderConfig()
+    _, _, variables = shapes_of(config, jnp.bfloat16)
+    shapes = {path: tuple(variable.shape) for path, variable in variables.items()}
+    assert map_weights(tensors, VIDEO_AUTOENCODER.rules, shapes, "meta").keys() == shapes.keys()
+    count = sum(variable.size for variable in variables.values())
+    assert (count, len(tensors)) == (DECODER_PARAMETERS, KEYS)
+    assert count == sum(parameter.numel() for parameter in vae.decoder.parameters())
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("act_fn", "relu"),
+        ("norm_eps", 1e-5),
+        ("shift_factor", 0.1),
+        ("latents_mean", [0.0] * 16),
+        ("latents_std", [1.0] * 16),
+        ("use_quant_conv", True),
+        ("use_post_quant_conv", True),
+        ("down_block_types", ["DownEncoderBlock2D"] * 4),
+        ("up_block_types", ["CogVideoXUpBlock3D"] * 3),
+        ("temporal_compression_ratio", 3),
+        ("temporal_compression_ratio", 16),
+        ("scaling_factor", 0.0),
+        ("norm_num_groups", 48),
+    ],
+)
+def test_refuses_other_architectures(field, value):
+    json = {"_class_name": "AutoencoderKLCogVideoX", "block_out_channels": [128, 256, 256, 512], "sample_height": 480}
+    assert VideoAutoencoderConfig.from_json(json) == VideoAutoencoderConfig()
+    with pytest.raises(ValueError, match=f"{field}="):
+        VideoAutoencoderConfig.from_json(json | {field: value})
