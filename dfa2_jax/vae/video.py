@@ -1,14 +1,15 @@
-"""AutoencoderKLCogVideoX: latents to videos. Names follow diffusers' class of that name; arrays are NFHWC throughout.
+"""AutoencoderKLCogVideoX: latents to videos and back.
 
-A video is decoded in chunks of frames, and the chunks are part of the model. Norms see the frames of their chunk, and
+Names follow diffusers' class of that name; arrays are NFHWC throughout.
+
+A video goes through in chunks of frames, and the chunks are part of the model. Norms see the frames of their chunk, and
 the convolutions carry two frames of it to the next chunk. Runs in its parameters' dtype.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
@@ -16,7 +17,17 @@ from jaxtyping import Array, Float
 
 from dfa2_jax.io.errors import check_fields
 from dfa2_jax.nn.config import config_from_json
-from dfa2_jax.vae.video_blocks import ChunkCache, Resnets, SpatialNorm, UpBlock, causal, conv3d
+from dfa2_jax.vae.video_blocks import (
+    ChunkCache,
+    DownBlock,
+    Norm,
+    Resnets,
+    UpBlock,
+    activated,
+    causal,
+    conv3d,
+    make_norm,
+)
 
 # config.json fields with one value that is implemented: CogVideoX's, and diffusers' default. The quant convolutions of
 # diffusers' class have another number of channels than its latents, so no model with them runs there.
@@ -30,8 +41,8 @@ IMPLEMENTED = {
     "use_post_quant_conv": False,
 }
 
-CHUNK = 2
-"""Latent frames of a chunk after the first, as the published model was trained. The first chunk has up to 3."""
+LATENT_CHUNK, VIDEO_CHUNK = 2, 8
+"""Frames of a chunk after the first, of latents and of a video. The first chunk takes what is left over, too."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,9 +82,8 @@ class VideoAutoencoderConfig:
 
     def num_frames(self, latent_frames: int) -> int:
         """Frames that latent frames are decoded to: 4F - 3 for an odd number F, but 4F for an even one."""
-        return latent_frames * self.temporal_compression_ratio - latent_frames % 2 * (
-            self.temporal_compression_ratio - 1
-        )
+        ratio = self.temporal_compression_ratio
+        return latent_frames * ratio - (ratio - 1 if latent_frames % 2 else 0)
 
     @classmethod
     def from_json(cls, json: Mapping[str, Any]) -> "VideoAutoencoderConfig":
@@ -95,15 +105,78 @@ def frame_chunks(latent_frames: int) -> list[slice]:
     Raises:
         ValueError: there is no frame.
     """
-    if latent_frames < 1:
-        raise ValueError(f"A video needs latent frames, got {latent_frames=}: ask for at least 1")
-    first = min(latent_frames, CHUNK + latent_frames % CHUNK)
-    return [slice(0, first), *(slice(start, start + CHUNK) for start in range(first, latent_frames, CHUNK))]
+    return chunks(latent_frames, LATENT_CHUNK)
 
 
-class Decoder(nnx.Module):
-    """One chunk of latents to frames. How a video is cut into chunks is the caller's part."""
+def video_chunks(frames: int) -> list[slice]:
+    """The frames of each call: up to 15 of `encode_first`, which takes what is left over, and 8 of each `encode_next`.
 
+    Raises:
+        ValueError: there is no frame.
+    """
+    return chunks(frames, VIDEO_CHUNK)
+
+
+def chunks(frames: int, size: int) -> list[slice]:
+    if frames < 1:
+        raise ValueError(f"A video needs frames, got {frames=}: ask for at least 1")
+    first = min(frames, size + frames % size)
+    return [slice(0, first), *(slice(start, start + size) for start in range(first, frames, size))]
+
+
+class Coder(nnx.Module):
+    """One direction, of one chunk. How a video is cut into chunks is the caller's part."""
+
+    conv_in: nnx.Conv
+    norm_out: Norm
+    conv_out: nnx.Conv
+
+    def chunk(
+        self,
+        blocks: Sequence[Resnets],
+        x: Float[Array, "B F h w C"],
+        z: Float[Array, "B f i j L"] | None,
+        cache: ChunkCache | None,
+    ) -> tuple[Float[Array, "B G y x E"], ChunkCache]:
+        """The convolutions at both ends, and the blocks in order of execution between them."""
+        before_in, befores, before_out = (None, [None] * len(blocks), None) if cache is None else cache
+        x, after_in = causal(self.conv_in, x, before_in)
+        afters = []
+        for block, before in zip(blocks, befores, strict=True):
+            x, after = block(x, z, before)
+            afters.append(after)
+        x, after_out = causal(self.conv_out, activated(self.norm_out, x, z), before_out)
+        return x, ChunkCache(after_in, tuple(afters), after_out)
+
+
+class Encoder(Coder):
+    def __init__(self, config: VideoAutoencoderConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        widths, groups = config.block_out_channels, config.norm_num_groups
+        self.conv_in = conv3d(config.in_channels, widths[0], 3, dtype=dtype, rngs=rngs)
+        self.down_blocks = nnx.List(
+            DownBlock(
+                config.layers_per_block,
+                widths[max(level - 1, 0)],
+                width,
+                groups,
+                downsample=level < len(widths) - 1,
+                downsample_frames=level < config.temporal_levels,
+                dtype=dtype,
+                rngs=rngs,
+            )
+            for level, width in enumerate(widths)
+        )
+        self.mid_block = Resnets(2, widths[-1], widths[-1], None, groups, dtype=dtype, rngs=rngs)
+        self.norm_out = make_norm(widths[-1], None, groups, dtype=dtype, rngs=rngs)
+        self.conv_out = conv3d(widths[-1], 2 * config.latent_channels, 3, dtype=dtype, rngs=rngs)
+
+    def __call__(
+        self, x: Float[Array, "B F height width C"], cache: ChunkCache | None
+    ) -> tuple[Float[Array, "B f h w E"], ChunkCache]:
+        return self.chunk([*self.down_blocks, self.mid_block], x, None, cache)
+
+
+class Decoder(Coder):
     def __init__(self, config: VideoAutoencoderConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         widths, groups, latents = config.block_out_channels[::-1], config.norm_num_groups, config.latent_channels
         self.conv_in = conv3d(latents, widths[0], 3, dtype=dtype, rngs=rngs)
@@ -122,31 +195,24 @@ class Decoder(nnx.Module):
             )
             for level, width in enumerate(widths)
         )
-        self.norm_out = SpatialNorm(widths[-1], latents, groups, dtype=dtype, rngs=rngs)
+        self.norm_out = make_norm(widths[-1], latents, groups, dtype=dtype, rngs=rngs)
         self.conv_out = conv3d(widths[-1], config.out_channels, 3, dtype=dtype, rngs=rngs)
 
     def __call__(
         self, z: Float[Array, "B f h w C"], cache: ChunkCache | None
     ) -> tuple[Float[Array, "B F height width E"], ChunkCache]:
-        blocks = [self.mid_block, *self.up_blocks]
-        before_in, befores, before_out = (None, [None] * len(blocks), None) if cache is None else cache
-        x, after_in = causal(self.conv_in, z, before_in)
-        afters = []
-        for block, before in zip(blocks, befores, strict=True):
-            x, after = block(x, z, before)
-            afters.append(after)
-        x, after_out = causal(self.conv_out, jax.nn.silu(self.norm_out(x, z)), before_out)
-        return x, ChunkCache(after_in, tuple(afters), after_out)
+        return self.chunk([self.mid_block, *self.up_blocks], z, z, cache)
 
 
 class AutoencoderKLCogVideoX(nnx.Module):
-    """The decoder, of the sampler's latents, `posterior * scaling_factor`, chunk by chunk (`frame_chunks`).
+    """Both directions speak the sampler's latents, `posterior * scaling_factor`, chunk by chunk.
 
-    The cache that a call returns is the next call's argument, and of no use after it: donate it. It has 2.8 GB in
-    bfloat16 at 480 x 720.
+    `frame_chunks` and `video_chunks` cut a video. The cache that a call returns is the next call's argument, and of no
+    use after it: donate it. The decoder's has 2.8 GB in bfloat16 at 480 x 720.
     """
 
     def __init__(self, config: VideoAutoencoderConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        self.encoder = Encoder(config, dtype=dtype, rngs=rngs)
         self.decoder = Decoder(config, dtype=dtype, rngs=rngs)
         self.config = config
         self.dtype = dtype
@@ -157,8 +223,10 @@ class AutoencoderKLCogVideoX(nnx.Module):
         Raises:
             ValueError: more latent frames.
         """
-        if z.shape[1] > CHUNK + 1:
-            raise ValueError(f"decode_first takes up to {CHUNK + 1} latent frames, got {z.shape[1]}: see frame_chunks")
+        if z.shape[1] > LATENT_CHUNK + 1:
+            raise ValueError(
+                f"decode_first takes up to {LATENT_CHUNK + 1} latent frames, got {z.shape[1]}: see frame_chunks"
+            )
         return self.decoder(self._unscaled(z), None)
 
     def decode_next(
@@ -169,9 +237,38 @@ class AutoencoderKLCogVideoX(nnx.Module):
         Raises:
             ValueError: another number of latent frames.
         """
-        if z.shape[1] != CHUNK:
-            raise ValueError(f"decode_next takes {CHUNK} latent frames, got {z.shape[1]}: see frame_chunks")
+        if z.shape[1] != LATENT_CHUNK:
+            raise ValueError(f"decode_next takes {LATENT_CHUNK} latent frames, got {z.shape[1]}: see frame_chunks")
         return self.decoder(self._unscaled(z), cache)
+
+    def encode_first(self, frames: Float[Array, "B F height width C"]) -> tuple[Float[Array, "B f h w E"], ChunkCache]:
+        """Latents, the posterior's mean, from a video's first 1 to 15 frames, in -1 to 1.
+
+        Raises:
+            ValueError: more frames.
+        """
+        if (number := frames.shape[1]) >= 2 * VIDEO_CHUNK:
+            most = 2 * VIDEO_CHUNK - 1
+            raise ValueError(f"encode_first takes up to {most} frames, got {number}: see video_chunks")
+        moments, cache = self.encoder(frames.astype(self.dtype), None)
+        return self._scaled_mean(moments), cache
+
+    def encode_next(
+        self, frames: Float[Array, "B F height width C"], cache: ChunkCache
+    ) -> tuple[Float[Array, "B f h w E"], ChunkCache]:
+        """The latents that follow, from 8 more frames and what the call before returned.
+
+        Raises:
+            ValueError: another number of frames.
+        """
+        if frames.shape[1] != VIDEO_CHUNK:
+            raise ValueError(f"encode_next takes {VIDEO_CHUNK} frames, got {frames.shape[1]}: see video_chunks")
+        moments, cache = self.encoder(frames.astype(self.dtype), cache)
+        return self._scaled_mean(moments), cache
 
     def _unscaled(self, z: Float[Array, "B f h w C"]) -> Float[Array, "B f h w C"]:
         return (z.astype(jnp.float32) / self.config.scaling_factor).astype(self.dtype)
+
+    def _scaled_mean(self, moments: Float[Array, "B f h w M"]) -> Float[Array, "B f h w E"]:
+        mean = moments[..., : self.config.latent_channels].astype(jnp.float32)
+        return (mean * self.config.scaling_factor).astype(self.dtype)

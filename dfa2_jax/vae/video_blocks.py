@@ -1,7 +1,8 @@
 """Blocks of CogVideoX's autoencoder, in diffusers' arrangement and NFHWC (frames before pixels).
 
-`F h w` are the frames and pixels of the level at hand; `f i j` are those of the latents `z`, which every norm of the
-decoder reads. A video goes through in chunks of frames, and each convolution in time carries frames to the next chunk.
+`F h w` are the frames and pixels of the level at hand; `f i j` are those of the latents `z`. Every norm of the decoder
+reads them; the encoder has none, and its `z` is None. A video goes through in chunks of frames, and each convolution in
+time carries frames to the next chunk.
 """
 
 from collections.abc import Sequence
@@ -32,7 +33,7 @@ class ChunkCache(NamedTuple):
 
     conv_in: Float[Array, "B 2 h w C"]
     blocks: tuple[tuple[ResnetCache, ...], ...]
-    conv_out: Float[Array, "B 2 height width E"]
+    conv_out: Float[Array, "B 2 y x E"]
 
 
 def conv3d(
@@ -81,6 +82,14 @@ def repeat_frames(x: Float[Array, "B F h w C"], times: int = 2) -> Float[Array, 
     return jnp.concatenate([x[:, :1], jnp.repeat(x[:, 1:], times, axis=1)], axis=1)
 
 
+def halve_frames(x: Float[Array, "B F h w C"]) -> Float[Array, "B G h w C"]:
+    """The mean of each two frames, in float32; of an odd number of frames the first stays as it is."""
+    batch, frames, *rest = x.shape
+    first, others = x[:, : frames % 2], x[:, frames % 2 :]
+    means = others.reshape(batch, frames // 2, 2, *rest).astype(jnp.float32).mean(2).astype(x.dtype)
+    return jnp.concatenate([first, means], axis=1)
+
+
 def repeat_pixels(x: Float[Array, "B F h w C"], times: int = 2) -> Float[Array, "B F y x C"]:
     """Each pixel `times` times in both directions: nearest-neighbour upsampling."""
     return jnp.repeat(jnp.repeat(x, times, axis=2), times, axis=3)
@@ -108,30 +117,50 @@ class SpatialNorm(nnx.Module):
         return repeat_frames(repeat_pixels(y, x.shape[2] // y.shape[2]), times)
 
 
+Norm = SpatialNorm | GroupNorm
+
+
+def make_norm(channels: int, latent_channels: int | None, num_groups: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> Norm:
+    """The decoder's, or the encoder's where there are no latent channels."""
+    if latent_channels is None:
+        return GroupNorm(channels, num_groups, dtype=dtype)
+    return SpatialNorm(channels, latent_channels, num_groups, dtype=dtype, rngs=rngs)
+
+
+def activated(
+    norm: Norm, x: Float[Array, "B F h w C"], z: Float[Array, "B f i j L"] | None
+) -> Float[Array, "B F h w C"]:
+    """What every convolution in time reads but the first."""
+    if isinstance(norm, GroupNorm):
+        return jax.nn.silu(chunk_norm(norm, x))
+    assert z is not None, "the decoder's norms read latents"
+    return jax.nn.silu(norm(x, z))
+
+
 class ResnetBlock(nnx.Module):
     def __init__(
         self,
         in_channels: int,
         out_channels: int,
-        latent_channels: int,
+        latent_channels: int | None,
         num_groups: int,
         *,
         dtype: DTypeLike,
         rngs: nnx.Rngs,
     ):
-        self.norm1 = SpatialNorm(in_channels, latent_channels, num_groups, dtype=dtype, rngs=rngs)
+        self.norm1 = make_norm(in_channels, latent_channels, num_groups, dtype=dtype, rngs=rngs)
         self.conv1 = conv3d(in_channels, out_channels, 3, dtype=dtype, rngs=rngs)
-        self.norm2 = SpatialNorm(out_channels, latent_channels, num_groups, dtype=dtype, rngs=rngs)
+        self.norm2 = make_norm(out_channels, latent_channels, num_groups, dtype=dtype, rngs=rngs)
         self.conv2 = conv3d(out_channels, out_channels, 3, dtype=dtype, rngs=rngs)
         widens = in_channels != out_channels
         self.conv_shortcut = conv3d(in_channels, out_channels, 1, dtype=dtype, rngs=rngs) if widens else None
 
     def __call__(
-        self, x: Float[Array, "B F h w C"], z: Float[Array, "B f i j L"], cache: ResnetCache | None
+        self, x: Float[Array, "B F h w C"], z: Float[Array, "B f i j L"] | None, cache: ResnetCache | None
     ) -> tuple[Float[Array, "B F h w E"], ResnetCache]:
         before1, before2 = (None, None) if cache is None else cache
-        y, after1 = causal(self.conv1, jax.nn.silu(self.norm1(x, z)), before1)
-        y, after2 = causal(self.conv2, jax.nn.silu(self.norm2(y, z)), before2)
+        y, after1 = causal(self.conv1, activated(self.norm1, x, z), before1)
+        y, after2 = causal(self.conv2, activated(self.norm2, y, z), before2)
         x = x if self.conv_shortcut is None else self.conv_shortcut(x)
         return x + y, ResnetCache(after1, after2)
 
@@ -144,7 +173,7 @@ class Resnets(nnx.Module):
         count: int,
         in_channels: int,
         out_channels: int,
-        latent_channels: int,
+        latent_channels: int | None,
         num_groups: int,
         *,
         dtype: DTypeLike,
@@ -163,7 +192,7 @@ class Resnets(nnx.Module):
         )
 
     def __call__(
-        self, x: Float[Array, "B F h w C"], z: Float[Array, "B f i j L"], caches: Sequence[ResnetCache] | None
+        self, x: Float[Array, "B F h w C"], z: Float[Array, "B f i j L"] | None, caches: Sequence[ResnetCache] | None
     ) -> tuple[Float[Array, "B G y x E"], tuple[ResnetCache, ...]]:
         afters = []
         for resnet, cache in zip(self.resnets, caches or [None] * len(self.resnets), strict=True):
@@ -177,7 +206,7 @@ class UpBlock(Resnets):
 
     Args:
         upsample: whether pixels double.
-        upsample_frames: whether frames do.
+        upsample_frames: whether frames do, where pixels do.
     """
 
     def __init__(
@@ -198,11 +227,49 @@ class UpBlock(Resnets):
         self.upsample_frames = upsample_frames
 
     def __call__(
-        self, x: Float[Array, "B F h w C"], z: Float[Array, "B f i j L"], caches: Sequence[ResnetCache] | None
+        self, x: Float[Array, "B F h w C"], z: Float[Array, "B f i j L"] | None, caches: Sequence[ResnetCache] | None
     ) -> tuple[Float[Array, "B G y x E"], tuple[ResnetCache, ...]]:
         x, afters = super().__call__(x, z, caches)
         if self.upsampler is not None:
             # The convolution is of each frame alone, so it comes before the frames double: half of the products.
             x = self.upsampler(repeat_pixels(x))
             x = repeat_frames(x) if self.upsample_frames else x
+        return x, afters
+
+
+class DownBlock(Resnets):
+    """Resnet blocks of the encoder, then halving of frames and of pixels, the latter by a convolution of each frame.
+
+    Args:
+        downsample: whether pixels are halved.
+        downsample_frames: whether frames are, where pixels are.
+    """
+
+    def __init__(
+        self,
+        count: int,
+        in_channels: int,
+        out_channels: int,
+        num_groups: int,
+        *,
+        downsample: bool,
+        downsample_frames: bool,
+        dtype: DTypeLike,
+        rngs: nnx.Rngs,
+    ):
+        super().__init__(count, in_channels, out_channels, None, num_groups, dtype=dtype, rngs=rngs)
+        # diffusers pads one row below and one column right, and none above and left.
+        self.downsampler = (
+            conv(out_channels, out_channels, 3, stride=2, padding=(0, 1), dtype=dtype, rngs=rngs)
+            if downsample
+            else None
+        )
+        self.downsample_frames = downsample_frames
+
+    def __call__(
+        self, x: Float[Array, "B F h w C"], z: None, caches: Sequence[ResnetCache] | None
+    ) -> tuple[Float[Array, "B G y x E"], tuple[ResnetCache, ...]]:
+        x, afters = super().__call__(x, z, caches)
+        if self.downsampler is not None:
+            x = self.downsampler(halve_frames(x) if self.downsample_frames else x)
         return x, afters

@@ -1,17 +1,17 @@
 """The keys of a diffusers `AutoencoderKLCogVideoX`."""
 
-from dfa2_jax.weights.rules import Rule, conv2d, conv3d, norm
+from dfa2_jax.weights.rules import conv2d, conv3d, norm
 
-PLACE = r"(?P<at>decoder\.(mid_block|up_blocks\.\d+)\.resnets\.\d+)\."
-SPATIAL_NORM = r"(?P<norm>decoder\.norm_out|decoder\.(mid_block|up_blocks\.\d+)\.resnets\.\d+\.norm[12])\."
+RESNET = r"(en|de)coder\.(mid_block|(up|down)_blocks\.\d+)\.resnets\.\d+"
+SPATIAL_NORM = rf"(?P<norm>decoder\.norm_out|{RESNET}\.norm[12])\."
 
 # Convolutions in time lie in a wrapper of diffusers', so their keys have one more `.conv`; the others' have not.
 VIDEO_RULES = [
-    Rule(r"(encoder|quant_conv|post_quant_conv)\..*", None),
-    *conv3d(r"(?P<name>decoder\.conv_(in|out))\.conv", r"\g<name>"),
-    *conv3d(PLACE + r"(?P<name>conv[12])\.conv", r"\g<at>.\g<name>"),
-    *conv3d(PLACE + r"conv_shortcut", r"\g<at>.conv_shortcut"),
+    *conv3d(r"(?P<name>(en|de)coder\.conv_(in|out))\.conv", r"\g<name>"),
+    *conv3d(rf"(?P<name>{RESNET}\.conv[12])\.conv", r"\g<name>"),
+    *conv3d(rf"(?P<name>{RESNET}\.conv_shortcut)", r"\g<name>"),
+    *norm(rf"(?P<name>encoder\.norm_out|{RESNET}\.norm[12])", r"\g<name>"),
     *norm(SPATIAL_NORM + r"norm_layer", r"\g<norm>.norm_layer"),
     *conv3d(SPATIAL_NORM + r"(?P<name>conv_[yb])\.conv", r"\g<norm>.\g<name>"),
-    *conv2d(r"(?P<at>decoder\.up_blocks\.\d+)\.upsamplers\.0\.conv", r"\g<at>.upsampler"),
+    *conv2d(r"(?P<at>(en|de)coder\.\w+_blocks\.\d+)\.(?P<to>up|down)samplers\.0\.conv", r"\g<at>.\g<to>sampler"),
 ]

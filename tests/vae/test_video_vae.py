@@ -1,5 +1,6 @@
 import mmap
 import tempfile
+from copy import deepcopy
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from torch_models import redraw, relative_error
 
 from dfa2_jax.pipeline.components import Component
 from dfa2_jax.vae.spec import VIDEO_AUTOENCODER
-from dfa2_jax.vae.video import AutoencoderKLCogVideoX, VideoAutoencoderConfig, frame_chunks
+from dfa2_jax.vae.video import AutoencoderKLCogVideoX, VideoAutoencoderConfig, frame_chunks, video_chunks
 from dfa2_jax.weights.leaf import load_leaf
 from dfa2_jax.weights.rules import map_weights
 from dfa2_jax.weights.safetensors import Tensor, open_weights
@@ -26,7 +27,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "three_levels": dict(block_out_channels=(8, 8, 16), layers_per_block=2, temporal_compression_ratio=2),
 }
 LATENTS = 4
-DECODER_PARAMETERS, KEYS = 123_368_451, 436  # of the published model
+DECODER_PARAMETERS, PARAMETERS, KEYS = 123_368_451, 215_583_907, 436  # of the published model
 
 
 @cache
@@ -69,16 +70,36 @@ def diffusers_decode(vae: Any, z: np.ndarray) -> torch.Tensor:
     return frames.permute(0, 2, 3, 4, 1)
 
 
-def decode(vae: AutoencoderKLCogVideoX, z: np.ndarray) -> np.ndarray:
+def videos(frames: int) -> np.ndarray:
+    """Two of them, not square, NFHWC."""
+    return np.random.default_rng(frames).uniform(-1, 1, (2, frames, 16, 24, 3)).astype(np.float32)
+
+
+def diffusers_encode(vae: Any, frames: np.ndarray) -> torch.Tensor:
+    """The posterior's mean, scaled as training scales it."""
+    channels_first = torch.tensor(frames).permute(0, 4, 1, 2, 3).to(vae.dtype)
+    with torch.no_grad():
+        mean = vae.encode(channels_first).latent_dist.mean
+    return (mean * vae.config.scaling_factor).permute(0, 2, 3, 4, 1)
+
+
+def through(vae: AutoencoderKLCogVideoX, x: np.ndarray, chunks: list[slice], method: str) -> np.ndarray:
     """The whole video, as a pipeline calls it chunk by chunk."""
-    component = Component(vae)
-    first, *others = frame_chunks(z.shape[1])
-    frames, cache = component(z[:, first], method="decode_first")
-    chunks = [frames]
+    component, (first, *others) = Component(vae), chunks
+    out, cache = component(x[:, first], method=f"{method}_first")
+    parts = [out]
     for chunk in others:
-        frames, cache = component(z[:, chunk], cache, method="decode_next")
-        chunks.append(frames)
-    return np.concatenate([np.asarray(chunk, np.float32) for chunk in chunks], axis=1)
+        out, cache = component(x[:, chunk], cache, method=f"{method}_next")
+        parts.append(out)
+    return np.concatenate([np.asarray(part, np.float32) for part in parts], axis=1)
+
+
+def decode(vae: AutoencoderKLCogVideoX, z: np.ndarray) -> np.ndarray:
+    return through(vae, z, frame_chunks(z.shape[1]), "decode")
+
+
+def encode(vae: AutoencoderKLCogVideoX, frames: np.ndarray) -> np.ndarray:
+    return through(vae, frames, video_chunks(frames.shape[1]), "encode")
 
 
 @pytest.mark.parametrize("latent_frames", [1, 2, 3, 4, 5, 6, 13])
@@ -92,23 +113,38 @@ def test_equals_diffusers(latent_frames):
     assert ours.shape[1] == model("four_levels").config.num_frames(latent_frames)
 
 
+@pytest.mark.parametrize("frames", [1, 9, 13, 17, 24])
+def test_encoding_equals_diffusers(frames):
+    """One frame, a first chunk with what is left over, one of nothing else, and chunks after it; an even number."""
+    x = videos(frames)
+    ours = encode(model("four_levels"), x)
+    error = relative_error(ours, diffusers_encode(reference("four_levels"), x))
+    print(f"{frames=} {ours.shape=} {error=:.2e}")
+    assert error <= 1e-5
+    assert ours.shape[1] == (frames + 3) // 4
+
+
 @pytest.mark.parametrize("latent_frames", [3, 4])
 def test_other_levels_and_ratios_equal_diffusers(latent_frames):
     z = latents(latent_frames)
     ours = decode(model("three_levels"), z)
     assert relative_error(ours, diffusers_decode(reference("three_levels"), z)) <= 1e-5
     assert ours.shape[1] == model("three_levels").config.num_frames(latent_frames)
+    x = np.asarray(ours).clip(-1, 1)
+    latents_again = encode(model("three_levels"), x)
+    assert latents_again.shape == z.shape
+    assert relative_error(latents_again, diffusers_encode(reference("three_levels"), x)) <= 1e-5
 
 
 def test_bfloat16_is_as_near_as_torch():
-    z, name = latents(5), "four_levels"
-    exact = diffusers_decode(reference(name), z)
-    vae = model(name, jnp.bfloat16)
-    rounded = diffusers_decode(reference(name).to(torch.bfloat16), z)
-    reference.cache_clear()  # `.to` changed it in place
-    error, torch_error = relative_error(decode(vae, z), exact), relative_error(rounded, exact)
-    print(f"{error=:.2e} {torch_error=:.2e}")
-    assert error <= 1.5 * torch_error
+    z, x, name = latents(5), videos(17), "four_levels"
+    exact = diffusers_decode(reference(name), z), diffusers_encode(reference(name), x)
+    vae, torch_vae = model(name, jnp.bfloat16), deepcopy(reference(name)).to(torch.bfloat16)
+    rounded = diffusers_decode(torch_vae, z), diffusers_encode(torch_vae, x)
+    for ours, theirs, true in zip((decode(vae, z), encode(vae, x)), rounded, exact, strict=True):
+        error, torch_error = relative_error(ours, true), relative_error(theirs, true)
+        print(f"{error=:.2e} {torch_error=:.2e}")
+        assert error <= 1.5 * torch_error
 
 
 def test_chunks_are_part_of_the_model():
@@ -120,24 +156,32 @@ def test_chunks_are_part_of_the_model():
     assert error >= 1e-3
 
 
-def test_frame_chunks():
-    def lengths(latent_frames):
-        return [chunk.stop - chunk.start for chunk in frame_chunks(latent_frames)]
+def lengths(chunks: list[slice]) -> list[int]:
+    return [chunk.stop - chunk.start for chunk in chunks]
 
-    assert [lengths(number) for number in range(1, 8)] == [[1], [2], [3], [2, 2], [3, 2], [2, 2, 2], [3, 2, 2]]
-    for number in range(1, 20):
-        assert [i for chunk in frame_chunks(number) for i in range(number)[chunk]] == list(range(number))
-    with pytest.raises(ValueError, match="latent_frames=0"):
+
+def test_chunks_cover_a_video():
+    assert [lengths(frame_chunks(number)) for number in (1, 2, 3, 4, 5, 6)] == [[1], [2], [3], [2, 2], [3, 2], [2] * 3]
+    assert [lengths(video_chunks(number)) for number in (1, 8, 9, 15, 17)] == [[1], [8], [9], [15], [9, 8]]
+    for number in range(1, 40):
+        for chunks in (frame_chunks(number), video_chunks(number)):
+            assert [i for chunk in chunks for i in range(number)[chunk]] == list(range(number))
+    with pytest.raises(ValueError, match="frames=0"):
         frame_chunks(0)
 
 
 def test_refuses_other_chunks():
     vae = model("four_levels")
-    _, cache = Component(vae)(latents(1), method="decode_first")
-    with pytest.raises(ValueError, match="up to 3 latent frames, got 4"):
-        vae.decode_first(jnp.asarray(latents(4)))
-    with pytest.raises(ValueError, match="takes 2 latent frames, got 1"):
-        vae.decode_next(jnp.asarray(latents(1)), cache)
+    for method, chunk, message in (
+        ("decode_first", latents(4), "up to 3 latent frames, got 4"),
+        ("decode_next", latents(1), "takes 2 latent frames, got 1"),
+        ("encode_first", videos(16), "up to 15 frames, got 16"),
+        ("encode_next", videos(9), "takes 8 frames, got 9"),
+    ):
+        first = {"decode": vae.decode_first, "encode": vae.encode_first}[method[:6]]
+        cache = [jax.eval_shape(first, jnp.asarray(chunk[:, :1]))[1]] if method.endswith("next") else []
+        with pytest.raises(ValueError, match=message):
+            getattr(vae, method)(jnp.asarray(chunk), *cache)
 
 
 def test_the_cache_can_be_donated():
@@ -163,6 +207,7 @@ def test_latents_are_scaled_in_float32():
 
 def test_float32_asks_for_ieee_products():
     assert_highest_precision(lower_for_cuda(lambda vae, z: vae.decode_first(z), model("four_levels"), latents(3)))
+    assert_highest_precision(lower_for_cuda(lambda vae, x: vae.encode_first(x), model("four_levels"), videos(9)))
 
 
 def published(latent_frames: int, dtype: Any = jnp.bfloat16) -> tuple[nnx.GraphDef, nnx.State, Any]:
@@ -194,9 +239,10 @@ def test_all_published_keys_are_known():
     _, _, variables = shapes_of(config, jnp.bfloat16)
     shapes = {path: tuple(variable.shape) for path, variable in variables.items()}
     assert map_weights(tensors, VIDEO_AUTOENCODER.rules, shapes, "meta").keys() == shapes.keys()
-    count = sum(variable.size for variable in variables.values())
-    assert (count, len(tensors)) == (DECODER_PARAMETERS, KEYS)
-    assert count == sum(parameter.numel() for parameter in vae.decoder.parameters())
+    sizes = {path: variable.size for path, variable in variables.items()}
+    decoder = sum(size for path, size in sizes.items() if path.startswith("decoder."))
+    assert (decoder, sum(sizes.values()), len(tensors)) == (DECODER_PARAMETERS, PARAMETERS, KEYS)
+    assert sum(sizes.values()) == sum(parameter.numel() for parameter in vae.parameters())
 
 
 @pytest.mark.parametrize(
