@@ -36,7 +36,7 @@ def check_growth(step: Any, name: str) -> int:
     growth *= FACTORS.get(str(step.get("type")), 1)
     growth *= 1 + max(len(step.get(field) or "") for field in ("content", "prepend"))
     if charsmap := step.get("precompiled_charsmap"):
-        growth *= longest_replacement(base64.b64decode(charsmap))
+        growth *= check_charsmap(base64.b64decode(charsmap), name)
     check_limit(growth, name)
     return growth
 
@@ -46,10 +46,21 @@ def check_limit(growth: int, name: str) -> None:
         raise ValueError(f"{name} may lengthen a text {growth:.3g} times, more than {MAX_GROWTH}: get the file again")
 
 
-def longest_replacement(charsmap: bytes) -> int:
-    """In bytes. SentencePiece's charsmap is the size of a trie, the trie, and replacements that end in a zero byte."""
-    replacements = charsmap[4 + int.from_bytes(charsmap[:4], "little") :]
-    return max(1, *map(len, replacements.split(b"\0")), 0)
+def check_charsmap(charsmap: bytes, name: str) -> int:
+    """At most how many times a charsmap of SentencePiece lengthens a text: the bytes of its longest replacement.
+
+    A charsmap is the size of a trie, the trie, and replacements that end in a zero byte.
+
+    Raises:
+        ValueError: more than `MAX_GROWTH` times, or the trie is larger than the charsmap: the library would reserve
+            memory for it, twice its size.
+    """
+    size = int.from_bytes(charsmap[:4], "little")
+    if size > max(len(charsmap) - 4, 0):
+        raise ValueError(f"{name} has a charsmap of {len(charsmap)} bytes with a trie of {size}: get the file again")
+    growth = max(1, *map(len, charsmap[4 + size :].split(b"\0")), 0)
+    check_limit(growth, name)
+    return growth
 
 
 def within_time(work: Callable[[], Answer]) -> Answer:

@@ -19,6 +19,8 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 
 from dfa2_jax.encoders.added_tokens import Fields, add_tokens, read_fields
 from dfa2_jax.encoders.bounds import check_growth, within_time
+from dfa2_jax.encoders.sentencepiece import FILE as SENTENCEPIECE
+from dfa2_jax.encoders.sentencepiece import MAX_EXTRA_IDS, read_model, sentencepiece_backend, sentinels
 from dfa2_jax.io.errors import blame, check_file, read_json
 
 logger = logging.getLogger("dfa2_jax")
@@ -41,10 +43,12 @@ class Tokenizer:
 
     @classmethod
     def load(cls, folder: str | Path) -> "Tokenizer":
-        """Read `tokenizer.json`, or CLIP's older `vocab.json` and `merges.txt`, beside `tokenizer_config.json`.
+        """Read `tokenizer.json`, T5's `spiece.model`, or CLIP's `vocab.json` and `merges.txt`: the first that is there.
+
+        `tokenizer_config.json` lies beside it.
 
         Raises:
-            FileNotFoundError: neither is there.
+            FileNotFoundError: none is there.
             ValueError: a file lacks or garbles a field, or lengthens texts without bounds.
             TimeoutError: reading took more than `bounds.MAX_SECONDS`.
         """
@@ -90,10 +94,15 @@ class Tokenizer:
 
 def read_backend(folder: Path, fields: Fields, added: Sequence[AddedToken]) -> tokenizers.Tokenizer:
     """The tokenizer of the folder's files, with the tokens that lie beside its vocabulary."""
-    whole, vocabulary, merges = (folder / name for name in ("tokenizer.json", "vocab.json", "merges.txt"))
+    names = ("tokenizer.json", SENTENCEPIECE, "vocab.json", "merges.txt")
+    whole, pieces, vocabulary, merges = (folder / name for name in names)
     needed = ["pad_token"]
+    extra: list[str] = []
     if whole.exists():
         backend = whole_backend(whole)
+    elif pieces.exists():
+        extra = sentinels(extra_ids(fields))
+        backend = sentencepiece_backend(read_model(pieces), special_token(fields, "eos_token"), extra)
     elif vocabulary.exists() and merges.exists():
         unknown = special_token(fields, "unk_token")
         backend = clip_backend(read_json(vocabulary, MAX_BYTES), read_merges(merges), unknown)
@@ -105,7 +114,8 @@ def read_backend(folder: Path, fields: Fields, added: Sequence[AddedToken]) -> t
     ids = {name: token_id(backend, token, folder) for name, token in special.items()}
     # A pad token is special even where it is a word: bigG pads with "!", and then no prompt's "!" is punctuation.
     add_tokens(backend, added, fields)
-    if "eos_token" in special:
+    backend.add_special_tokens(extra)  # those that the files do not describe
+    if "bos_token" in special:
         start, end = ((special[name], ids[name]) for name in ("bos_token", "eos_token"))
         backend.post_processor = processors.RobertaProcessing(end, start, trim_offsets=False, add_prefix_space=False)
     return backend
@@ -197,15 +207,17 @@ def read_merges(path: Path) -> list[tuple[str, str]]:
     return merges
 
 
+def extra_ids(fields: Mapping[str, Any]) -> int:
+    """T5's sentinels; transformers takes 100 where nobody says how many."""
+    value = fields.get("extra_ids", 100)
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= MAX_EXTRA_IDS:
+        raise ValueError(f"tokenizer_config.json: extra_ids={value!r:.100} is not a number from 0 to {MAX_EXTRA_IDS}")
+    return value
+
+
 def missing_files(folder: Path) -> str:
-    if (folder / "spiece.model").is_file():
-        return (
-            f"{folder} has spiece.model but no tokenizer.json. Write one beside it, once, where transformers and "
-            f"sentencepiece are installed: transformers.T5TokenizerFast.from_pretrained({str(folder)!r})"
-            f".save_pretrained({str(folder)!r})"
-        )
     names = sorted(path.name for path in folder.iterdir())
-    return f"{folder} has neither tokenizer.json nor vocab.json with merges.txt; it has {names}"
+    return f"{folder} has neither tokenizer.json nor {SENTENCEPIECE} nor vocab.json with merges.txt; it has {names}"
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
