@@ -39,13 +39,18 @@ def encode(image: Image.Image, kind: str, metadata: Mapping[str, Any], parameter
     """
     file = BytesIO()
     if kind == "png":
-        chunks = PngInfo()
-        chunks.add_text("parameters", parameters)
-        chunks.add_itxt(CHUNK, json.dumps(metadata, ensure_ascii=False))
-        image.save(file, "PNG", pnginfo=chunks)
+        image.save(file, "PNG", pnginfo=text_chunks(metadata, parameters))
     else:
         image.save(file, kind.upper(), exif=exif(kind, metadata, parameters), **QUALITY[kind])
     return file.getvalue()
+
+
+def text_chunks(metadata: Mapping[str, Any], parameters: str) -> PngInfo:
+    """PNG's chunks with both texts."""
+    chunks = PngInfo()
+    chunks.add_text("parameters", parameters)
+    chunks.add_itxt(CHUNK, json.dumps(metadata, ensure_ascii=False))
+    return chunks
 
 
 def exif(kind: str, metadata: Mapping[str, Any], parameters: str) -> Image.Exif:
