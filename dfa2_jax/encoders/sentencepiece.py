@@ -22,7 +22,7 @@ FILE = "spiece.model"
 MAX_BYTES = 8_000_000  # T5's has 0.8 MB, umT5's 4.5 MB
 
 MAX_PIECE_BYTES = 4_000_000
-"""Of all pieces' texts: the library's trie takes up to 340 bytes of memory for each. T5's pieces have 0.3 MB."""
+"""The texts of all pieces. The library's trie takes up to 340 bytes of memory for each of their bytes."""
 
 MAX_EXTRA_IDS = 1000
 """T5 has 100 sentinels, umT5 300."""
@@ -40,7 +40,7 @@ MODEL_TYPES = {UNIGRAM: "unigram", 2: "BPE", 3: "word", 4: "char"}
 
 NORMAL, UNKNOWN = 1, 2
 TYPES = {NORMAL: "normal", UNKNOWN: "unknown", 3: "control", 4: "user defined", 6: "byte"}
-"""Of pieces. The proto's 5, unused pieces, is refused: the library would match them in texts."""
+"""Pieces have these types. The proto's 5, unused pieces, is refused: the library would match them in texts."""
 
 WHITESPACE = dict(
     whitespace_as_suffix=False, add_dummy_prefix=True, remove_extra_whitespaces=True, escape_whitespaces=True
