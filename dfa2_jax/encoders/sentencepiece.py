@@ -201,9 +201,7 @@ def check_model(model: Model) -> None:
         if not math.isfinite(piece.score):
             raise ValueError(f"piece {number}, {piece.text!r:.100}: score={piece.score} is not finite")
         if piece.type not in TYPES:
-            raise ValueError(
-                f"piece {number}, {piece.text!r:.100}: type={piece.type} is not supported, only {list(TYPES)}"
-            )
+            raise ValueError(f"piece {number}, {piece.text!r:.100}: type={piece.type} is none of {list(TYPES)}")
         seen.add(piece.text)
     nbytes = sum(len(text.encode()) for text in seen)
     if nbytes > MAX_PIECE_BYTES:
