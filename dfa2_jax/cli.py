@@ -120,7 +120,8 @@ def _parser() -> Parser:
     sample.add_argument(
         "--out", type=Path, required=True, metavar="PATH", help="a folder; for one image also a .png, .webp or .jpg"
     )
-    sample.add_argument("--format", choices=("png", "webp", "jpeg"), help="of the images in a folder (default: png)")
+    formats = ("png", "webp", "jpeg", "avif", "gif", "mp4")
+    sample.add_argument("--format", choices=formats, help="of files in a folder (default: png; of videos webp)")
     add_flags(sample, Options)
     _add_dtype(sample)
 

@@ -66,8 +66,11 @@ class Options:
     negative_prompt_3: Prompt = option(None, "for the third text encoder (SD3); None: `negative_prompt`", flag=True)
     height: int | None = option(None, "pixels; None: the model's own size", flag=True, metavar="PX")
     width: int | None = option(None, "pixels; None: the model's own size", flag=True, metavar="PX")
+    num_frames: int | None = option(
+        None, "frames of a video; None: the model's own number (CogVideoX 49, 1.5: 81)", flag=True, metavar="FRAMES"
+    )
     num_inference_steps: int | None = option(
-        None, "steps of the sampling loop; None: 28, or 4 for FLUX.1-schnell", flag="--steps"
+        None, "steps of the sampling loop; None: 28, or 4 for FLUX.1-schnell, 50 for CogVideoX", flag="--steps"
     )
     sigmas: Sequence[float] | Any | None = option(
         None,
@@ -80,12 +83,17 @@ class Options:
     scheduler: str | Mapping[str, Any] | None = option(
         None,
         "diffusers' name of another scheduler, or a scheduler_config; None: the folder's. "
-        "FlowMatchEulerDiscreteScheduler, DPMSolverMultistepScheduler",
+        "FlowMatchEulerDiscreteScheduler, DPMSolverMultistepScheduler; CogVideoXDDIMScheduler, CogVideoXDPMScheduler",
         flag=True,
         type=scheduler_of,
         metavar="NAME|FILE.json",
     )
-    guidance_scale: float | None = option(None, "SD3: classifier-free; FLUX.1-dev: embedded. None: 7, 3.5", flag=True)
+    guidance_scale: float | None = option(
+        None, "SD3, CogVideoX: classifier-free; FLUX.1-dev: embedded. None: 7, 6, 3.5", flag=True
+    )
+    use_dynamic_cfg: bool = option(
+        False, "another guidance scale at each step, as CogVideoX's model cards have it", flag=True, action="store_true"
+    )
     true_cfg_scale: float = option(1.0, "classifier-free guidance for FLUX.1; needs a negative prompt", flag=True)
     num_images_per_prompt: int = option(
         1, "images of each prompt", flag=True, help="images of each prompt, of as many seeds from --seed on"
@@ -103,7 +111,10 @@ class Options:
     negative_prompt_embeds: Any = option(None, "text states [B, T, E] in place of `negative_prompt`")
     negative_pooled_prompt_embeds: Any = option(None, "pooled text [B, P], together with `negative_prompt_embeds`")
     max_sequence_length: int | None = option(
-        None, "tokens of T5, at most 512; None: 256 (SD3, schnell) or 512 (dev)", flag=True, metavar="TOKENS"
+        None,
+        "tokens of T5, at most 512; None: 256 (SD3, schnell), 512 (dev) or 226 (CogVideoX)",
+        flag=True,
+        metavar="TOKENS",
     )
     clip_skip: int | None = option(None, "last layers of CLIP to leave out (SD3)", flag=True, metavar="LAYERS")
     skip_guidance_layers: list[int] | None = option(
@@ -128,6 +139,9 @@ class Options:
     callback_on_step_end: Callable[..., Any] | None = option(
         None, 'called as (pipeline, step, timestep, {"latents": ...}); may return other latents'
     )
+    fps: int | None = option(
+        None, "frames a second of a video's file; None: the model's own (CogVideoX 8, 1.5: 16)", flag=True
+    )
     output_type: str = option("pil", '"pil", "np" or "latent"')
     progress: bool = option(True, "show a bar, one step at a time; the numbers are those of the whole loop")
 
@@ -142,7 +156,9 @@ CALL = (
     "scheduler",
     "height",
     "width",
+    "num_frames",
     "guidance_scale",
+    "use_dynamic_cfg",
     "max_sequence_length",
 )
 """The `Options` that a plan is found for: `calibrate` takes them too."""

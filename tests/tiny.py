@@ -1,4 +1,4 @@
-"""Tiny but complete SD3, SD3.5, FLUX.1-dev and -schnell folders, built offline with diffusers.
+"""Tiny but complete SD3, SD3.5, FLUX.1 and CogVideoX folders, built offline with diffusers.
 
     python tests/tiny.py DIR
 
@@ -19,6 +19,10 @@ import torch
 import transformers
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLCogVideoX,
+    CogVideoXDDIMScheduler,
+    CogVideoXPipeline,
+    CogVideoXTransformer3DModel,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
@@ -197,6 +201,50 @@ def flux_pipeline(scheduler: dict[str, Any], *, guidance_embeds: bool) -> FluxPi
     )
 
 
+def cogvideox_pipeline(snr_shift_scale: float, scaling_factor: float, **transformer: Any) -> CogVideoXPipeline:
+    sizes = {
+        "num_attention_heads": 4,
+        "attention_head_dim": 16,
+        "in_channels": 4,
+        "out_channels": 4,
+        "num_layers": 3,
+        "time_embed_dim": 24,
+        "text_embed_dim": 96,
+        "max_text_seq_length": 14,
+        "sample_height": 6,
+        "sample_width": 10,
+        "sample_frames": 9,
+    }
+    vae = AutoencoderKLCogVideoX(
+        down_block_types=("CogVideoXDownBlock3D",) * 4,
+        up_block_types=("CogVideoXUpBlock3D",) * 4,
+        block_out_channels=(8, 8, 16, 16),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=4,
+        scaling_factor=scaling_factor,
+    )
+    redraw(vae, 1)
+    with torch.no_grad():
+        vae.decoder.conv_out.conv.weight *= 0.4
+    scheduler = CogVideoXDDIMScheduler(
+        prediction_type="v_prediction",
+        timestep_spacing="trailing",
+        rescale_betas_zero_snr=True,
+        snr_shift_scale=snr_shift_scale,
+        clip_sample=False,
+    )
+    return CogVideoXPipeline(
+        transformer=redraw(CogVideoXTransformer3DModel(**sizes, **transformer), 0),
+        scheduler=scheduler,
+        vae=vae,
+        text_encoder=t5_encoder(4),
+        tokenizer=t5_tokenizer(),
+    )
+
+
+ROTARY = {"use_rotary_positional_embeddings": True}
+
 DYNAMIC_SHIFT = {
     "shift": 3.0,
     "use_dynamic_shifting": True,
@@ -211,6 +259,9 @@ PIPELINES: dict[str, Callable[[], Any]] = {
     "sd35": lambda: sd3_pipeline(levels=4, qk_norm="rms_norm", dual_attention_layers=(0, 1)),
     "flux-dev": lambda: flux_pipeline(DYNAMIC_SHIFT, guidance_embeds=True),
     "flux-schnell": lambda: flux_pipeline({"shift": 1.0}, guidance_embeds=False),
+    "cogvideox-2b": lambda: cogvideox_pipeline(3.0, 1.15258426),
+    "cogvideox-5b": lambda: cogvideox_pipeline(1.0, 0.7, **ROTARY),
+    "cogvideox-15": lambda: cogvideox_pipeline(1.0, 0.7, **ROTARY, patch_size_t=2, patch_bias=False),
 }
 
 

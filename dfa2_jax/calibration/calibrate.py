@@ -288,7 +288,7 @@ class CalibrationRun:
             step.func.lower(*step.args, **step.keywords, state=state, i=done).compile()
         state = run(state, 0, done)
         for i in tqdm(range(done, steps), "calibrate", steps, initial=done, disable=not self.options.progress):
-            state, chosen = step(state=state, i=i)
+            state, chosen = step(state=self.call.with_noise(state, i), i=i)
             picks, errors = ({stack: pair[n] for stack, pair in chosen.items()} for n in (0, 1))
             checkpointed.add(in_order(self.call.layers, picks), in_order(self.call.layers, errors))
 

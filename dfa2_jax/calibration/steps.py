@@ -28,9 +28,8 @@ from dfa2_jax.pipeline.timing import told
 from dfa2_jax.plan.plan import Plan
 from dfa2_jax.plan.setting import MARGIN, StepCalibration, UnfittedRun, decibels, predicted_psnr
 from dfa2_jax.plan.steps import Nodes, StepSearch, adams_coefficients, count_for
-from dfa2_jax.sampling.inputs import Inputs, pad_steps
+from dfa2_jax.sampling.inputs import Inputs
 from dfa2_jax.sampling.loop import State, denoise
-from dfa2_jax.sampling.sinusoid import sinusoid
 
 PERTURBATION = 0.01
 """Root mean square of what the second run starts off by, where the noise's is 1."""
@@ -69,10 +68,10 @@ class StepRuns:
 
     def _inputs(self, part: int) -> Inputs:
         """Inputs of steps that begin later: `part` of `REFINED` of the way to the next. Times are linear in noise."""
-        inputs, times = self.call.inputs, self.call.schedule.times
+        inputs, schedule = self.call.inputs, self.call.schedule
         if part:
-            times = times + np.diff(times, append=np.float32(0)) * np.float32(part / REFINED)
-            inputs = replace(inputs, timesteps=pad_steps(sinusoid(times)))
+            ahead = np.diff(schedule.times, append=np.float32(0)) * np.float32(part / REFINED)
+            inputs = replace(inputs, timesteps=schedule.embedded(schedule.times + ahead))
         return self.call.put(inputs)
 
     def step(self, x: Latents, step: int, part: int = 0) -> tuple[Latents, Latents]:

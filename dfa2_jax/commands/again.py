@@ -15,9 +15,9 @@ from dfa2_jax import __version__
 from dfa2_jax.commands.sample import Target
 from dfa2_jax.commands.start import start
 from dfa2_jax.io.errors import blame, printable
-from dfa2_jax.io.images import SUFFIXES, read_metadata
+from dfa2_jax.io.images import read_metadata
 from dfa2_jax.io.terminal import print_path
-from dfa2_jax.pipeline.output import faults_in, image_format, is_file_name, options_again
+from dfa2_jax.pipeline.output import IMAGES, VIDEOS, Formats, faults_in, options_again
 from dfa2_jax.pipeline.pipeline import Pipeline
 from dfa2_jax.pipeline.timing import told
 from dfa2_jax.plan.plan import Plan
@@ -28,7 +28,8 @@ def run(args: argparse.Namespace) -> int:
     folder = args.folder or made.get("folder")
     if not isinstance(folder, str):
         raise ValueError(f"{args.image} names no folder of its model: dfa2 again {args.image} FOLDER.")
-    target = target_of(args)
+    formats = VIDEOS if made.get("num_frames") else IMAGES
+    target = target_of(args, formats)
     with blame(f"{args.image} cannot be made again"):  # a stranger's file may say anything
         plan = plan_of(args, made)
         options = options_again(made, plan)
@@ -59,25 +60,25 @@ def run(args: argparse.Namespace) -> int:
     output = pipeline.sample(replace(options, progress=not args.quiet), phase)
     if plan is not None:
         output.metadata["plan_file"] = str(plan_path(args, made).absolute())
-    kind = None if is_file_name(target.out) else target.kind
+    kind = None if formats.names_file(target.out) else target.kind
     (path,) = output.save(target.out, format=kind, numbers=[made["image"]], overwrite=False)
     print_path(path)
     differs = compare(args.image, path)
     return 1 if faults_in(output.metadata, made["image"]) else differs
 
 
-def target_of(args: argparse.Namespace) -> Target:
-    """Where the image goes that is made.
+def target_of(args: argparse.Namespace, formats: Formats) -> Target:
+    """Where the image or video goes that is made.
 
     Raises:
         FileExistsError: a file is there. It might be the image itself, which would then be compared with itself.
     """
     out = args.out or args.image.parent
-    if not is_file_name(out):
-        return Target(out, SUFFIXES.get(args.image.suffix.lower(), "png"))
+    if not formats.names_file(out):
+        return Target(out, formats, formats.suffixes.get(args.image.suffix.lower(), formats.default))
     if out.exists() or out.is_symlink():
         raise FileExistsError(f"--out {out} is there: choose another name, or a folder.")
-    return Target(out, image_format(out, None, 1))
+    return Target(out, formats, formats.of(out, None, 1))
 
 
 def plan_path(args: argparse.Namespace, made: dict[str, Any]) -> Path:

@@ -19,7 +19,7 @@ from dfa2_jax.io.images import exif, numbered, read_metadata, stem_of
 from dfa2_jax.io.terminal import print_path
 from dfa2_jax.options import Options
 from dfa2_jax.parallel.processes import is_first, said_by_first
-from dfa2_jax.pipeline.output import image_format, image_metadata, is_file_name, metadata, parameters
+from dfa2_jax.pipeline.output import EITHER, IMAGES, VIDEOS, Formats, image_metadata, metadata, parameters
 from dfa2_jax.pipeline.pipeline import Pipeline
 from dfa2_jax.pipeline.request import MAX_IMAGES
 from dfa2_jax.pipeline.timing import told
@@ -49,11 +49,12 @@ class Batch:
 def run(args: argparse.Namespace) -> int:
     start(args)
     shots = shots_of(args)
-    target = Target(args.out, image_format(args.out, args.format, len(shots)))
+    target = Target.of(args, EITHER, len(shots))
     plan = None if args.plan is None else Plan.load(args.plan)
     phase = nullcontext if args.quiet else told
     with phase("loading"):
         pipeline = open_pipeline(args)
+    target = Target.of(args, IMAGES if pipeline.sizes.num_frames is None else VIDEOS, len(shots))
     options: dict[str, Any] = given(args, Options) | {"plan": plan, "progress": not args.quiet}
     options["num_images_per_prompt"] = 1  # a shot is one image
     negative = (args.negative_prompt, args.negative_prompt_2, args.negative_prompt_3)
@@ -144,13 +145,18 @@ class Target:
     """Where images go. taken: files that this run has made or found."""
 
     out: Path
+    formats: Formats
     kind: str
     taken: set[Path] = field(default_factory=set)
+
+    @classmethod
+    def of(cls, args: argparse.Namespace, formats: Formats, count: int) -> "Target":
+        return cls(args.out, formats, formats.of(args.out, args.format, count))
 
     def __post_init__(self) -> None:
         """Raises OSError where nothing can be written, by the process that writes."""
         if is_first():
-            writable(self.out.parent if is_file_name(self.out) else self.out)
+            writable(self.out.parent if self.formats.names_file(self.out) else self.out)
 
     def check(self, images: Iterator[dict[str, Any]]) -> None:
         """Raises ValueError where JPEG has no room for what an image says of itself."""
@@ -163,8 +169,8 @@ class Target:
         Raises:
             FileExistsError: the one file that was asked for is another image.
         """
-        is_file = is_file_name(self.out)
-        files = [self.out] if is_file else numbered(self.out, stem_of(made["prompt"], made["seed"]), self.kind)
+        is_file, suffixes = self.formats.names_file(self.out), self.formats.suffixes_of(self.kind)
+        files = [self.out] if is_file else numbered(self.out, stem_of(made["prompt"], made["seed"]), suffixes)
         for path in files:
             if path not in self.taken and path.exists() and _says(path, made):
                 self.taken.add(path)

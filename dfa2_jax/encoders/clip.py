@@ -17,8 +17,9 @@ from dfa2_jax.io.errors import check_fields
 from dfa2_jax.nn.carrier import carrier
 from dfa2_jax.nn.config import config_from_json
 from dfa2_jax.nn.linear import MLP, Linear, gelu_tanh
+from dfa2_jax.nn.norms import LayerNorm
 from dfa2_jax.nn.scan import run_blocks, stack
-from dfa2_jax.nn.text import LayerNorm, biased_attention, embedding
+from dfa2_jax.nn.text import biased_attention, embedding
 from dfa2_jax.nn.weights import merge_heads, split_heads
 
 

@@ -15,6 +15,8 @@ from dfa2_jax.nn.attention import Attend, AttentionCall
 from dfa2_jax.nn.carrier import carrier
 from dfa2_jax.options import Options
 from dfa2_jax.sampling.guidance import Guidance
+from dfa2_jax.sampling.inputs import pad_steps
+from dfa2_jax.sampling.sinusoid import sinusoid
 from dfa2_jax.sampling.solvers.base import Solver
 from dfa2_jax.sampling.tokens import Grid, Tokens
 from dfa2_jax.weights.spec import ComponentSpec
@@ -52,8 +54,12 @@ class Defaults:
     num_inference_steps: int
     guidance_scale: float
     max_sequence_length: int
-    latent_size: int
-    """Latent pixels along a side."""
+    latent_size: tuple[int, int]
+    """Latent pixels, height and width."""
+    num_frames: int | None = None
+    """None: the family makes images."""
+    fps: int | None = None
+    """Frames a second of its videos."""
 
 
 @dataclass(frozen=True)
@@ -63,12 +69,18 @@ class Schedule:
     sigmas: noise levels, the last one 0.
     timesteps: the scheduler's own, as diffusers hands them to callbacks.
     times: their sinusoids are what the transformer takes.
+    time_features: sines and cosines of one time.
     """
 
     sigmas: Float[np.ndarray, " levels"]
     timesteps: Real[np.ndarray, " steps"]
     times: Float[np.ndarray, " steps"]
     solver: Solver
+    time_features: int = 256
+
+    def embedded(self, times: Float[np.ndarray, " steps"]) -> Float[np.ndarray, "padded_steps E"]:
+        """Times as the transformer takes them."""
+        return pad_steps(sinusoid(times, self.time_features))
 
 
 @runtime_checkable
@@ -118,7 +130,7 @@ class Transformer(Protocol):
     def __call__(
         self,
         tokens: Float[Array, "B V C"],
-        timestep: Float[Array, "#B 256"],
+        timestep: Float[Array, "#B E"],
         conditions: Any,
         attend: Attend | None = None,
         *,
@@ -168,6 +180,10 @@ class Family(Protocol):
         """Pixels of the image; raises ValueError or rounds where they are not multiples of a token's pixels."""
         ...
 
+    def latent_frames(self, num_frames: int | None) -> int:
+        """Of a video, or one; raises ValueError where there is no such video."""
+        ...
+
     def extra_text_tokens(self, encoders: Any) -> int:
         """Text tokens of the joint sequence beside those that `max_sequence_length` counts."""
         ...
@@ -182,7 +198,7 @@ class Family(Protocol):
         """Args: `dtype`: that scalars are rounded to, as torch does."""
         ...
 
-    def guidance(self, options: Options, cfg_scale: float | None, steps: int) -> Guidance: ...
+    def guidance(self, options: Options, cfg_scale: float | None, schedule: Schedule) -> Guidance: ...
 
     def schedule(
         self,
@@ -202,6 +218,13 @@ class Family(Protocol):
     def input_tokens(self, latents: np.ndarray, grid: Grid) -> np.ndarray:
         """The inverse; raises ValueError where the shape is another."""
         ...
+
+
+def one_frame(num_frames: int | None) -> int:
+    """The `Family.latent_frames` of a family that makes images."""
+    if num_frames is not None:
+        raise ValueError(f"num_frames={num_frames!r} is for video models: this one makes images.")
+    return 1
 
 
 def expect_shape(name: str, x: np.ndarray, want: tuple[int | None, ...]) -> None:

@@ -4,6 +4,7 @@ from os import PathLike
 from typing import Any
 
 from dfa2_jax.families.base import Family
+from dfa2_jax.families.cogvideox.family import CogVideoX
 from dfa2_jax.families.flux.family import Flux
 from dfa2_jax.families.sd3.family import SD3
 from dfa2_jax.weights.checkpoint import Checkpoint
@@ -29,7 +30,7 @@ def register(family: type[Any]) -> None:
     FAMILIES[family.pipeline_class] = family
 
 
-for known in (SD3, Flux):
+for known in (SD3, Flux, CogVideoX):
     register(known)
 
 

@@ -9,7 +9,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from io import BytesIO
 from itertools import count
@@ -109,9 +109,8 @@ def stem_of(prompt: str, seed: int | None) -> str:
     return stem if seed is None else f"{stem}-seed{seed}"
 
 
-def numbered(folder: Path, stem: str, kind: str) -> list[Path]:
-    """The images of this stem and format that are in the folder."""
-    suffixes = [suffix for suffix, name in SUFFIXES.items() if name == kind]
+def numbered(folder: Path, stem: str, suffixes: Collection[str]) -> list[Path]:
+    """The files of this stem, with one of these suffixes, that are in the folder."""
     number = re.compile(re.escape(stem) + r"-\d+(" + "|".join(map(re.escape, suffixes)) + ")")
     return sorted(path for path in folder.glob(f"{stem}-*") if number.fullmatch(path.name))
 
@@ -129,10 +128,9 @@ def write_named(path: Path, data: bytes, overwrite: bool) -> None:
             file.write(data)
 
 
-def write_new(folder: Path, stem: str, kind: str, data: bytes) -> Path:
+def write_new(folder: Path, stem: str, suffix: str, data: bytes) -> Path:
     """A file of the first number that is free, never over another nor in part: two processes take turns."""
     with _turn(folder):
-        suffix = next(suffix for suffix, name in SUFFIXES.items() if name == kind)
         path = next(path for i in count() if not os.path.lexists(path := folder / f"{stem}-{i}{suffix}"))
         with replacing(path) as file:
             file.write(data)

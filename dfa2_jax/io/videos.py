@@ -9,6 +9,7 @@ import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import IO, Any
 
 import numpy as np
@@ -72,13 +73,9 @@ def save_video(
     path = Path(path)
     kind = video_format(path)
     pixels = as_array(frames)
-    if not 1 <= fps <= MAX_FPS[kind]:  # NaN is not, either
-        raise ValueError(f"{fps=} is not from 1 to {MAX_FPS[kind]}, the frames a second that {path.suffix} takes.")
+    check_video(kind, fps, pixels.shape[1:3])
     replaceable(path)
-    if kind == "mp4":
-        write_mp4(pixels, path, fps)
-        return path
-    data = animation(pixels, kind, fps, metadata, parameters)
+    data = encode_video(pixels, kind, fps, metadata, parameters)
     with replacing(path) as file:
         file.write(data)
     return path
@@ -122,6 +119,33 @@ def durations(count: int, fps: float, tick_ms: int) -> list[int]:
     return [tick_ms * (end - start) for start, end in zip(ends, ends[1:], strict=False)]
 
 
+def check_video(kind: str, fps: float, size: tuple[int, ...]) -> None:
+    """Whether a format takes this rate, and frames of this height and width.
+
+    Raises:
+        ValueError: it does not.
+        MissingExtra: MP4 without the extra `video`.
+    """
+    if not 1 <= fps <= MAX_FPS[kind]:  # NaN is not, either
+        raise ValueError(f"{fps=} is not from 1 to {MAX_FPS[kind]}, the frames a second that {kind} takes.")
+    if kind == "mp4":
+        need("imageio_ffmpeg", "a video in .mp4", "video")
+        height, width = size
+        if height % 2 or width % 2:
+            raise ValueError(f"{height=} and {width=} must be even for .mp4: choose other sizes, or .webp.")
+
+
+def encode_video(
+    frames: UInt8[np.ndarray, "F H W 3"], kind: str, fps: float, metadata: Mapping[str, Any] | None, parameters: str
+) -> bytes:
+    """A file of one of the formats.
+
+    Raises:
+        OSError: ffmpeg fails.
+    """
+    return mp4(frames, fps) if kind == "mp4" else animation(frames, kind, fps, metadata, parameters)
+
+
 def animation(
     frames: UInt8[np.ndarray, "F H W 3"], kind: str, fps: float, metadata: Mapping[str, Any] | None, parameters: str
 ) -> bytes:
@@ -141,19 +165,11 @@ def images_of(frames: UInt8[np.ndarray, "F H W 3"]) -> Iterator[Image.Image]:
     return map(Image.fromarray, frames)
 
 
-def write_mp4(frames: UInt8[np.ndarray, "F H W 3"], path: Path, fps: float) -> None:
-    """
-    Raises:
-        ValueError: a height or width is odd.
-        MissingExtra: imageio-ffmpeg is not installed.
-        OSError: ffmpeg fails.
-    """
-    height, width = frames.shape[1:3]
-    if height % 2 or width % 2:
-        raise ValueError(f"{path}: {height=} and {width=} must be even for .mp4: choose other sizes, or .webp.")
-    ffmpeg = need("imageio_ffmpeg", "a video in .mp4", "video").get_ffmpeg_exe()
-    with replacing(path) as file:
-        run_ffmpeg(ffmpeg, frames, file, fps)
+def mp4(frames: UInt8[np.ndarray, "F H W 3"], fps: float) -> bytes:
+    with TemporaryFile() as file:
+        run_ffmpeg(need("imageio_ffmpeg", "a video in .mp4", "video").get_ffmpeg_exe(), frames, file, fps)
+        file.seek(0)
+        return file.read()
 
 
 def run_ffmpeg(ffmpeg: str, frames: UInt8[np.ndarray, "F H W 3"], file: IO[bytes], fps: float) -> None:

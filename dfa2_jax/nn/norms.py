@@ -22,6 +22,20 @@ class RMSNorm(nnx.Module):
         return rms_norm(x, self.scale[...], self.eps)
 
 
+class LayerNorm(nnx.Module):
+    """Layer norm over the last axis with scale and bias, in float32, rounded once."""
+
+    def __init__(self, features: int, *, eps: float = 1e-6, dtype: DTypeLike):
+        self.scale = nnx.Param(jnp.ones((features,), dtype))
+        self.bias = nnx.Param(jnp.zeros((features,), dtype))
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "*dims D"]) -> Float[Array, "*dims D"]:
+        ones = (1,) * (x.ndim - 1)
+        scale, bias = (p[...].astype(jnp.float32).reshape(*ones, -1) for p in (self.scale, self.bias))
+        return (layer_norm(x.astype(jnp.float32), self.eps) * scale + bias).astype(x.dtype)
+
+
 class AdaLN(nnx.Module):
     """`silu(vector) -> linear -> branches x (shift, scale, gate)`, the adaLN-Zero of every block."""
 

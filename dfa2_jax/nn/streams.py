@@ -1,5 +1,6 @@
 """What a joint block does to each of its streams, and what is equal in all blocks."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,7 +50,7 @@ class Context:
 class Projections(nnx.Module):
     """A stream's projections before and after attention.
 
-    qk_norm: RMS norms of queries and keys (not in SD3-medium).
+    qk_norm: norms of queries and keys (not in SD3-medium), of the kind that `norm` makes.
     writes: an output projection; without one the stream is only read.
     """
 
@@ -57,18 +58,26 @@ class Projections(nnx.Module):
     """In place of `to_q`, `to_k` and `to_v`, where their weights are one (`nn.quantize`)."""
 
     def __init__(
-        self, width: int, num_heads: int, *, qk_norm: bool, writes: bool = True, dtype: DTypeLike, rngs: nnx.Rngs
+        self,
+        width: int,
+        num_heads: int,
+        *,
+        qk_norm: bool,
+        writes: bool = True,
+        norm: Callable[..., Any] = RMSNorm,
+        dtype: DTypeLike,
+        rngs: nnx.Rngs,
     ):
         def project() -> Linear:
             return Linear(width, width, dtype=dtype, rngs=rngs)
 
-        def norm() -> RMSNorm | None:
-            return RMSNorm(width // num_heads, dtype=dtype) if qk_norm else None
+        def norms() -> Any:
+            return norm(width // num_heads, dtype=dtype) if qk_norm else None
 
         self.num_heads = num_heads
         self.to_q, self.to_k, self.to_v = project(), project(), project()
         self.to_out = project() if writes else None
-        self.norm_q, self.norm_k = norm(), norm()
+        self.norm_q, self.norm_k = norms(), norms()
 
     def modulated(self, x: Float[Array, "B T D"], modulation: Modulation) -> Any:
         """The modulated layer norm of x, as `qkv` takes it."""

@@ -1,4 +1,4 @@
-"""What the text encoders share: tables, affine norm, small attention."""
+"""What the text encoders share: tables, small attention."""
 
 import jax
 import jax.numpy as jnp
@@ -7,25 +7,11 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from dfa2_jax.nn.weights import matmul_precision
-from pallas_kernels.passes import layer_norm
 
 
 def embedding(rows: int, width: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.Param:
     """A table [rows, width]; 0.02 is the spread transformers initialises CLIP's tables with."""
     return nnx.Param(0.02 * jax.random.normal(rngs.params(), (rows, width), dtype))
-
-
-class LayerNorm(nnx.Module):
-    """Layer norm over the last axis with scale and bias, in float32, rounded once."""
-
-    def __init__(self, features: int, *, eps: float, dtype: DTypeLike):
-        self.scale = nnx.Param(jnp.ones((features,), dtype))
-        self.bias = nnx.Param(jnp.zeros((features,), dtype))
-        self.eps = eps
-
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        scale, bias = (p[...].astype(jnp.float32)[None, None] for p in (self.scale, self.bias))
-        return (layer_norm(x.astype(jnp.float32), self.eps) * scale + bias).astype(x.dtype)
 
 
 def biased_attention(

@@ -78,12 +78,12 @@ class DeviceMesh:
         own = [by_device[device] for device in self.members if device in by_device]
         return jax.make_array_from_single_device_arrays(x.shape, NamedSharding(self.devices, self.of_weight(x)), own)
 
-    def put_image(self, x: Float[Array | np.ndarray, "B h w C"]) -> jax.Array:
+    def put_image(self, x: Float[Array | np.ndarray, "*dims h w C"]) -> jax.Array:
         return _put(x, NamedSharding(self.devices, self.of_image(x.shape)))
 
     def of_image(self, shape: tuple[int, ...]) -> P:
-        """Where an image [B, h, w, C] lies. Devices share lines of pixels, where they divide them; else all have it."""
-        return P(None, (ROWS, TOKENS)) if shape[1] % self.devices.size == 0 else P()
+        """Where images [..., h, w, C] lie. Devices share lines of pixels, if they divide them; else all have all."""
+        return P(*[None] * (len(shape) - 3), (ROWS, TOKENS)) if shape[-3] % self.devices.size == 0 else P()
 
     @property
     def members(self) -> tuple[Any, ...]:

@@ -29,7 +29,7 @@ class ParallelTransformer:
     def __call__(
         self,
         tokens: Float[Array, "B V C"],
-        timestep: Float[Array, "#B 256"],
+        timestep: Float[Array, "#B E"],
         conditions: Any,
         attend: Attend,
         *,

@@ -3,8 +3,8 @@
 import jax
 import numpy as np
 
-from dfa2_jax.pipeline import components
 from dfa2_jax.pipeline.call import Call
+from dfa2_jax.pipeline.decoding import compile_chunks
 
 
 @jax.enable_x64(False)  # as the programs run
@@ -20,11 +20,7 @@ def compile_ahead(call: Call) -> None:
         compile_decoder(call)
 
 
-@jax.enable_x64(False)
 def compile_decoder(call: Call) -> None:
     """`pipeline.decode` of the call's images then compiles nothing."""
-    pipeline, vae = call.pipeline, call.pipeline.networks["vae"]
-    latents = pipeline.family.tokens.unpack(call.tokens[:1], call.grid)[:, :, 0]
-    channels, rows, columns = latents.shape[1:]
-    image = pipeline.put_image(np.zeros((1, rows, columns, channels), np.float32))
-    components.call.lower(vae.graph, vae.params, image, method="decode").compile()
+    (latents,) = call.latents(call.tokens[:1]).transpose(0, 2, 3, 4, 1)
+    compile_chunks(call.pipeline.networks["vae"], np.asarray(latents, np.float32), call.pipeline.put_image)

@@ -8,6 +8,7 @@ from typing import Any, TypeGuard
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float
 from PIL import Image
 from tqdm import tqdm
 
@@ -24,8 +25,8 @@ from dfa2_jax.plan.setting import AttentionLayer, Setting
 from dfa2_jax.sampling.inputs import Inputs, pad_steps
 from dfa2_jax.sampling.loop import HeadPlans, State, denoise, denoise_planned
 from dfa2_jax.sampling.memory import empty_memory, stack_shapes
-from dfa2_jax.sampling.noise import torch_randn
-from dfa2_jax.sampling.sinusoid import sinusoid
+from dfa2_jax.sampling.noise import BatchNoise, StepNoise
+from dfa2_jax.sampling.solvers.base import NoisySolver
 from dfa2_jax.sampling.solvers.flow_euler import FlowMultistep
 from dfa2_jax.sampling.tokens import Grid
 
@@ -100,6 +101,7 @@ class Call:
             sigmas=tuple(float(sigma) for sigma in self.schedule.sigmas),
             height=request.height,
             width=request.width,
+            num_frames=request.num_frames,
             doubled_batch=self.inputs.guidance.sides == 2,
             num_heads=pipeline.config.num_attention_heads,
             layers=tuple(AttentionLayer.of(layer.name, layer.layout) for layer in self.layers),
@@ -179,7 +181,33 @@ class Call:
             options |= {"attend": self.options.attend}
             program = denoise
         run = jax.enable_x64(False)(partial(program, graph, self.params, **options))
-        return lambda state, start, stop: run(state, start=start, stop=stop)
+
+        def steps(state: State, start: int, stop: int) -> State:
+            return run(state, start=start, stop=stop)
+
+        def each(state: State, start: int, stop: int) -> State:
+            for i in range(start, stop):
+                state = steps(self.with_noise(state, i), i, i + 1)
+            return state if start < stop else steps(state, start, stop)
+
+        return each if isinstance(self.inputs.solver, NoisySolver) else steps
+
+    @cached_property
+    def step_noise(self) -> StepNoise:
+        """What the solver adds. The seed's stream begins with the latents that sampling starts from, where it drew
+        them."""
+        noise = noise_of(self.pipeline, self.options, self.request, self.grid)
+        if self.options.latents is None:
+            noise.draw()
+        return StepNoise(noise, self.inputs.solver.draws)
+
+    def with_noise(self, state: State, i: int) -> State:
+        """The state before step `i`, with what the solver adds there, if it adds any."""
+        solver = self.inputs.solver
+        if not isinstance(solver, NoisySolver):
+            return state
+        noise = self.pipeline.family.tokens.pack_noise(self.step_noise[i])
+        return replace(state, solver=solver.with_noise(state.solver, noise))
 
     @staticmethod
     def remembers(plan: Plan | None) -> TypeGuard[Plan]:
@@ -224,15 +252,21 @@ class Call:
             raise ValueError(f"callback_on_step_end must return a dict of 'latents' alone, got {returned!r:.200}")
         return self.pipeline.given_tokens(returned.get("latents", shown["latents"]), self.request, self.grid)
 
+    def latents(self, tokens: np.ndarray) -> Float[np.ndarray, "B C F h w"]:
+        """Latents of patchified ones [B, V, P], without the first frames, which only fill up a token."""
+        latents = self.pipeline.family.tokens.unpack(tokens, self.grid)
+        return latents[:, :, latents.shape[2] - self.request.latent_frames :]
+
     def images(self, tokens: np.ndarray) -> Any:
-        """Images of patchified latents [B, V, P], in the form that the call asks for."""
-        pipeline, output_type = self.pipeline, self.request.output_type
+        """Images or videos of patchified latents [B, V, P], in the form that the call asks for."""
+        pipeline, output_type, is_video = self.pipeline, self.request.output_type, self.request.num_frames is not None
         if output_type == "latent":
             return pipeline.family.output_latents(tokens, self.grid)
-        (images,) = pipeline.decode(pipeline.family.tokens.unpack(tokens, self.grid)).swapaxes(0, 1)  # of one frame
+        videos = pipeline.decode(self.latents(tokens), progress=is_video and self.options.progress)
         if output_type == "np":
-            return images
-        return [Image.fromarray(pixels) for pixels in (np.nan_to_num(images) * 255).round().astype(np.uint8)]
+            return videos if is_video else videos[:, 0]
+        shown = [list(map(Image.fromarray, (np.nan_to_num(x) * 255).round().astype(np.uint8))) for x in videos]
+        return shown if is_video else [image for (image,) in shown]
 
 
 def embed(pipeline: Loaded, request: Request) -> Embeddings:
@@ -256,15 +290,15 @@ def prepare(pipeline: Loaded, options: Options, request: Request) -> Call:
     """Encodes prompts, draws noise and makes the schedule of a checked call."""
     _check_attend(options.attend, len(pipeline.devices))
     family, vae_scale = pipeline.family, pipeline.sizes.vae_scale
-    grid = family.tokens.grid(1, request.height // vae_scale, request.width // vae_scale)
+    grid = family.tokens.grid(request.latent_frames, request.height // vae_scale, request.width // vae_scale)
     tokens, seeds = _start_tokens(pipeline, options, request, grid)
     scalars = pipeline.dtype if pipeline.torch_rounding else jnp.dtype(np.float32)
     schedule = family.schedule(request.scheduler, request.sigmas, request.steps, grid.num_visual, scalars)
     text = embed(pipeline, request)
     inputs = Inputs(
         conditions=family.conditions(text, grid, request.guidance_scale, scalars),
-        timesteps=pad_steps(sinusoid(schedule.times)),
-        guidance=family.guidance(options, request.cfg_scale, request.steps),
+        timesteps=schedule.embedded(schedule.times),
+        guidance=family.guidance(options, request.cfg_scale, schedule),
         solver=schedule.solver,
     )
     call = Call(pipeline, options, request, grid, tokens, seeds, schedule, text.text.shape[1], inputs)
@@ -293,10 +327,12 @@ def _start_tokens(
     """Patchified latents [B, V, P] to start from, and the seed of each image."""
     if options.latents is not None:
         return pipeline.given_tokens(host_array("latents", options.latents), request, grid), [None] * request.batch
-    seeds, family, patch = seeds_of(options.seed, request.batch), pipeline.family, pipeline.config.patch_size
-    shape = (family.latent_channels, grid.frames, grid.rows * patch, grid.columns * patch)
-    if np.ndim(options.seed) == 0:
-        noise = torch_randn(seeds[0], (request.batch, *shape))
-    else:
-        noise = np.concatenate([torch_randn(seed, (1, *shape)) for seed in seeds])
-    return family.tokens.pack(noise), [*seeds]
+    noise = noise_of(pipeline, options, request, grid).draw()
+    return pipeline.family.tokens.pack_noise(noise), [*seeds_of(options.seed, request.batch)]
+
+
+def noise_of(pipeline: Loaded, options: Options, request: Request, grid: Grid) -> BatchNoise:
+    """The noise of a call's seeds."""
+    seeds, family = seeds_of(options.seed, request.batch), pipeline.family
+    shape = family.tokens.noise_shape(family.latent_channels, grid)
+    return BatchNoise(seeds if np.ndim(options.seed) else seeds[0], request.batch, shape)

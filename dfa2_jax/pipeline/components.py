@@ -20,15 +20,39 @@ def call(graph: nnx.GraphDef, params: Any, *args: Any, method: str = "__call__")
     return getattr(nnx.merge(graph, params), method)(*args)
 
 
+@partial(jax.jit, static_argnames=("graph", "method"), donate_argnames=("carried",))
+def call_carrying(graph: nnx.GraphDef, params: Any, x: Any, carried: Any, *, method: str) -> Any:
+    """A method that is handed what an earlier call of it returned, whose memory it may use."""
+    return getattr(nnx.merge(graph, params), method)(x, carried)
+
+
 class Component:
     """One network of a pipeline, split into its static graph and its parameters."""
 
     def __init__(self, module: nnx.Module):
+        self.kind = type(module)
         self.graph, self.params = nnx.split(module)
 
     @jax.enable_x64(False)  # a program of 32 bits, whatever the user's setting is
     def __call__(self, *args: Any, method: str = "__call__") -> Any:
         return call(self.graph, self.params, *args, method=method)
+
+    @jax.enable_x64(False)
+    def carry(self, x: Any, carried: Any, *, method: str) -> Any:
+        """A method of two arguments; the second is given away."""
+        return call_carrying(self.graph, self.params, x, carried, method=method)
+
+    @jax.enable_x64(False)
+    def compile(self, *args: Any, method: str, carries: bool = False) -> Any:
+        """Shapes of what a call returns, which then compiles nothing.
+
+        Args:
+            args: arrays, or their shapes.
+            carries: for `carry`.
+        """
+        lowered = (call_carrying if carries else call).lower(self.graph, self.params, *args, method=method)
+        lowered.compile()
+        return lowered.out_info
 
 
 class Networks:

@@ -10,6 +10,7 @@ from dfa2_jax.encoders.t5 import T5Config
 from dfa2_jax.encoders.tokenizers import Tokenizer
 from dfa2_jax.io.errors import CheckpointError, raise_faults
 from dfa2_jax.vae.image import AutoencoderConfig
+from dfa2_jax.vae.video import VideoAutoencoderConfig
 from dfa2_jax.weights.checkpoint import Checkpoint
 
 
@@ -22,8 +23,11 @@ def check_fit(checkpoint: Checkpoint) -> None:
     configs = {name: checkpoint.config(name) for name in components if name in checkpoint.classes}
     faults = []
     for name, config in configs.items():
-        if isinstance(config, AutoencoderConfig):
+        if isinstance(config, (AutoencoderConfig, VideoAutoencoderConfig)):
             channels = transformer.token_channels // transformer.patch_size**2
+            if isinstance(config, VideoAutoencoderConfig):
+                channels, ratio = transformer.in_channels, "temporal_compression_ratio"
+                faults += differ(f"{name}: {ratio}", getattr(config, ratio), ratio, getattr(transformer, ratio))
             faults += differ(f"{name}: latent_channels", config.latent_channels, "latent channels", channels)
             if config.out_channels != 3:
                 faults.append(f"{name}: out_channels={config.out_channels}, but images have 3")

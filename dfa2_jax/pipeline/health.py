@@ -14,19 +14,19 @@ def faults_of(call: Call, tokens: np.ndarray, images: Any) -> tuple[str, ...]:
         tokens: patchified latents [B, V, P] after all steps.
         images: as `Call.images` makes them.
     """
-    faults = []
+    faults, what = [], "image" if call.request.num_frames is None else "video"
     broken = [not np.isfinite(latents).all() for latents in tokens]
     step = first_broken_step(call) if any(broken) else None
     for number, (latents, image) in enumerate(zip(tokens, images, strict=True)):
         if broken[number]:
             since = "" if step is None else f" from step {step + 1} of {call.num_steps(call.options.plan)} on"
-            faults.append(f"image {number}: its latents are not finite{since}")
+            faults.append(f"{what} {number}: its latents are not finite{since}")
         elif latents.min() == latents.max():
-            faults.append(f"image {number}: its latents are the constant {latents.min():g}")
+            faults.append(f"{what} {number}: its latents are the constant {latents.min():g}")
         elif not np.isfinite(pixels := np.asarray(image, np.float32)).all():
-            faults.append(f"image {number}: the autoencoder makes numbers of its latents that are not finite")
-        elif (pixels == pixels[:1, :1]).all():
-            faults.append(f"image {number}: every pixel is the same")
+            faults.append(f"{what} {number}: the autoencoder makes numbers of its latents that are not finite")
+        elif (pixels == pixels.reshape(-1, pixels.shape[-1])[0]).all():
+            faults.append(f"{what} {number}: every pixel is the same")
     return tuple(faults)
 
 

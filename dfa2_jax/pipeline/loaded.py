@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
+from tqdm import tqdm
 
 from dfa2_jax.encoders.specs import CLIP, CLIP_PROJECTED
 from dfa2_jax.families.base import Embeddings, Family, Texts
@@ -15,6 +16,7 @@ from dfa2_jax.families.registry import FAMILIES
 from dfa2_jax.io.names import suggests_names
 from dfa2_jax.parallel.mesh import DeviceMesh, devices_named
 from dfa2_jax.pipeline.components import Component, Networks
+from dfa2_jax.pipeline.decoding import chunks_of, frames_of
 from dfa2_jax.pipeline.fit import check_fit
 from dfa2_jax.pipeline.request import ModelSizes, Request
 from dfa2_jax.sampling.tokens import Grid
@@ -134,7 +136,8 @@ class Loaded:
         self.sizes = ModelSizes(
             vae_scale=vae_scale,
             multiple=vae_scale * self.config.patch_size,
-            image=vae_scale * self.family.defaults.latent_size,
+            image=(vae_scale * self.family.defaults.latent_size[0], vae_scale * self.family.defaults.latent_size[1]),
+            num_frames=self.family.defaults.num_frames,
             num_layers=self.config.num_layers,
             joint_attention_dim=self.config.joint_attention_dim,
             pooled_projection_dim=getattr(self.config, "pooled_projection_dim", None),
@@ -167,20 +170,25 @@ class Loaded:
         if depths and not 0 <= clip_skip < (depth := min(depths)):
             raise ValueError(f"{clip_skip=} must be from 0 to {depth - 1}: the CLIP encoder has {depth} layers.")
 
-    def decode(self, latents: Float[np.ndarray, "B C F h w"]) -> Float[np.ndarray, "B F H W 3"]:
+    def decode(
+        self, latents: Float[np.ndarray, "B C F h w"], *, progress: bool = False
+    ) -> Float[np.ndarray, "B F H W 3"]:
         """Frames, in [0, 1], of latents as the sampler leaves them. A picture is one frame.
 
-        One frame at a time: another batch size compiles nothing, and activations stay those of one frame. Devices of
-        this process share its lines of pixels.
+        Devices of this process share lines of pixels.
         """
         self.check_vae()
-        vae, (batch, _, frames, *_) = self.networks["vae"], latents.shape
-        nfhwc = np.asarray(latents, np.float32).transpose(0, 2, 3, 4, 1)
-        each = nfhwc.reshape(-1, 1, *nfhwc.shape[2:])
-        decoded = np.stack([np.asarray(vae(self.put_image(x), method="decode"), np.float32)[0] for x in each])
-        return np.clip(decoded / 2 + 0.5, 0, 1).reshape(batch, frames, *decoded.shape[1:])
+        vae, nfhwc = self.networks["vae"], np.asarray(latents, np.float32).transpose(0, 2, 3, 4, 1)
+        bar = tqdm(total=len(nfhwc) * len(chunks_of(vae, nfhwc[0])), desc="decode", disable=not progress)
+        videos: list[list[np.ndarray]] = [[] for _ in nfhwc]
+        with bar:
+            for video, frames in zip(nfhwc, videos, strict=True):
+                for chunk in frames_of(vae, video, self.put_image):
+                    frames.append(chunk)
+                    bar.update()
+        return np.stack([np.concatenate(frames) for frames in videos])
 
-    def put_image(self, x: Float[np.ndarray, "B h w C"]) -> Any:
+    def put_image(self, x: Float[np.ndarray, "*dims h w C"]) -> Any:
         """As the VAE takes it."""
         return x if self.own_mesh is None else self.own_mesh.put_image(x)
 

@@ -14,6 +14,8 @@ from dfa2_jax import __version__
 from dfa2_jax.io.hub import model_name
 from dfa2_jax.io.images import SUFFIXES, encode, stem_of, write_named, write_new
 from dfa2_jax.io.names import of_names, suggests_names
+from dfa2_jax.io.videos import SUFFIXES as VIDEO_SUFFIXES
+from dfa2_jax.io.videos import as_array, check_video, encode_video
 from dfa2_jax.options import Options
 from dfa2_jax.pipeline.call import Call
 from dfa2_jax.pipeline.loaded import Loaded
@@ -24,7 +26,10 @@ from dfa2_jax.sampling.solvers.schedulers import EULER, SAMPLERS
 LEFT_OUT = ("progress", "output_type", "seed", "sigmas", "plan", "attend", "callback_on_step_end")
 """Arguments that metadata leaves out, or gives in another form."""
 
-UNWRITABLE = (".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".jp2", ".jxl", ".ppm", ".ico", ".svg", ".pdf")
+UNWRITABLE = (
+    *(".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".jp2", ".jxl", ".ppm", ".ico", ".svg", ".pdf"),
+    *(".png", ".jpg", ".jpeg", ".webp", ".apng", ".mp4", ".mov", ".mkv", ".webm", ".avi"),
+)
 """Suffixes that ask for a file, and for one that we do not write."""
 
 TEXTS = tuple(f"{side}prompt{n}" for side in ("", "negative_") for n in ("", "_2", "_3"))
@@ -34,13 +39,14 @@ CODE = ("attend", "callback_on_step_end")
 
 @dataclass(frozen=True)
 class Output:
-    """Images, and how they came about.
+    """Images or videos, and how they came about.
 
-    images: PIL images, or float32 [B, H, W, 3] in [0, 1], or latents as diffusers returns them.
+    images: PIL images, or float32 [B, H, W, 3] in [0, 1], or latents as diffusers returns them; None of videos.
     seeds: one per image, None where the latents were given.
     timings: seconds of encode, denoise, per_step, decode, and of the compilation within them.
     metadata: what would make the same images again; JSON-serialisable.
     faults: what is wrong with which image, in words: numbers that are not finite, or a single value.
+    frames: of videos: lists of PIL images, or float32 [B, F, H, W, 3], or latents as diffusers returns them.
     """
 
     images: Any
@@ -48,6 +54,7 @@ class Output:
     timings: dict[str, float]
     metadata: dict[str, Any] = field(repr=False)
     faults: tuple[str, ...] = ()
+    frames: Any = None
 
     @suggests_names
     def save(
@@ -58,39 +65,47 @@ class Output:
         numbers: Collection[int] | None = None,
         overwrite: bool = True,
     ) -> list[Path]:
-        """Write images that say how to make them again (`dfa2 again`), each whole or not at all.
+        """Write images or videos that say how to make them again (`dfa2 again`), each whole or not at all.
 
         Args:
-            path: a file for one image, by its suffix PNG, JPEG or WebP, or a folder. Files in a folder are named after
-                prompt and seed, and replace no other file.
-            format: "png", "jpeg" or "webp", in a folder; None: "png".
-            numbers: of the images to write; None: all.
+            path: a file for one of them, by its suffix, or a folder. Images become PNG, JPEG or WebP; videos WebP,
+                AVIF, GIF, PNG, or MP4 with the extra `video`. GIF and MP4 say nothing of themselves. Files in a folder
+                are named after prompt and seed, and replace no other file.
+            format: of files in a folder; None: "png", and "webp" for videos.
+            numbers: of the images or videos to write; None: all.
             overwrite: whether one file may take the place of another.
 
         Returns:
-            The files, in the order of the images.
+            The files, in their order.
 
         Raises:
-            ValueError: latents are no images, an image or format is unknown, one file is asked for several, or JPEG
-                has no room for the metadata.
+            ValueError: latents are no images, a number or format is unknown, one file is asked for several, JPEG has no
+                room for the metadata, or a format does not take the size or the rate.
+            MissingExtra: MP4 without the extra `video`.
             FileExistsError: the file is there, and may not be replaced.
             OSError: the disk.
         """
-        path, shown = Path(path), pictures(self.images)
+        path, is_video = Path(path), self.frames is not None
+        formats = VIDEOS if is_video else IMAGES
+        shown: list[Any] = [*map(as_array, videos(self.frames))] if is_video else pictures(self.images)
         numbers = range(len(shown)) if numbers is None else numbers
         if wrong := [number for number in numbers if number not in range(len(shown))]:
-            raise ValueError(f"numbers={wrong} are none of these {len(shown)} images: they are counted from 0.")
-        kind = image_format(path, format, len(numbers))
+            raise ValueError(f"numbers={wrong} are none of these {len(shown)} {formats.what}: they are counted from 0.")
+        kind = formats.of(path, format, len(numbers))
+        if is_video:
+            check_video(kind, self.metadata["fps"], shown[0].shape[1:3])
         files = []
         for i in numbers:
             made = image_metadata(self.metadata, i)
-            data = encode(shown[i], kind, made, parameters(made))
-            if is_file_name(path):
+            words = made, parameters(made)
+            data = encode_video(shown[i], kind, made["fps"], *words) if is_video else encode(shown[i], kind, *words)
+            if formats.names_file(path):
                 write_named(path, data, overwrite)
                 files.append(path)
             else:
                 path.mkdir(parents=True, exist_ok=True)
-                files.append(write_new(path, stem_of(made.get("prompt") or "", made["seed"]), kind, data))
+                stem, (suffix, *_) = stem_of(made.get("prompt") or "", made["seed"]), formats.suffixes_of(kind)
+                files.append(write_new(path, stem, suffix, data))
         return files
 
 
@@ -103,30 +118,56 @@ def pictures(images: Any) -> list[Image.Image]:
     return images
 
 
-def is_file_name(path: Path) -> bool:
-    """Whether a path names an image file, not a folder."""
-    return path.suffix.lower() in SUFFIXES and not path.is_dir()
+def videos(frames: Any) -> list[list[Image.Image]]:
+    """PIL images of videos that a call returned."""
+    if isinstance(frames, np.ndarray) and (frames.ndim != 5 or frames.shape[4] != 3):
+        raise ValueError(f'latents {list(frames.shape)} are no videos: sample with output_type="pil".')
+    return [pictures(video) for video in frames]
 
 
-def image_format(path: Path, format: str | None, count: int) -> str:
-    """The format of `count` images that are to be written to `path`.
+@dataclass(frozen=True)
+class Formats:
+    """Of files. what: they hold; suffixes: and the format of each; default: in a folder."""
 
-    Raises:
-        ValueError: an unknown format, or suffix and format, or file and count, disagree.
-    """
-    kinds = sorted({*SUFFIXES.values()})
-    if format is not None and format not in kinds:
-        raise ValueError(f"{format=} is not one of {kinds}.")
-    if not is_file_name(path):
-        if path.suffix.lower() in UNWRITABLE and not path.is_dir():
-            raise ValueError(f"{path} has the suffix of a format that is not written: {', '.join(SUFFIXES)} are.")
-        return format or "png"
-    kind = SUFFIXES[path.suffix.lower()]
-    if count != 1:
-        raise ValueError(f"{path} is one file for {count} images: give a folder.")
-    if format not in (None, kind):
-        raise ValueError(f"{path} is {kind} by its suffix, but {format=}: leave one of them out.")
-    return kind
+    what: str
+    suffixes: Mapping[str, str]
+    default: str
+
+    def names_file(self, path: Path) -> bool:
+        """Whether a path names such a file, not a folder."""
+        return path.suffix.lower() in self.suffixes and not path.is_dir()
+
+    def suffixes_of(self, kind: str) -> list[str]:
+        """The usual one comes first."""
+        return [suffix for suffix, name in self.suffixes.items() if name == kind]
+
+    def of(self, path: Path, format: str | None, count: int) -> str:
+        """The format of `count` of them that are to be written to `path`.
+
+        Raises:
+            ValueError: an unknown format, or suffix and format, or file and count, disagree.
+        """
+        kinds = sorted({*self.suffixes.values()})
+        if format is not None and format not in kinds:
+            raise ValueError(f"{format=} is not one of {kinds}, which {self.what} can be written in.")
+        if not self.names_file(path):
+            if path.suffix.lower() in UNWRITABLE and not path.is_dir():
+                written = ", ".join(self.suffixes)
+                raise ValueError(
+                    f"{path} has the suffix of a format that {self.what} are not written in: {written} are."
+                )
+            return format or self.default
+        kind = self.suffixes[path.suffix.lower()]
+        if count != 1:
+            raise ValueError(f"{path} is one file for {count} {self.what}: give a folder.")
+        if format not in (None, kind):
+            raise ValueError(f"{path} is {kind} by its suffix, but {format=}: leave one of them out.")
+        return kind
+
+
+IMAGES, VIDEOS = Formats("images", SUFFIXES, "png"), Formats("videos", VIDEO_SUFFIXES, "webp")
+EITHER = Formats("images and videos", SUFFIXES | VIDEO_SUFFIXES, "png")
+"""Before it is known what a model makes."""
 
 
 def density(call: Call) -> float | None:
@@ -157,6 +198,8 @@ def metadata(pipeline: Loaded, options: Options, request: Request) -> dict[str, 
     resolved = {
         "height": request.height,
         "width": request.width,
+        "num_frames": request.num_frames,
+        "fps": request.fps,
         "num_inference_steps": request.steps,
         "guidance_scale": plain(request.guidance_scale),
         "cfg_scale": plain(request.cfg_scale),
@@ -198,7 +241,7 @@ def image_metadata(made: Mapping[str, Any], number: int) -> dict[str, Any]:
 
 def faults_in(made: Mapping[str, Any], number: int) -> list[str]:
     """What a call's metadata say is wrong with one of its images (`Output.faults`)."""
-    return [fault for fault in made.get("faults", ()) if fault.startswith(f"image {number}: ")]
+    return [fault for fault in made.get("faults", ()) if fault.startswith((f"image {number}: ", f"video {number}: "))]
 
 
 def parameters(made: Mapping[str, Any]) -> str:

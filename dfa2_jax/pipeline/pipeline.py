@@ -31,7 +31,7 @@ Callback = Callable[["Pipeline", int, float, dict[str, np.ndarray]], dict[str, n
 
 
 class Pipeline(Loaded):
-    """Text to image with a model of one of the known families.
+    """Text to image or video with a model of one of the known families.
 
     Attributes: those of `Loaded`.
     """
@@ -87,12 +87,13 @@ class Pipeline(Loaded):
 
     def __repr__(self) -> str:
         parts = ", ".join(name for name in self.networks.configs if name != "scheduler")
-        layers = len(self.config.calls(1, 1))
+        layers, (height, width) = len(self.config.calls(1, 1)), self.sizes.image
+        what = "images" if self.sizes.num_frames is None else f"videos of {self.sizes.num_frames} frames"
         return (
             f"Pipeline({self.pipeline_class}, {self.precision or self.dtype.name}, weights {self.fingerprint[:12]})\n"
             f"  transformer: {layers} attention layers of {self.config.num_attention_heads} heads, "
             f"head_dim {self.config.attention_head_dim}\n"
-            f"  components: {parts}; images of {self.sizes.image} px, sides by {self.sizes.multiple}"
+            f"  components: {parts}; {what} of {height} x {width} px, sides by {self.sizes.multiple}"
         )
 
     @suggests_names
@@ -108,10 +109,12 @@ class Pipeline(Loaded):
         negative_prompt_3: Prompt = None,
         height: int | None = None,
         width: int | None = None,
+        num_frames: int | None = None,
         num_inference_steps: int | None = None,
         sigmas: Sequence[float] | np.ndarray | None = None,
         scheduler: str | Mapping[str, Any] | None = None,
         guidance_scale: float | None = None,
+        use_dynamic_cfg: bool = False,
         true_cfg_scale: float = 1.0,
         num_images_per_prompt: int = 1,
         seed: int | list[int] = 0,
@@ -129,10 +132,11 @@ class Pipeline(Loaded):
         plan: Plan | None = None,
         attend: Attend | None = None,
         callback_on_step_end: Callback | None = None,
+        fps: int | None = None,
         output_type: str = "pil",
         progress: bool = True,
     ) -> Output:
-        """Sample images. Arguments that diffusers has mean what they mean there.
+        """Sample images or videos. Arguments that diffusers has mean what they mean there.
 
         Args:
             {options}
@@ -162,7 +166,8 @@ class Pipeline(Loaded):
             clock.lap("compile")
         tokens = call.run()
         clock.lap("denoise")
-        with phase("decoding"):
+        is_video = call.request.num_frames is not None  # whose decoder has a bar
+        with nullcontext() if is_video else phase("decoding"):
             images = call.images(tokens)
         clock.lap("decode")
         timings = clock.seconds | {"per_step": clock.seconds["denoise"] / call.num_steps(options.plan)}
@@ -172,7 +177,8 @@ class Pipeline(Loaded):
         made = metadata(self, options, call.request) | {"density": density(call)}
         if faults:
             made["faults"] = [*faults]
-        return Output(images, call.seeds, timings, made, faults)
+        output = Output(images, call.seeds, timings, made, faults)
+        return replace(output, images=None, frames=images) if is_video else output
 
     def setting(self, **arguments: Any) -> Setting:
         """What a plan is bound to, of a call with these arguments: `Plan.full(pipeline.setting(prompt=...))`.
@@ -215,6 +221,7 @@ class Pipeline(Loaded):
         said: dict[str, Any] = {
             "height": setting.height,
             "width": setting.width,
+            "num_frames": setting.num_frames,
             "num_inference_steps": None if options.sigmas is not None else setting.num_inference_steps,
             "scheduler": setting.scheduler or None,
             "max_sequence_length": max(1, length),  # below 1 it is another model's plan: `Plan.check` says so

@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from dfa2_jax.families.base import Embeddings, Family
+from dfa2_jax.families.base import Defaults, Embeddings, Family
 from dfa2_jax.options import Options
-from dfa2_jax.sampling.solvers.schedulers import FLOW_SCHEDULERS, check_settings, named_config
+from dfa2_jax.sampling.solvers.schedulers import check_settings, named_config
 
 MAX_SEQUENCE_LENGTH = 512
-MAX_SIDE, MAX_STEPS, MAX_IMAGES = 16384, 1000, 1000
+MAX_SIDE, MAX_STEPS, MAX_IMAGES, MAX_FRAMES, MAX_FPS = 16384, 1000, 1000, 10_000, 1000
 """Bounds of a call, looked at before anything is made of its size. Models are trained with 1,000 noise levels."""
 MAX_PIXELS = 2**32
 """The most of all images of a call. Each is 12 bytes as it is decoded, which makes 52 GB."""
@@ -41,12 +41,14 @@ class ModelSizes:
 
     vae_scale: image pixels along a side of one latent pixel.
     multiple: image pixels along a side of one token.
-    image: pixels along a side where a call says nothing.
+    image: pixels where a call says nothing, height and width.
+    num_frames: of a video where a call says nothing; None: the model makes images.
     """
 
     vae_scale: int
     multiple: int
-    image: int
+    image: tuple[int, int]
+    num_frames: int | None
     num_layers: int
     joint_attention_dim: int
     pooled_projection_dim: int | None
@@ -61,6 +63,9 @@ class Request:
     negative: Prompts | None
     height: int
     width: int
+    num_frames: int | None
+    latent_frames: int
+    fps: int | None
     steps: int
     scheduler: Mapping[str, Any]
     sigmas: Sequence[float] | np.ndarray | None
@@ -96,9 +101,11 @@ def resolve(options: Options, family: Family, sizes: ModelSizes, scheduler: Mapp
     positive = _prompts(options, family, sizes, "")
     negative = None if cfg_scale is None else _negative(options, family, sizes, positive)
     height, width = (
-        _positive_int(name, _or(getattr(options, name), sizes.image), MAX_SIDE) for name in ("height", "width")
+        _positive_int(name, _or(getattr(options, name), own), MAX_SIDE)
+        for name, own in zip(("height", "width"), sizes.image, strict=True)
     )
     height, width = family.size(height, width, sizes.multiple)
+    num_frames, fps = _video(options, defaults)
     length = _positive_int(
         "max_sequence_length", _or(options.max_sequence_length, defaults.max_sequence_length), MAX_SEQUENCE_LENGTH
     )
@@ -108,6 +115,9 @@ def resolve(options: Options, family: Family, sizes: ModelSizes, scheduler: Mapp
         negative=negative,
         height=height,
         width=width,
+        num_frames=num_frames,
+        latent_frames=family.latent_frames(num_frames),
+        fps=fps,
         steps=_steps(options, defaults.num_inference_steps),
         scheduler=_scheduler(options.scheduler, family, scheduler),
         sigmas=options.sigmas,
@@ -118,12 +128,23 @@ def resolve(options: Options, family: Family, sizes: ModelSizes, scheduler: Mapp
         clip_skip=_clip_skip(options.clip_skip),
         output_type=options.output_type,
     )
-    if (pixels := request.batch * height * width) > MAX_PIXELS:
+    if (pixels := request.batch * (num_frames or 1) * height * width) > MAX_PIXELS:
+        what = "images" if num_frames is None else f"videos of {num_frames} frames"
         raise ValueError(
-            f"{request.batch} images of {height} x {width} are {pixels:,} pixels in one call, more than "
-            f"{MAX_PIXELS:,}: ask for fewer images."
+            f"{request.batch} {what} of {height} x {width} are {pixels:,} pixels in one call, more than "
+            f"{MAX_PIXELS:,}: ask for fewer."
         )
     return request
+
+
+def _video(options: Options, defaults: Defaults) -> tuple[int | None, int | None]:
+    """Frames, and frames a second; of an image, what the call says, which the family refuses."""
+    if defaults.num_frames is None:
+        if options.fps is not None or options.use_dynamic_cfg:
+            raise ValueError(f"fps={options.fps!r} and use_dynamic_cfg are for video models: this one makes images.")
+        return options.num_frames, None
+    num_frames = _positive_int("num_frames", _or(options.num_frames, defaults.num_frames), MAX_FRAMES)
+    return num_frames, _positive_int("fps", _or(options.fps, defaults.fps), MAX_FPS)
 
 
 def seeds_of(seed: int | list[int], batch: int) -> list[int]:
@@ -207,7 +228,7 @@ def _scheduler(given: Any, family: Family, own: Mapping[str, Any]) -> Mapping[st
         raise ValueError(f"scheduler={given!r:.200} is none of this model's: {known} are, by name or as _class_name.")
     config = given if isinstance(given, Mapping) else named_config(given, own)
     try:
-        if isinstance(given, Mapping) and name in FLOW_SCHEDULERS:
+        if isinstance(given, Mapping):
             check_settings(given)
         family.check_scheduler(config)
     except ValueError as error:

@@ -285,7 +285,7 @@ class Plan:
         """
         faults = []
         for name, advice in ADVICE.items():
-            if self.heads_are_full and name in ("height", "width", "layers"):
+            if self.heads_are_full and name in ("height", "width", "num_frames", "layers"):
                 continue
             mine, theirs = getattr(self.setting, name), getattr(setting, name)
             if name == "sigmas" and len(mine) == len(theirs) and np.allclose(mine, theirs, rtol=0, atol=1e-6):
@@ -360,6 +360,7 @@ ADVICE = {
     "sigmas": "leave num_inference_steps and sigmas to the plan, or calibrate with these.",
     "height": "leave it to the plan, or calibrate at this size.",
     "width": "leave it to the plan, or calibrate at this size.",
+    "num_frames": "leave it to the plan, or calibrate with this one.",
     "doubled_batch": "calibrate with this kind of guidance.",
     "num_heads": "a plan serves one model.",
     "layers": "leave max_sequence_length to the plan, or calibrate with this one.",

@@ -7,7 +7,7 @@ from math import log10
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from dfa2_jax.weights.dtypes import Precision
 from pallas_kernels.layout import Layout
@@ -61,7 +61,7 @@ class Setting(Record):
     """Fingerprint of the transformer's stored weights."""
     scheduler: str
     sigmas: Annotated[tuple[Number, ...], Field(strict=False, min_length=2, max_length=1001)]
-    """Noise levels: one more than steps, never rising, the last one 0."""
+    """Noise levels: one more than steps, never rising, the last one 0. CogVideoX's can end above 0."""
     height: Positive
     """Pixels."""
     width: Positive
@@ -72,14 +72,16 @@ class Setting(Record):
     """In order of execution."""
     precision: Precision | None = None
     """What blocks that are quantised multiply in. Files say nothing of others."""
+    num_frames: Positive | None = None
+    """Of a video. Files of images say nothing of it."""
 
     @field_validator("sigmas")
     @classmethod
-    def _check_sigmas(cls, sigmas: tuple[float, ...]) -> tuple[float, ...]:
+    def _check_sigmas(cls, sigmas: tuple[float, ...], info: ValidationInfo) -> tuple[float, ...]:
         for number, (high, low) in enumerate(pairwise(sigmas)):
             if low > high:
                 raise ValueError(f"noise rises from {high} to {low} (numbers {number} and {number + 1})")
-        if sigmas[-1] != 0:
+        if sigmas[-1] != 0 and not str(info.data.get("scheduler")).startswith("CogVideoX"):
             raise ValueError(f"the last one is {sigmas[-1]}, not 0")
         return sigmas
 

@@ -1,5 +1,6 @@
 """How predictions combine to one: classifier-free and skip-layer guidance, as in diffusers."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, Protocol, runtime_checkable
@@ -76,6 +77,21 @@ class ClassifierFree:
     @classmethod
     def constant(cls, scale: float, steps: int) -> "ClassifierFree":
         return cls(pad_steps(np.full(steps, scale, np.float32)))
+
+    @classmethod
+    def dynamic(cls, scale: float, timesteps: Int[np.ndarray, " steps"], steps: int) -> "ClassifierFree":
+        """A scale for each step between 1 and `1 + scale`, as diffusers' `use_dynamic_cfg` makes it.
+
+        It takes a timestep of up to 1,000 for the number of a step. The cosine's argument is as large as 2.5e6 pi, and
+        only the same operations in float64 have the same cosine.
+
+        Args:
+            timesteps: the scheduler's own.
+            steps: `num_inference_steps`.
+        """
+        turns = [((steps - int(timestep)) / steps) ** 5.0 for timestep in timesteps]
+        scales = [1 + scale * ((1 - math.cos(math.pi * turn)) / 2) for turn in turns]
+        return cls(pad_steps(np.array(scales, np.float32)))
 
     def at(self, nodes: Int[np.ndarray, " nodes"]) -> "ClassifierFree":
         return ClassifierFree(pad_steps(np.asarray(self.scale)[nodes]))

@@ -23,7 +23,7 @@ class Inputs:
     """
 
     conditions: Any
-    timesteps: Float[Array | np.ndarray, "padded_steps 256"]
+    timesteps: Float[Array | np.ndarray, "padded_steps E"]
     guidance: Any
     solver: Any
 

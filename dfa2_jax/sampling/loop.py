@@ -66,7 +66,7 @@ class StepModel:
     transformer: Any
     attend: Attend
     conditions: Any
-    timestep: Float[Array, "1 256"]
+    timestep: Float[Array, "1 E"]
     plans: dict[str, Any]
     implementation: str | None = None
     unroll: int | bool = 1

@@ -30,8 +30,14 @@ class Tokens(Protocol):
     """How latents [B, C, F, h, w] become tokens [B, V, P], and back."""
 
     def grid(self, frames: int, height: int, width: int) -> Grid:
-        """The grid of latents of this size, in latent pixels."""
+        """The grid of latents of this size, in latent frames and pixels."""
         ...
+
+    def noise_shape(self, channels: int, grid: Grid) -> tuple[int, ...]:
+        """The shape in which diffusers draws the noise of an image or a video."""
+        ...
+
+    def pack_noise(self, noise: Float[np.ndarray, "B ..."]) -> Float[np.ndarray, "B V P"]: ...
 
     def pack(self, latents: Float[np.ndarray, "B C F h w"]) -> Float[np.ndarray, "B V P"]: ...
 
@@ -48,11 +54,49 @@ class Patches:
     def grid(self, frames: int, height: int, width: int) -> Grid:
         return Grid(frames, height // self.patch, width // self.patch)
 
+    def noise_shape(self, channels: int, grid: Grid) -> tuple[int, ...]:
+        return channels, grid.rows * self.patch, grid.columns * self.patch
+
+    def pack_noise(self, noise: Float[np.ndarray, "B C h w"]) -> Float[np.ndarray, "B V P"]:
+        return patchify(noise, self.patch, self.order)
+
     def pack(self, latents: Float[np.ndarray, "B C 1 h w"]) -> Float[np.ndarray, "B V P"]:
         return patchify(latents[:, :, 0], self.patch, self.order)
 
     def unpack(self, tokens: Float[np.ndarray, "B V P"], grid: Grid) -> Float[np.ndarray, "B C 1 h w"]:
         return unpatchify(tokens, self.patch, self.order, grid.rows, grid.columns)[:, :, None]
+
+
+@dataclass(frozen=True)
+class VideoPatches:
+    """Boxes of `frames` latent frames, `patch` rows and as many columns; inside a token channels come first.
+
+    Tokens run over frames, rows and columns. Frames are as many as the boxes of a grid hold.
+    """
+
+    patch: int
+    frames: int = 1
+
+    def grid(self, frames: int, height: int, width: int) -> Grid:
+        return Grid(-(-frames // self.frames), height // self.patch, width // self.patch)
+
+    def noise_shape(self, channels: int, grid: Grid) -> tuple[int, ...]:
+        """Frames come before channels."""
+        return grid.frames * self.frames, channels, grid.rows * self.patch, grid.columns * self.patch
+
+    def pack_noise(self, noise: Float[np.ndarray, "B F C h w"]) -> Float[np.ndarray, "B V P"]:
+        return self.pack(noise.swapaxes(1, 2))
+
+    def pack(self, latents: Float[np.ndarray, "B C F h w"]) -> Float[np.ndarray, "B V P"]:
+        (batch, channels, frames, height, width), p, t = latents.shape, self.patch, self.frames
+        boxes = latents.reshape(batch, channels, frames // t, t, height // p, p, width // p, p)
+        return boxes.transpose(0, 2, 4, 6, 1, 3, 5, 7).reshape(batch, -1, channels * t * p * p)
+
+    def unpack(self, tokens: Float[np.ndarray, "B V P"], grid: Grid) -> Float[np.ndarray, "B C F h w"]:
+        (batch, _, width), p, t = tokens.shape, self.patch, self.frames
+        boxes = tokens.reshape(batch, grid.frames, grid.rows, grid.columns, width // (t * p * p), t, p, p)
+        boxes = boxes.transpose(0, 4, 1, 5, 2, 6, 3, 7)
+        return boxes.reshape(batch, boxes.shape[1], grid.frames * t, grid.rows * p, grid.columns * p)
 
 
 def patchify(latents: Float[np.ndarray, "B C h w"], patch: int, order: tuple[int, ...]) -> Float[np.ndarray, "B V P"]:

@@ -90,13 +90,15 @@ def test_heads_of_one_prompt_are_measured_where_its_tokens_are_whole(tiny_flux_s
     """Two devices share its 15 visual tokens and pad them, which no error may see."""
     call = {**CALIBRATION, "guidance_scale": 0.0, "delta": 0.4, "windows": (2,), "tiles": (8, 8)}
     del call["negative_prompt"]
-    plans = [calibrate(Pipeline.from_pretrained(tiny_flux_schnell, devices=n), ["a red box"], **call) for n in (None, 2)]
+    plans = [
+        calibrate(Pipeline.from_pretrained(tiny_flux_schnell, devices=n), ["a red box"], **call) for n in (None, 2)
+    ]
     np.testing.assert_array_equal(*(plan.choices for plan in plans))
     np.testing.assert_allclose(*(plan.calibration.errors for plan in plans), rtol=1e-4, atol=1e-6)
 
 
 def test_a_program_sees_one_mesh(sd35):
-    """cuDNN's attention refuses two. Weights are loaded for a mesh that shares tokens, and this call's rows are four."""
+    """cuDNN's attention refuses two. Weights are loaded for a mesh that shares tokens; this call's has four rows."""
     _, many = sd35
     call = many.prepare(Options(**CALL | GUIDED))
     given = call.params, call.put(call.inputs), call.start(Planned(), call.mesh).memory

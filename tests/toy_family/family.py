@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from dfa2_jax.families.base import Defaults, Embeddings, Schedule
+from dfa2_jax.families.base import Defaults, Embeddings, Schedule, one_frame
 from dfa2_jax.nn.carrier import carrier
 from dfa2_jax.sampling.guidance import ClassifierFree, NoGuidance
 from dfa2_jax.sampling.inputs import pad_steps
@@ -21,6 +21,12 @@ class ColumnTokens:
 
     def grid(self, frames, height, width):
         return Grid(frames, height, width)
+
+    def noise_shape(self, channels, grid):
+        return channels, grid.rows, grid.columns
+
+    def pack_noise(self, noise):
+        return self.pack(noise[:, :, None])
 
     def pack(self, latents):
         batch, channels = latents.shape[:2]
@@ -54,10 +60,11 @@ class ToyFamily:
         )
     }
     num_prompts = 1
+    latent_frames = staticmethod(one_frame)
 
     def __init__(self, config: ToyConfig, scheduler: Mapping[str, Any], transformer: Any):
         self.config, self.tokens, self.latent_channels = config, ColumnTokens(), config.in_channels
-        self.defaults = Defaults(num_inference_steps=4, guidance_scale=1.0, max_sequence_length=8, latent_size=8)
+        self.defaults = Defaults(num_inference_steps=4, guidance_scale=1.0, max_sequence_length=8, latent_size=(8, 8))
 
     @staticmethod
     def check_scheduler(config):
@@ -88,8 +95,8 @@ class ToyFamily:
     def conditions(self, text, grid, guidance_scale, dtype):
         return ToyConditions(text.text)
 
-    def guidance(self, options, cfg_scale, steps):
-        return NoGuidance() if cfg_scale is None else ClassifierFree.constant(cfg_scale, steps)
+    def guidance(self, options, cfg_scale, schedule):
+        return NoGuidance() if cfg_scale is None else ClassifierFree.constant(cfg_scale, len(schedule.timesteps))
 
     def schedule(self, scheduler, sigmas, steps, num_visual, dtype):
         levels = np.linspace(1, 0, steps + 1, dtype=np.float32) if sigmas is None else np.append(sigmas, 0)

@@ -10,7 +10,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Float
 
 from dfa2_jax.encoders.specs import CLIP, T5
-from dfa2_jax.families.base import Defaults, Embeddings, Encode, Schedule, Texts, expect_shape
+from dfa2_jax.families.base import Defaults, Embeddings, Encode, Schedule, Texts, expect_shape, one_frame
 from dfa2_jax.families.flux.config import FluxConfig
 from dfa2_jax.families.flux.positions import rope_table
 from dfa2_jax.families.flux.rules import RULES
@@ -43,6 +43,7 @@ class Flux:
     components = {"transformer": TRANSFORMER, "text_encoder": CLIP, "text_encoder_2": T5, "vae": AUTOENCODER}
     check_scheduler = staticmethod(check_flow_scheduler)
     num_prompts = 2
+    latent_frames = staticmethod(one_frame)
 
     def __init__(self, config: FluxConfig, scheduler: Mapping[str, Any], transformer: nnx.Module):
         self.config = config
@@ -51,7 +52,7 @@ class Flux:
         # Only schnell of the published models has a fixed shift. A fine-tune without guidance keeps dev's scheduler.
         is_schnell = not config.guidance_embeds and not scheduler.get("use_dynamic_shifting", False)
         steps, scale, length = (4, 0.0, 256) if is_schnell else (28, 3.5, 512)
-        self.defaults = Defaults(steps, scale, length, latent_size=128)
+        self.defaults = Defaults(steps, scale, length, latent_size=(128, 128))
 
     def check(self, options: Options) -> None:
         if options.clip_skip is not None:
@@ -95,8 +96,8 @@ class Flux:
             embedded = sinusoid(embedded_scalar(np.array([guidance_scale], np.float32), dtype))
         return FluxConditions(text.text, text.pooled, cos, sin, embedded)
 
-    def guidance(self, options: Options, cfg_scale: float | None, steps: int) -> Guidance:
-        return NoGuidance() if cfg_scale is None else ClassifierFree.constant(cfg_scale, steps)
+    def guidance(self, options: Options, cfg_scale: float | None, schedule: Schedule) -> Guidance:
+        return NoGuidance() if cfg_scale is None else ClassifierFree.constant(cfg_scale, len(schedule.timesteps))
 
     def schedule(
         self,

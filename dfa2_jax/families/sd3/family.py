@@ -9,7 +9,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from dfa2_jax.encoders.specs import CLIP_PROJECTED, T5
-from dfa2_jax.families.base import Defaults, Embeddings, Encode, Schedule, Texts, expect_shape
+from dfa2_jax.families.base import Defaults, Embeddings, Encode, Schedule, Texts, expect_shape, one_frame
 from dfa2_jax.families.sd3.config import SD3Config
 from dfa2_jax.families.sd3.positions import crop_positions
 from dfa2_jax.families.sd3.rules import RULES
@@ -47,6 +47,7 @@ class SD3:
     }
     check_scheduler = staticmethod(check_flow_scheduler)
     num_prompts = 3
+    latent_frames = staticmethod(one_frame)
 
     def __init__(self, config: SD3Config, scheduler: Mapping[str, Any], transformer: nnx.Module):
         self.config = config
@@ -54,7 +55,10 @@ class SD3:
         self.tokens = Patches(config.patch_size, ROW_COLUMN_CHANNEL)
         self.latent_channels = config.in_channels
         self.defaults = Defaults(
-            num_inference_steps=28, guidance_scale=7.0, max_sequence_length=256, latent_size=config.sample_size
+            num_inference_steps=28,
+            guidance_scale=7.0,
+            max_sequence_length=256,
+            latent_size=(config.sample_size, config.sample_size),
         )
 
     def check(self, options: Options) -> None:
@@ -102,9 +106,10 @@ class SD3:
         assert text.pooled is not None
         return SD3Conditions(text.text, text.pooled, crop_positions(self.position_table, grid.rows, grid.columns))
 
-    def guidance(self, options: Options, cfg_scale: float | None, steps: int) -> Guidance:
+    def guidance(self, options: Options, cfg_scale: float | None, schedule: Schedule) -> Guidance:
         if cfg_scale is None:
             return NoGuidance()
+        steps = len(schedule.timesteps)
         base = ClassifierFree.constant(cfg_scale, steps)
         if options.skip_guidance_layers is None:
             return base

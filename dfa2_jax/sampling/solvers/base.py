@@ -19,3 +19,17 @@ class Solver(Protocol):
     def step(self, x: Latents, prediction: Latents, i: Int[Array, ""] | int, state: Any) -> tuple[Latents, Any]:
         """The latents after step `i`, and the state."""
         ...
+
+
+@runtime_checkable
+class NoisySolver(Solver, Protocol):
+    """A solver that adds noise at each step. The host draws it, and puts it into the state before the step."""
+
+    @property
+    def draws(self) -> tuple[int, ...]:
+        """Draws of noise at each step, of which the last is added."""
+        ...
+
+    def with_noise(self, state: Any, noise: Latents) -> Any:
+        """The state before a step that adds this noise."""
+        ...

@@ -1,5 +1,6 @@
-"""Schedulers of flow matching by diffusers' names: noise levels, times and solver of each."""
+"""Schedulers by diffusers' names: noise levels, times and solver of each."""
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any
@@ -8,12 +9,17 @@ import numpy as np
 from jaxtyping import Float, Real
 
 from dfa2_jax.sampling.solvers.base import Solver
+from dfa2_jax.sampling.solvers.cogvideox_dpm import CogVideoXDPM
+from dfa2_jax.sampling.solvers.ddim import ScaledMultistep
 from dfa2_jax.sampling.solvers.dpm_multistep import FLOW, FlowDPM, dpm_levels
 from dfa2_jax.sampling.solvers.flow_euler import FlowMultistep, flow_match_sigmas
+from dfa2_jax.sampling.solvers.variance_preserving import DEFAULTS, AlphaSteps, alpha_steps, noise_levels
+
+logger = logging.getLogger("dfa2_jax")
 
 Levels = Sequence[float] | np.ndarray
 Steps = tuple[Float[np.ndarray, " levels"], Real[np.ndarray, " steps"], Solver]
-"""Noise levels, times out of 1,000 as diffusers has them (DPM's are integers), and the solver."""
+"""Noise levels, times out of 1,000 as diffusers has them (Euler's alone are no integers), and the solver."""
 
 
 def _euler(config: Mapping[str, Any], sigmas: Levels | None, default: Levels | int, num_visual: int) -> Steps:
@@ -30,9 +36,15 @@ def _dpm(config: Mapping[str, Any], sigmas: Levels | None, default: Levels | int
     return levels, times, FlowDPM.of(levels)
 
 
+def _ddim(steps: AlphaSteps) -> Solver:
+    return ScaledMultistep.ddim(noise_levels(steps.now), noise_levels(steps.after))
+
+
 EULER, DPM = "FlowMatchEulerDiscreteScheduler", "DPMSolverMultistepScheduler"
 FLOW_SCHEDULERS: dict[str, Callable[..., Steps]] = {EULER: _euler, DPM: _dpm}
-SETTINGS = (
+VP_DDIM, VP_DPM = "CogVideoXDDIMScheduler", "CogVideoXDPMScheduler"
+VP_SCHEDULERS: dict[str, Callable[[AlphaSteps], Solver]] = {VP_DDIM: _ddim, VP_DPM: CogVideoXDPM.of}
+FLOW_SETTINGS = (
     *("num_train_timesteps", "shift", "flow_shift", "use_dynamic_shifting", "base_shift", "max_shift"),
     *("base_image_seq_len", "max_image_seq_len", "invert_sigmas", "shift_terminal", "stochastic_sampling"),
     *("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas", "use_flow_sigmas"),
@@ -43,7 +55,11 @@ SETTINGS = (
 )
 """What diffusers' configs of these schedulers hold. One made from another's holds that one's, too."""
 
-SAMPLERS = {EULER: "Euler", DPM: "DPM++ 2M"}
+VP_SETTINGS = (*DEFAULTS, "clip_sample_range", "sample_max_value")
+SETTINGS = dict.fromkeys(FLOW_SCHEDULERS, FLOW_SETTINGS) | dict.fromkeys(VP_SCHEDULERS, VP_SETTINGS)
+"""By scheduler."""
+
+SAMPLERS = {EULER: "Euler", DPM: "DPM++ 2M", VP_DDIM: "DDIM", VP_DPM: "DPM++ 2M SDE"}
 """As AUTOMATIC1111's web UI names them."""
 
 
@@ -76,15 +92,67 @@ def check_flow_scheduler(config: Mapping[str, Any]) -> None:
             raise ValueError(f"its sigmas are {levels.tolist()}")
 
 
+def vp_steps(config: Mapping[str, Any], sigmas: Levels | None, steps: int) -> Steps:
+    """The steps of a call to a model that predicts v, of variance-preserving latents.
+
+    Noise levels are those of flow matching after scaling (`variance_preserving.noise_levels`). A warning tells of a
+    number of steps after which noise is left: diffusers leaves the same.
+
+    Args:
+        config: scheduler_config.json.
+        sigmas: None, for these schedulers take none.
+        steps: how many.
+
+    Raises:
+        ValueError: the config asks for what is not implemented, the scheduler has no such number of steps, or sigmas
+            are given.
+    """
+    name = config.get("_class_name", VP_DDIM)
+    if sigmas is not None:
+        raise ValueError(f"sigmas={sigmas!r:.100}: {name} makes its own. Pass num_inference_steps.")
+    schedule = alpha_steps(config, steps)
+    levels = noise_levels(np.append(schedule.now, schedule.after[-1]))
+    if not schedule.is_last[-1]:
+        fewer = next(number for number in range(steps - 1, 0, -1) if _leads_to_the_end(config, number))
+        logger.warning(
+            "num_inference_steps=%d: the last step leaves noise of level %.2g, as in diffusers. "
+            "%d steps lead to the end.", steps, levels[-1], fewer,
+        )  # fmt: skip
+    return levels.astype(np.float32), schedule.timesteps, VP_SCHEDULERS[name](schedule)
+
+
+def _leads_to_the_end(config: Mapping[str, Any], steps: int) -> bool:
+    try:
+        return bool(alpha_steps(config, steps).is_last[-1])
+    except ValueError:  # the scheduler has no such number of steps
+        return False
+
+
+def check_vp_scheduler(config: Mapping[str, Any]) -> None:
+    """Make a schedule, so that a scheduler_config.json that cannot is seen before any weight is.
+
+    Raises:
+        ValueError: as `vp_steps`, or the scheduler is another.
+    """
+    if (name := config.get("_class_name", VP_DDIM)) not in VP_SCHEDULERS:
+        raise ValueError(f"scheduler {name!r:.100} is not supported: {' and '.join(VP_SCHEDULERS)} are.")
+    alpha_steps(config, 2)
+
+
 def check_settings(config: Mapping[str, Any]) -> None:
-    """Refuses names that no scheduler here has: a misspelt one would be of no effect. Private ones begin with "_".
+    """Refuses names that a scheduler has not: a misspelt one would be of no effect. Private ones begin with "_".
+
+    Settings of a family's own scheduler, which is none of those here, are not checked.
 
     Raises:
         ValueError: holds the nearest name.
     """
+    settings = SETTINGS.get(config.get("_class_name", EULER))
+    if settings is None:
+        return
     for name in config:
-        if name not in SETTINGS and not (isinstance(name, str) and name.startswith("_")):
-            nearest = get_close_matches(str(name), SETTINGS, 1)
+        if name not in settings and not (isinstance(name, str) and name.startswith("_")):
+            nearest = get_close_matches(str(name), settings, 1)
             advice = f"did you mean {nearest[0]!r}?" if nearest else "leave it out."
             raise ValueError(f"{name!r:.100} is no setting of a scheduler: {advice}")
 
@@ -92,8 +160,12 @@ def check_settings(config: Mapping[str, Any]) -> None:
 def named_config(name: str, own: Mapping[str, Any]) -> dict[str, Any]:
     """The config of a scheduler that a call gives by its name alone, by the folder's own: diffusers' `from_config`.
 
-    Between the two schedulers here a fixed shift changes its name.
+    Between the two schedulers of flow matching a fixed shift changes its name. Those of CogVideoX have the same
+    settings, all of which `from_config` keeps. Published model cards pass `timestep_spacing="trailing"` with it, and a
+    name alone means the same here.
     """
+    if name in VP_SCHEDULERS:
+        return {**own, "timestep_spacing": "trailing", "_class_name": name}
     shift = own.get("flow_shift", own.get("shift", 1.0))
     other = {**FLOW, "flow_shift": shift} if name == DPM else {"shift": shift}
     return {**own, **other, "_class_name": name}

@@ -1,0 +1,133 @@
+"""What CogVideoX does its own way."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from flax import nnx
+from jax.typing import DTypeLike
+
+from dfa2_jax.encoders.specs import T5
+from dfa2_jax.families.base import Defaults, Embeddings, Encode, Schedule, Texts, expect_shape
+from dfa2_jax.families.cogvideox.config import CogVideoXConfig
+from dfa2_jax.families.cogvideox.positions import check_grid, position_table, rope_table
+from dfa2_jax.families.cogvideox.rules import RULES
+from dfa2_jax.families.cogvideox.transformer import CogVideoXConditions, CogVideoXTransformer
+from dfa2_jax.options import Options
+from dfa2_jax.sampling.guidance import ClassifierFree, Guidance, NoGuidance
+from dfa2_jax.sampling.solvers.schedulers import VP_SCHEDULERS, check_vp_scheduler, vp_steps
+from dfa2_jax.sampling.tokens import Grid, VideoPatches
+from dfa2_jax.vae.spec import VIDEO_AUTOENCODER
+from dfa2_jax.weights.spec import ComponentSpec
+
+logger = logging.getLogger("dfa2_jax")
+
+TRANSFORMER = ComponentSpec(
+    class_name="CogVideoXTransformer3DModel",
+    config=CogVideoXConfig.from_json,
+    build=CogVideoXTransformer,
+    rules=RULES,
+)
+
+
+class CogVideoX:
+    """Text to video: T5's states, classifier-free guidance, v-prediction; CogVideoX 1.5 packs two latent frames."""
+
+    pipeline_class = "CogVideoXPipeline"
+    scheduler_classes = tuple(VP_SCHEDULERS)
+    components = {"transformer": TRANSFORMER, "text_encoder": T5, "vae": VIDEO_AUTOENCODER}
+    check_scheduler = staticmethod(check_vp_scheduler)
+    num_prompts = 1
+
+    def __init__(self, config: CogVideoXConfig, scheduler: Mapping[str, Any], transformer: nnx.Module):
+        self.config = config
+        self.tokens = VideoPatches(config.patch_size, config.token_frames)
+        self.latent_channels = config.in_channels
+        self.defaults = Defaults(
+            num_inference_steps=50,
+            guidance_scale=6.0,
+            max_sequence_length=config.max_text_seq_length,
+            latent_size=(config.sample_height, config.sample_width),
+            num_frames=config.sample_frames,
+            fps=8 if config.patch_size_t is None else 16,
+        )
+
+    def check(self, options: Options) -> None:
+        if options.clip_skip is not None:
+            raise ValueError(f"clip_skip={options.clip_skip!r} is for SD3 only: CogVideoX has no CLIP.")
+        if options.skip_guidance_layers is not None:
+            layers = options.skip_guidance_layers
+            raise ValueError(f"skip_guidance_layers={layers} is for SD3 only: CogVideoX has no skip-layer guidance.")
+        if options.true_cfg_scale != 1.0:
+            scale = options.true_cfg_scale
+            raise ValueError(f"true_cfg_scale={scale} is FLUX's second forward: CogVideoX takes guidance_scale.")
+        if options.max_sequence_length not in (None, most := self.config.max_text_seq_length):
+            raise ValueError(f"{options.max_sequence_length=} must be {most}, which CogVideoX was trained on.")
+
+    def size(self, height: int, width: int, multiple: int) -> tuple[int, int]:
+        if height % multiple or width % multiple:
+            down = f"{height // multiple * multiple} x {width // multiple * multiple}"
+            raise ValueError(f"height x width = {height} x {width} must be multiples of {multiple}: try {down}.")
+        check_grid(self.config, Grid(1, height // multiple, width // multiple))
+        return height, width
+
+    def latent_frames(self, num_frames: int | None) -> int:
+        """An even number of latent frames decodes to three frames more than asked for, as in diffusers."""
+        assert num_frames is not None
+        ratio = self.config.temporal_compression_ratio
+        if num_frames % ratio != 1 % ratio:
+            near = max(num_frames // ratio * ratio, 0) + 1
+            raise ValueError(f"{num_frames=} must be 1 more than a multiple of {ratio}: try {near} or {near + ratio}.")
+        latent = (num_frames - 1) // ratio + 1
+        if latent % 2 == 0:
+            logger.warning(
+                "num_frames=%d are %d latent frames, an even number, which the autoencoder makes %d frames of; "
+                "%d or %d stay as many", num_frames, latent, latent * ratio, num_frames - ratio, num_frames + ratio,
+            )  # fmt: skip
+        return latent
+
+    def extra_text_tokens(self, encoders: Any) -> int:
+        return 0
+
+    def cfg_scale(self, options: Options, guidance_scale: float) -> float | None:
+        return guidance_scale if guidance_scale > 1 else None
+
+    def encode(self, encode: Encode, texts: Texts) -> Embeddings:
+        states = encode("text_encoder", "tokenizer", texts.prompts[0], texts.length)
+        if states is None:
+            raise ValueError("The folder has no text_encoder: pass prompt_embeds (and negative_prompt_embeds).")
+        return Embeddings(np.asarray(states))
+
+    def conditions(self, text: Embeddings, grid: Grid, guidance_scale: float, dtype: DTypeLike) -> CogVideoXConditions:
+        if not self.config.use_rotary_positional_embeddings:
+            return CogVideoXConditions(text.text, table=position_table(self.config, grid))
+        cos, sin = rope_table(self.config, text.text.shape[1], grid)
+        return CogVideoXConditions(text.text, cos=cos, sin=sin)
+
+    def guidance(self, options: Options, cfg_scale: float | None, schedule: Schedule) -> Guidance:
+        if cfg_scale is None:
+            return NoGuidance()
+        steps = len(schedule.timesteps)
+        if options.use_dynamic_cfg:
+            return ClassifierFree.dynamic(cfg_scale, schedule.timesteps, steps)
+        return ClassifierFree.constant(cfg_scale, steps)
+
+    def schedule(
+        self,
+        scheduler: Mapping[str, Any],
+        sigmas: Sequence[float] | np.ndarray | None,
+        steps: int,
+        num_visual: int,
+        dtype: DTypeLike,
+    ) -> Schedule:
+        levels, timesteps, solver = vp_steps(scheduler, sigmas, steps)
+        return Schedule(levels, timesteps, timesteps.astype(np.float32), solver, time_features=self.config.width)
+
+    def output_latents(self, tokens: np.ndarray, grid: Grid) -> np.ndarray:
+        """[B, F, C, h, w]; frames that only fill up a token are among them."""
+        return self.tokens.unpack(tokens, grid).swapaxes(1, 2)
+
+    def input_tokens(self, latents: np.ndarray, grid: Grid) -> np.ndarray:
+        expect_shape("latents", latents, (None, *self.tokens.noise_shape(self.latent_channels, grid)))
+        return self.tokens.pack_noise(latents)

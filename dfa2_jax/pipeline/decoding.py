@@ -1,0 +1,56 @@
+"""Latents to pixels: a picture at a time, a video chunk by chunk."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Float
+
+from dfa2_jax.pipeline.components import Component
+from dfa2_jax.vae.video import AutoencoderKLCogVideoX, frame_chunks
+
+Put = Callable[[np.ndarray], Any]
+"""Puts latents where the devices want them."""
+
+
+def is_of_video(vae: Component) -> bool:
+    return vae.kind is AutoencoderKLCogVideoX
+
+
+def frames_of(
+    vae: Component, latents: Float[np.ndarray, "F h w C"], put: Put
+) -> Iterator[Float[np.ndarray, "f H W 3"]]:
+    """Frames in [0, 1], as they are ready.
+
+    One picture at a time: another batch size compiles nothing, and activations stay those of one. A video's chunks are
+    part of its model. What one hands to the next is given away, so that the memory of one is held.
+    """
+    carried = None
+    for chunk in chunks_of(vae, latents):
+        if not is_of_video(vae):
+            frames = vae(put(chunk), method="decode")
+        elif carried is None:
+            frames, carried = vae(put(chunk[None]), method="decode_first")
+        else:
+            frames, carried = vae.carry(put(chunk[None]), carried, method="decode_next")
+        pixels = np.asarray(frames, np.float32)
+        yield np.clip(pixels.reshape(-1, *pixels.shape[-3:]) / 2 + 0.5, 0, 1)
+
+
+def chunks_of(vae: Component, latents: Float[np.ndarray, "F h w C"]) -> list[Float[np.ndarray, "f h w C"]]:
+    """Latent frames that the autoencoder decodes at once."""
+    count = len(latents)
+    return [latents[part] for part in (frame_chunks(count) if is_of_video(vae) else np.arange(count)[:, None])]
+
+
+def compile_chunks(vae: Component, latents: Float[np.ndarray, "F h w C"], put: Put) -> None:
+    """`frames_of` such latents then compiles nothing."""
+    first, *later = chunks_of(vae, latents)
+    if not is_of_video(vae):
+        vae.compile(put(first), method="decode")
+        return
+    _, carried = vae.compile(put(first[None]), method="decode_first")
+    if later:
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), carried)
+        vae.compile(put(later[0][None]), shapes, method="decode_next", carries=True)
