@@ -209,6 +209,14 @@ class CalibrationOptions:
     windows: tuple[int, ...] = option(
         (8, 16, 32), "arrows to try, 1/f of the visual tokens wide", flag=True, nargs="*", metavar="F"
     )
+    orders: tuple[str, ...] | None = option(
+        None,
+        "in which orders of tokens arrows run: native (frame, row, column), time (row, column, frame); None: both for "
+        "videos",
+        flag=True,
+        nargs="+",
+        choices=("native", "time"),
+    )
     cache: bool = option(
         True, "whether heads may reuse their output of the step before", flag="--no-cache", help="arrows only"
     )

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from math import gcd
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,8 @@ from jaxtyping import Array, Float, Int
 from dfa2_jax.calibration.search import choose
 from dfa2_jax.nn.attention import Heads, LayerPlan, Project, arrow_attention, nested_arrow_attention
 from dfa2_jax.nn.carrier import carrier
-from dfa2_jax.plan.method import Method
+from dfa2_jax.nn.orders import to_native, to_orders, transposed
+from dfa2_jax.plan.method import ORDERS, Method
 from pallas_kernels.layout import CACHED, FULL, Layout
 from pallas_kernels.mask import count_tiles
 
@@ -73,6 +75,7 @@ class TryEverything:
     tiles: queries and keys of the tiles that a method saves, `Plan.density`'s.
     chunk: samples of the batch whose candidates are held at once; None: all.
     shared_by: the axis of a mesh whose devices share the batch, each with as many samples of it; None: there is none.
+    frames: of the visual tokens, over which candidates may run in time.
     """
 
     candidates: tuple[Method, ...]
@@ -81,6 +84,12 @@ class TryEverything:
     chunk: int | None = None
     implementation: str | None = None
     shared_by: str | None = None
+    frames: int = 1
+
+    @property
+    def orders(self) -> Int[np.ndarray, " M"]:
+        """Of each candidate, a number of `ORDERS`."""
+        return np.array([ORDERS.index(method.order) for method in self.candidates], np.int32)
 
     def memory(self, stack: jax.ShapeDtypeStruct) -> Trials:
         return Trials.of_caches(jnp.zeros(stack.shape, stack.dtype), len(self.candidates))
@@ -117,7 +126,13 @@ class TryEverything:
         picks = choose(errors, saved, self.budget.delta, self.budget.bound)
         half_window = jnp.append(jnp.asarray(windows), jnp.int32(FULL))[picks]
         options = {"layout": layout, "implementation": self.implementation}
-        return arrow_attention(*qkv, half_window, cache=caches, layer=place, **options), picks, errors
+        if not self.orders.any():
+            return arrow_attention(*qkv, half_window, cache=caches, layer=place, **options), picks, errors
+        order = jnp.append(jnp.asarray(self.orders), 0)[picks]
+        q, k, v = (to_orders(x, order, layout, self.frames) for x in qkv)
+        caches = arrow_attention(q, k, v, half_window, cache=caches, layer=place, **options)
+        native = to_native(caches[place], order, layout, self.frames)  # what was reused lay so
+        return jax.lax.dynamic_update_index_in_dim(caches, native, place, 0), picks, errors
 
     def _errors(self, parts: Moments) -> Float[Array, "N M"]:
         """Errors of the whole batch, from equal parts of this device's samples."""
@@ -128,17 +143,21 @@ class TryEverything:
     def _outputs(
         self, windows: Int[np.ndarray, " M"], layout: Layout, q: Heads, k: Heads, v: Heads, previous: Heads
     ) -> tuple[list[Heads], Heads]:
-        """Every head under every candidate, and dense."""
+        """Every head under every candidate, and dense; all in the native order."""
         options = {"layout": layout, "implementation": self.implementation}
-        arrows = np.unique(windows[windows >= 0])
-        if not arrows.size:
-            full = jnp.full(q.shape[2], FULL, jnp.int32)
-            return [previous] * len(windows), arrow_attention(q, k, v, full, **options)
-        nested = nested_arrow_attention(q, k, v, jnp.asarray(arrows), **options)
-        places = [np.searchsorted(arrows, window) for window in windows]
-        return [
-            previous if window == CACHED else nested[place] for window, place in zip(windows, places, strict=True)
-        ], nested[-1]
+        outputs: dict[Any, Heads] = {(0, CACHED): previous}
+        dense = None
+        for order in np.unique(self.orders[windows >= 0]):
+            arrows = np.unique(windows[(windows >= 0) & (self.orders == order)])
+            of_order = (transposed(x, layout, self.frames) if order else x for x in (q, k, v))
+            made: Any = nested_arrow_attention(*of_order, half_windows=jnp.asarray(arrows), **options)
+            if order:
+                made = [transposed(x, layout, layout.num_visual // self.frames) for x in made]
+            outputs |= {(order, window): made[place] for place, window in enumerate(arrows)}
+            dense = made[-1] if dense is None else dense
+        if dense is None:
+            dense = arrow_attention(q, k, v, jnp.full(q.shape[2], FULL, jnp.int32), **options)
+        return [outputs[key] for key in zip(self.orders, windows, strict=True)], dense
 
 
 def saved_tiles(windows: Int[np.ndarray, " M"], layout: Layout, tiles: tuple[int, int]) -> tuple[int, ...]:

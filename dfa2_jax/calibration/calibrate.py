@@ -18,14 +18,15 @@ import numpy as np
 from tqdm import tqdm
 
 from dfa2_jax import __version__
-from dfa2_jax.calibration.attends import Budget, saved_tiles
+from dfa2_jax.calibration.attends import Budget
 from dfa2_jax.calibration.attention_share import StepShares, shares_of
+from dfa2_jax.calibration.candidates import candidates_of, check_tiles, check_windows, warn_idle
 from dfa2_jax.calibration.heads import HeadRuns
 from dfa2_jax.calibration.joint import WORTHWHILE, JointPlans
 from dfa2_jax.calibration.journal import Journal
 from dfa2_jax.calibration.resume import Checkpointed
 from dfa2_jax.calibration.search import MAX_DELTA
-from dfa2_jax.calibration.steps import StepPlans, StepRuns
+from dfa2_jax.calibration.steps import StepPlans, StepRuns, check_solver
 from dfa2_jax.calibration.trial_step import calibrate_step, planning_tiles
 from dfa2_jax.io.digest import digest_of
 from dfa2_jax.io.names import natural, suggests_names
@@ -36,16 +37,15 @@ from dfa2_jax.pipeline.pipeline import Pipeline
 from dfa2_jax.pipeline.timing import told
 from dfa2_jax.plan.method import CACHED_METHOD, FULL_METHOD, Method
 from dfa2_jax.plan.plan import Plan
-from dfa2_jax.plan.setting import CalibrationRecord, Density, Setting
+from dfa2_jax.plan.setting import CalibrationRecord, Density
 from dfa2_jax.plan.steps import check_budget, count_for
-from dfa2_jax.sampling.solvers.flow_euler import FlowMultistep
 
 logger = logging.getLogger("dfa2_jax")
 
 PAPER_ALONE = ("c", "cache")
 """Options of `delta`."""
 
-HEADS = ("windows", "attention_chunk", "tiles", "attention_share")
+HEADS = ("windows", "orders", "attention_chunk", "tiles", "attention_share")
 """Options that say what heads may do."""
 
 
@@ -60,7 +60,9 @@ def calibrate(
     scheduler: str | Mapping[str, Any] | None = None,
     height: int | None = None,
     width: int | None = None,
+    num_frames: int | None = None,
     guidance_scale: float | None = None,
+    use_dynamic_cfg: bool = False,
     max_sequence_length: int | None = None,
     speedup: float | None = None,
     psnr: float | None = None,
@@ -70,6 +72,7 @@ def calibrate(
     delta: float | None = None,
     c: float | None = 1.5,
     windows: tuple[int, ...] = (8, 16, 32),
+    orders: tuple[str, ...] | None = None,
     cache: bool = True,
     seed: int = 0,
     attention_chunk: int | None = None,
@@ -125,9 +128,7 @@ def _of_steps(pipeline: Pipeline, prompts: list[str], options: CalibrationOption
         with _default_named(options):
             count_for(budget["speedup"], pipeline.request(_asked(prompts, options, arguments)).steps)
     call = prepared(pipeline, prompts, options, arguments)
-    if not isinstance(call.inputs.solver, FlowMultistep):
-        scheduler = call.setting.scheduler or type(call.inputs.solver).__name__
-        raise ValueError(f"{scheduler}: a plan of steps moves x as Euler's steps do. Pass delta=, for heads alone.")
+    check_solver(call, options.target)
     pipeline.check_vae()
     facts, heads = facts_of(prompts, call), _head_runs(options, call)
     if options.heads == "only" and heads is not None:
@@ -170,8 +171,8 @@ def _head_runs(options: CalibrationOptions, call: Call) -> HeadRuns | None:
     if options.heads == "full":
         return None
     tiles = planning_tiles(call.pipeline.config.attention_head_dim) if options.tiles is None else options.tiles
-    candidates = _candidates(options.windows, cache=True)
-    _check_tiles(tiles)
+    candidates = candidates_of(options, call.grid.frames)
+    check_tiles(tiles)
     _check_chunk(options.attention_chunk, call)
     if options.heads == "only" and call.request.steps == 1:
         raise ValueError("heads='only' needs two steps at least: heads reuse what an earlier step computed.")
@@ -182,7 +183,7 @@ def _head_runs(options: CalibrationOptions, call: Call) -> HeadRuns | None:
     if options.heads == "auto" and (shares.attention < WORTHWHILE or call.request.steps == 1):
         _warn_unused(options, shares.attention)
         return None
-    _warn_idle(candidates, call.setting, tiles)
+    warn_idle(candidates, call.setting, tiles)
     arrows = tuple(method for method in candidates if method != CACHED_METHOD)
     runs = HeadRuns(call.over_batch(), arrows, shares, tiles, options.attention_chunk)
     runs.check_memory()
@@ -237,16 +238,17 @@ class CalibrationRun:
         cls, pipeline: Pipeline, prompts: list[str], options: CalibrationOptions, arguments: dict[str, Any]
     ) -> "CalibrationRun":
         """Check every argument, and encode the prompts."""
-        candidates = _candidates(options.windows, options.cache)
+        check_windows(options.windows)
         tiles = planning_tiles(pipeline.config.attention_head_dim) if options.tiles is None else options.tiles
         _check_prompts(prompts, options.seed)
         _check_heads(options)
-        _check_tiles(tiles)
+        check_tiles(tiles)
         call = prepared(pipeline, prompts, options, arguments).over_batch()
         _check_chunk(options.attention_chunk, call)
+        candidates = candidates_of(options, call.grid.frames)
         shape = call.request.steps, len(call.layers), pipeline.config.num_attention_heads
         empty = Plan(setting=call.setting, methods=(FULL_METHOD, *candidates), choices=np.zeros(shape, np.uint8))
-        _warn_idle(candidates, call.setting, tiles)
+        warn_idle(candidates, call.setting, tiles)
         return cls(pipeline, prompts, options, call, candidates, tiles, empty)
 
     @property
@@ -282,6 +284,7 @@ class CalibrationRun:
             chunk=self.options.attention_chunk,
             rounding=self.pipeline.rounding,
             mesh=self.call.mesh,
+            frames=self.call.grid.frames,
         )
         with told("compiling", self.options.progress):
             state = run(state, 0, 0)
@@ -307,29 +310,6 @@ def _check_chunk(chunk: int | None, call: Call) -> None:
         raise ValueError(
             f"attention_chunk={chunk} must divide the batch of {call.batch} (with guidance, twice the prompts)."
         )
-
-
-def _candidates(windows: tuple[int, ...], cache: bool) -> tuple[Method, ...]:
-    if any(isinstance(f, bool) or not isinstance(f, int) or f < 1 for f in windows) or len({*windows}) < len(windows):
-        raise ValueError(f"{windows=} must be different positive integers: 8 is an arrow of 1/8 of the visual tokens.")
-    candidates = (*([CACHED_METHOD] if cache else []), *(Method.arrow(f) for f in windows))
-    if not candidates:
-        raise ValueError(f"{windows=} and {cache=} leave nothing to choose from.")
-    return candidates
-
-
-def _warn_idle(candidates: tuple[Method, ...], setting: Setting, tiles: tuple[int, int]) -> None:
-    """Small images: where a tile holds more than a band, arrows save nothing."""
-    saved = []
-    for layer in setting.layers:
-        windows = np.array([method.half_window(layer.num_visual) for method in candidates], np.int32)
-        saved.append(saved_tiles(windows, layer.layout, tiles))
-    if idle := [str(method) for method, *savings in zip(candidates, *saved, strict=True) if not any(savings)]:
-        logger.warning(
-            "%s save no tile of %s queries x %s keys in any layer (%s visual tokens) and are never chosen: "
-            "give smaller tiles",
-            ", ".join(idle), *tiles, setting.layers[0].num_visual,
-        )  # fmt: skip
 
 
 def prepared(pipeline: Pipeline, prompts: list[str], options: CalibrationOptions, arguments: dict[str, Any]) -> Call:
@@ -385,8 +365,3 @@ def _check_heads(options: CalibrationOptions) -> None:
     assert delta is not None
     if delta > MAX_DELTA:
         raise ValueError(f"{delta=} is above {MAX_DELTA}, where heads could be anything: the paper's are up to 1.")
-
-
-def _check_tiles(tiles: Any) -> None:
-    if not isinstance(tiles, tuple) or len(tiles) != 2 or any(type(size) is not int or size < 1 for size in tiles):
-        raise ValueError(f"{tiles=} must be two positive integers: queries and keys of a tile.")

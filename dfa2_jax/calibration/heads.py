@@ -87,6 +87,7 @@ class HeadRuns:
             chunk=self.chunk,
             rounding=self.call.pipeline.rounding,
             mesh=self.call.mesh,
+            frames=self.call.grid.frames,
         )
 
     def check_speedup(self, speedup: float | None) -> None:

@@ -30,6 +30,7 @@ from dfa2_jax.plan.setting import MARGIN, StepCalibration, UnfittedRun, decibels
 from dfa2_jax.plan.steps import Nodes, StepSearch, adams_coefficients, count_for
 from dfa2_jax.sampling.inputs import Inputs
 from dfa2_jax.sampling.loop import State, denoise
+from dfa2_jax.sampling.solvers.base import Multistep
 
 PERTURBATION = 0.01
 """Root mean square of what the second run starts off by, where the noise's is 1."""
@@ -47,8 +48,20 @@ RIDGE = 1e-4
 Latents = Float[np.ndarray, "B V C"]
 
 
+def check_solver(call: Call, target: str) -> None:
+    """Raises ValueError where steps of the call's solver cannot be planned, or not towards this target."""
+    solver, scheduler = call.inputs.solver, call.setting.scheduler or type(call.inputs.solver).__name__
+    if not isinstance(solver, Multistep):
+        raise ValueError(f"{scheduler}: a plan of steps moves x as Euler's steps do. Pass delta=, for heads alone.")
+    if target == "converged" and (solver.scales(call.schedule.sigmas) != 1).any():
+        raise ValueError(f"{target=}: between the times of {scheduler}, noise is not linear in time. Leave it out.")
+
+
 class StepRuns:
-    """A call's dense steps, one at a time; those that a journal knows run no network."""
+    """A call's dense steps, one at a time; those that a journal knows run no network.
+
+    Latents are flow matching's: the call's own are `scales` times as large, by noise level.
+    """
 
     def __init__(self, call: Call, journal: Journal, progress: bool, *compilers: Callable[[], None]):
         """Compiles first, so that the bar hides no compilation.
@@ -57,6 +70,7 @@ class StepRuns:
             compilers: of programs that others run under the same bar.
         """
         self.call, self.journal = call, journal
+        self.scales = call.inputs.solver.scales(call.schedule.sigmas)
         self.inputs = cache(self._inputs)
         if progress:
             with told("compiling"):
@@ -84,13 +98,23 @@ class StepRuns:
         x = of_first(x)  # a key that one process lacks would let it run alone
 
         def both() -> np.ndarray:
-            run = self._run(x, step, step + 1, part)
-            return np.stack([run.latents, run.solver])
+            run = self._run(self.scales[step] * x, step, step + 1, part)
+            return np.stack([run.latents / self.scales[step + 1], run.solver])
 
         key = hashlib.sha256((REFINED * step + part).to_bytes(4, "little") + x.tobytes()).digest()
         after, velocity = self.journal.kept(key, (2, *x.shape), both)
         self.bar.update()
         return after, velocity
+
+    @property
+    def start(self) -> Latents:
+        """Before the first step."""
+        return np.asarray(self.call.start().latents) / self.scales[0]
+
+    def pixels(self, x: Latents) -> Float[np.ndarray, "B F H W 3"]:
+        """Frames in [0, 1] of latents after the last step, an image at a time: all prompts at once may not fit."""
+        decode, latents = self.call.pipeline.decode, self.call.latents(self.scales[-1] * x)
+        return np.concatenate([decode(one[None]) for one in latents])
 
     def _run(self, x: Latents, start: int, stop: int, part: int = 0) -> State:
         pipeline, state = self.call.pipeline, State(x, np.zeros_like(x))
@@ -109,7 +133,7 @@ class Trajectory:
     @classmethod
     def converged(cls, runs: StepRuns, sigmas: np.ndarray) -> "Trajectory":
         """At the dense run's noise levels, of `REFINED` times its steps: Adams and Bashforth's of second order."""
-        x = np.asarray(runs.call.start().latents)
+        x = runs.start
         last, latents, velocities = np.zeros_like(x), [x], []
         refined = np.interp(np.arange(REFINED * (len(sigmas) - 1) + 1) / REFINED, np.arange(len(sigmas)), sigmas)
         for number, (now, before) in enumerate(adams_coefficients(refined)):
@@ -124,7 +148,7 @@ class Trajectory:
 
     @classmethod
     def dense(cls, runs: StepRuns) -> "Trajectory":
-        latents, velocities = [np.asarray(runs.call.start().latents)], []
+        latents, velocities = [runs.start], []
         for step in range(runs.call.request.steps):
             after, velocity = runs.step(latents[-1], step)
             latents.append(after)
@@ -174,7 +198,7 @@ class PlannedRun:
     """
 
     def __init__(self, runs: StepRuns, plan: Plan):
-        self.runs, self.digest, self.known = runs, plan.digest, []
+        self.runs, self.digest, self.nodes, self.known = runs, plan.digest, plan.nodes, []
         self.run, self.state = runs.call.program(plan)
 
     def velocity(self, x: Latents, number: int) -> Latents:
@@ -187,7 +211,8 @@ class PlannedRun:
     def _last(self) -> np.ndarray:
         """The velocity at the last of the nodes that did not run yet."""
         for x, number in self.known:
-            self.state = self.run(State(x, self.state.solver, self.state.memory), number, number + 1)
+            state = State(self.runs.scales[self.nodes[number]] * x, self.state.solver, self.state.memory)
+            self.state = self.run(state, number, number + 1)
         self.known = []
         return np.asarray(self.state.solver)
 
@@ -244,11 +269,11 @@ class StepPlans:
     @cached_property
     def images(self) -> Float[np.ndarray, "B F H W 3"]:
         """The target's."""
-        return pixels(self.runs.call, self.target.latents[-1])
+        return self.runs.pixels(self.target.latents[-1])
 
     def psnr_of(self, x: Latents) -> float:
         """Mean over the images that these latents become, in dB against the target's."""
-        pairs = zip(pixels(self.runs.call, x), self.images, strict=True)
+        pairs = zip(self.runs.pixels(x), self.images, strict=True)
         kept = np.mean([-decibels(mean_square(a - b)) for a, b in pairs])
         return float(of_first(np.asarray(kept, np.float64)))  # processes must all choose the same plan
 
@@ -363,9 +388,3 @@ def keeps(plan: Plan, psnr: float) -> bool:
     """Whether a fitted plan's measured PSNR is `MARGIN` above this."""
     assert plan.step_calibration is not None
     return plan.step_calibration.psnr >= psnr + MARGIN
-
-
-def pixels(call: Call, tokens: Latents) -> Float[np.ndarray, "B F H W 3"]:
-    """Frames in [0, 1], an image at a time: all prompts at once may not fit."""
-    unpack, decode = call.pipeline.family.tokens.unpack, call.pipeline.decode
-    return np.concatenate([decode(unpack(latents[None], call.grid)) for latents in tokens])

@@ -23,7 +23,7 @@ def planning_tiles(head_dim: int) -> tuple[int, int]:
 
 @partial(
     jax.jit,
-    static_argnames=("graph", "candidates", "tiles", "chunk", "implementation", "rounding", "mesh"),
+    static_argnames=("graph", "candidates", "tiles", "chunk", "implementation", "rounding", "mesh", "frames"),
     donate_argnames=("state",),
     compiler_options=XLA_OPTIONS,
 )
@@ -41,18 +41,20 @@ def calibrate_step(
     implementation: str | None = None,
     rounding: str | None = None,
     mesh: DeviceMesh | None = None,
+    frames: int = 1,
 ) -> tuple[State, dict[str, tuple[Any, Any]]]:
     """Step `i`, not the first, and what it chose in every stack of layers: picks and errors (`Trials`).
 
     Args:
         state: given away; its memory holds every attention call's last output, as `denoise_planned` leaves it.
         mesh: of devices that share the batch alone (`Call.over_batch`).
+        frames: of the visual tokens, where candidates run over time.
     """
 
     def step(params: Any, state: State, inputs: Inputs, i: Any, budget: Budget) -> tuple[State, Any]:
         memory = {stack: Trials.of_caches(caches, len(candidates)) for stack, caches in state.memory.items()}
         before = State(state.latents, state.solver, memory)
-        attend = TryEverything(candidates, budget, tiles, chunk, implementation, None if mesh is None else ROWS)
+        attend = TryEverything(candidates, budget, tiles, chunk, implementation, None if mesh is None else ROWS, frames)
         after = denoise_step(merged(graph, params, mesh), attend, inputs, i, before, rounding=rounding)
         caches = {stack: trials.caches for stack, trials in after.memory.items()}
         chosen = {stack: (trials.picks, trials.errors) for stack, trials in after.memory.items()}

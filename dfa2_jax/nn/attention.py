@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from dfa2_jax.nn.carrier import carrier
+from dfa2_jax.nn.orders import to_native, to_orders
 from dfa2_jax.nn.weights import MANY_ROWS, take_heads
 from pallas_kernels import CACHED, Layout
 from pallas_kernels import arrow_attention as arrow_attention
@@ -58,16 +59,15 @@ class LayerPlan:
     half_window: Int[Array, "*layers N"] | None = None
     """As in `arrow_attention`; None: all heads are dense."""
     head_order: Int[Array, "*layers N"] | None = None
+    order: Int[Array, "*layers N"] | None = None
+    """In which each band runs over the tokens (`nn.orders`); None: all in the native one."""
+    lies: Int[Array, "*layers N"] | None = None
+    """In which each output is remembered after the step, where `order` is given."""
 
     @classmethod
-    def of_stack(
-        cls,
-        count: int,
-        step: Int[Array, ""] | int,
-        half_window: Int[Array, "L N"] | None = None,
-        head_order: Int[Array, "L N"] | None = None,
-    ) -> "LayerPlan":
-        return cls(jnp.arange(count, dtype=jnp.int32), jnp.full(count, step, jnp.int32), half_window, head_order)
+    def of_stack(cls, count: int, step: Int[Array, ""] | int, **heads: Int[Array, "L N"] | None) -> "LayerPlan":
+        """Args: `heads`: fields of every layer's heads."""
+        return cls(jnp.arange(count, dtype=jnp.int32), jnp.full(count, step, jnp.int32), **heads)
 
 
 @runtime_checkable
@@ -189,11 +189,14 @@ class Planned:
 
     skip_projections: leave out cached heads' queries, keys and values (`ProjectionBranches`).
     reads_in_place: as in `ProjectionBranches.best`.
+    frames: of the visual tokens, whose order over time a plan may name. Queries, keys and values of such heads are
+        transposed; their outputs are remembered as they come, and transposed where they are read.
     """
 
     implementation: str | None = None
     skip_projections: bool = True
     reads_in_place: bool = False
+    frames: int = 1
 
     def memory(self, stack: jax.ShapeDtypeStruct) -> Float[Array, "L B T N H"]:
         return jnp.zeros(stack.shape, stack.dtype, device=stack.sharding)
@@ -207,6 +210,9 @@ class Planned:
             _, batch, length, *_ = memory.shape
             branches = ProjectionBranches.best(batch * length, self.reads_in_place)
             qkv = branches.qkv(project, plan.half_window)
+        if plan.order is not None:
+            q, k, v = (to_orders(x, plan.order, layout, self.frames) for x in qkv)
+            qkv = q, k, v
         memory = arrow_attention(
             *qkv,
             plan.half_window,
@@ -216,7 +222,8 @@ class Planned:
             head_order=plan.head_order,
             implementation=self.implementation,
         )
-        return memory[plan.place], memory
+        out = memory[plan.place]
+        return out if plan.lies is None else to_native(out, plan.lies, layout, self.frames), memory
 
 
 def stacks(layers: tuple[AttentionCall, ...]) -> dict[str, np.ndarray]:

@@ -20,14 +20,14 @@ from dfa2_jax.parallel.mesh import DeviceMesh
 from dfa2_jax.pipeline.loaded import Loaded
 from dfa2_jax.pipeline.request import Request, host_array, seeds_of
 from dfa2_jax.plan.method import PlanError
+from dfa2_jax.plan.orders import lies, orders
 from dfa2_jax.plan.plan import Plan
 from dfa2_jax.plan.setting import AttentionLayer, Setting
 from dfa2_jax.sampling.inputs import Inputs, pad_steps
 from dfa2_jax.sampling.loop import HeadPlans, State, denoise, denoise_planned
 from dfa2_jax.sampling.memory import empty_memory, stack_shapes
 from dfa2_jax.sampling.noise import BatchNoise, StepNoise
-from dfa2_jax.sampling.solvers.base import NoisySolver
-from dfa2_jax.sampling.solvers.flow_euler import FlowMultistep
+from dfa2_jax.sampling.solvers.base import Multistep, NoisySolver
 from dfa2_jax.sampling.tokens import Grid
 
 Run = Callable[[State, int, int], State]
@@ -102,6 +102,7 @@ class Call:
             height=request.height,
             width=request.width,
             num_frames=request.num_frames,
+            token_frames=self.grid.frames,
             doubled_batch=self.inputs.guidance.sides == 2,
             num_heads=pipeline.config.num_attention_heads,
             layers=tuple(AttentionLayer.of(layer.name, layer.layout) for layer in self.layers),
@@ -147,10 +148,11 @@ class Call:
         """
         if plan is None or plan.runs_every_step:
             return self.inputs
-        if not isinstance(self.inputs.solver, FlowMultistep):
-            solver = type(self.inputs.solver).__name__
-            raise PlanError(f"the plan's coefficients are of flow matching's steps, and the call's solver is {solver}.")
-        return self.inputs.at(np.array(plan.nodes), FlowMultistep.of(plan.coefficients))
+        solver, levels = self.inputs.solver, np.asarray(self.schedule.sigmas)[[*plan.nodes, -1]]
+        if not isinstance(solver, Multistep):
+            name = type(solver).__name__
+            raise PlanError(f"the plan's coefficients are of a velocity and the last one, and the solver is {name}.")
+        return self.inputs.at(np.array(plan.nodes), solver.planned(levels, plan.coefficients))
 
     def step_plans(self, plan: Plan) -> HeadPlans:
         """A plan as the loop reads it: its heads in the order of their work, or dealt to devices."""
@@ -158,7 +160,16 @@ class Call:
         if self.mesh is not None and self.mesh.tokens > 1:
             windows, order = deal_plan(windows, [layer.layout for layer in self.layers], self.mesh.tokens)
         half_window, head_order = (by_stack(self.layers, pad_steps(x), axis=1) for x in (windows, order))
-        return HeadPlans(half_window, head_order, first=np.zeros((), np.int32))
+        plans, written = HeadPlans(half_window, head_order, first=np.zeros((), np.int32)), orders(plan)
+        if not written.any():
+            return plans
+        if self.mesh is not None and self.mesh.tokens > 1:
+            raise PlanError(
+                f"the plan has arrows over time, which take whole sequences, and {self.mesh.tokens} devices share "
+                "tokens. Take as many devices as the batch has rows, or calibrate with orders=('native',)."
+            )
+        order, written = (by_stack(self.layers, pad_steps(x), axis=1) for x in (written, lies(plan)))
+        return replace(plans, order=order, lies=written)
 
     def loop(
         self, plan: Plan | None = None, *, implementation: str | None = None, skip_projections: bool = True
@@ -176,6 +187,7 @@ class Call:
         options |= {"implementation": implementation}
         if self.remembers(plan):
             options |= {"plans": put(self.step_plans(plan)), "skip_projections": skip_projections}
+            options |= {"frames": self.grid.frames}
             program = denoise_planned
         else:
             options |= {"attend": self.options.attend}

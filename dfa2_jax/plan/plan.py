@@ -16,7 +16,7 @@ from dfa2_jax.io.digest import digest_of
 from dfa2_jax.io.errors import printable
 from dfa2_jax.io.names import natural, suggests_names
 from dfa2_jax.plan.file import blame_file, content_of, read, written
-from dfa2_jax.plan.method import FULL_METHOD, Method, PlanError, letters
+from dfa2_jax.plan.method import FULL_METHOD, Method, PlanError, check_methods
 from dfa2_jax.plan.setting import MARGIN, CalibrationRecord, Setting, StepCalibration
 from dfa2_jax.plan.steps import StepSearch, check_budget, count_for, euler_coefficients
 from pallas_kernels.layout import CACHED, FULL
@@ -65,7 +65,7 @@ class Plan:
             raise PlanError(
                 f"choices are {list(self.choices.shape)}, but the setting has steps, layers, heads {shape}."
             )
-        letters(self.methods)  # there are enough
+        check_methods(self.methods, setting.token_frames)
         if self.choices.max() >= len(self.methods):
             raise PlanError(f"choices go up to {self.choices.max()}, but there are {len(self.methods)} methods.")
         full = [number for number, method in enumerate(self.methods) if method == FULL_METHOD]

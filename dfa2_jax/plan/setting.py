@@ -7,7 +7,7 @@ from math import log10
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from dfa2_jax.weights.dtypes import Precision
 from pallas_kernels.layout import Layout
@@ -74,16 +74,26 @@ class Setting(Record):
     """What blocks that are quantised multiply in. Files say nothing of others."""
     num_frames: Positive | None = None
     """Of a video. Files of images say nothing of it."""
+    token_frames: Positive = 1
+    """Frames of its visual tokens."""
 
     @field_validator("sigmas")
     @classmethod
-    def _check_sigmas(cls, sigmas: tuple[float, ...], info: ValidationInfo) -> tuple[float, ...]:
+    def _check_sigmas(cls, sigmas: tuple[float, ...], info: Any) -> tuple[float, ...]:
         for number, (high, low) in enumerate(pairwise(sigmas)):
             if low > high:
                 raise ValueError(f"noise rises from {high} to {low} (numbers {number} and {number + 1})")
         if sigmas[-1] != 0 and not str(info.data.get("scheduler")).startswith("CogVideoX"):
             raise ValueError(f"the last one is {sigmas[-1]}, not 0")
         return sigmas
+
+    @model_validator(mode="after")
+    def _check_frames(self) -> "Setting":
+        for layer in self.layers:
+            if layer.num_visual % self.token_frames:
+                have = f"{layer.name} has {layer.num_visual} visual tokens"
+                raise ValueError(f"token_frames={self.token_frames}, but {have}, which are no such equal frames")
+        return self
 
     @property
     def num_inference_steps(self) -> int:

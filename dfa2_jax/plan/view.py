@@ -8,7 +8,7 @@ import numpy as np
 from dfa2_jax.io.atomic import replacing
 from dfa2_jax.io.errors import printable
 from dfa2_jax.plan.canvas import new_figure
-from dfa2_jax.plan.method import Method
+from dfa2_jax.plan.method import NATIVE, TIME, Method
 from dfa2_jax.plan.plan import Plan
 from pallas_kernels.layout import CACHED, FULL
 from pallas_kernels.mask import density
@@ -152,10 +152,12 @@ def ranked(plan: Plan) -> tuple[np.ndarray, list[str], list[Any]]:
 
     order = sorted(range(len(plan.methods)), key=lambda number: _work(plan.methods[number]), reverse=True)
     names = [str(plan.methods[number]) for number in order]
-    arrows = sum(name not in ("full", "cached") for name in names)
-    shades = iter(colormaps["YlGnBu"](np.linspace(0.75, 0.3, max(arrows, 1))))
-    fixed = {"full": "#20124d", "cached": "#f4a259"}
-    return np.argsort(order)[plan.choices], names, [fixed.get(name) or tuple(next(shades)) for name in names]
+    colours: dict[str, Any] = {"full": "#20124d", "cached": "#f4a259"}
+    for map_name, over in (("YlGnBu", NATIVE), ("PuRd", TIME)):
+        arrows = [name for name in names if name not in ("full", "cached") and Method(name).order == over]
+        shades = colormaps[map_name](np.linspace(0.75, 0.3, len(arrows)))
+        colours |= dict(zip(arrows, map(tuple, shades), strict=True))
+    return np.argsort(order)[plan.choices], names, [colours[name] for name in names]
 
 
 def _work(method: Method) -> int:

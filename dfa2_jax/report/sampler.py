@@ -38,9 +38,16 @@ class Sampler:
     def open(
         cls, folder: str | PathLike[str], arguments: dict[str, Any], batch: int, progress: bool, **options: Any
     ) -> "Sampler":
-        """A sampler of `Pipeline.from_pretrained` with these options."""
+        """A sampler of `Pipeline.from_pretrained` with these options.
+
+        Raises:
+            ValueError: the model makes videos.
+        """
         with told("loading", progress):
-            return cls(Pipeline.from_pretrained(folder, **options), arguments, batch)
+            pipeline = Pipeline.from_pretrained(folder, **options)
+        if pipeline.sizes.num_frames is not None:
+            raise ValueError(f"{folder} makes videos ({pipeline.pipeline_class}): reports compare images alone.")
+        return cls(pipeline, arguments, batch)
 
     def prepare(self, shots: Sequence[Shot], offset: int = 0, **changes: Any) -> Call:
         """A call of `batch` images; the last prompt fills up: another size would compile anew.

@@ -38,6 +38,7 @@ class State:
 class HeadPlans:
     """What a plan says of heads, as the loop reads it: by stack of layers, padded like every per-step input.
 
+    order, lies: as in `nn.attention.LayerPlan`; None: every band runs in the native order.
     first: the step that runs dense and fills the memory, whatever the plan says of it. A loop whose memory is empty
         must start at this step: steps before it do not run, and heads cached before it return zeros.
     """
@@ -45,12 +46,16 @@ class HeadPlans:
     half_window: dict[str, Int[Array | np.ndarray, "padded_steps L N"]]
     head_order: dict[str, Int[Array | np.ndarray, "padded_steps L N"]]
     first: Int[Array | np.ndarray, ""]
+    order: dict[str, Int[Array | np.ndarray, "padded_steps L N"]] | None = None
+    lies: dict[str, Int[Array | np.ndarray, "padded_steps L N"]] | None = None
 
     def at(self, i: Int[Array, ""] | int) -> dict[str, LayerPlan]:
         """One step's plan of every stack."""
+        every = {"half_window": self.half_window, "head_order": self.head_order, "order": self.order, "lies": self.lies}
+        given = {name: jax.tree.map(lambda x: jnp.asarray(x)[i], x) for name, x in every.items() if x is not None}
         return {
-            stack: LayerPlan.of_stack(half_window.shape[1], i, half_window[i], self.head_order[stack][i])
-            for stack, half_window in jax.tree.map(jnp.asarray, self.half_window).items()
+            stack: LayerPlan.of_stack(half_window.shape[1], i, **{name: x[stack] for name, x in given.items()})
+            for stack, half_window in self.half_window.items()
         }
 
 
@@ -156,7 +161,7 @@ def denoise(
 
 @partial(
     jax.jit,
-    static_argnames=("graph", "skip_projections", "unroll", "implementation", "rounding", "mesh"),
+    static_argnames=("graph", "skip_projections", "frames", "unroll", "implementation", "rounding", "mesh"),
     donate_argnames=("state",),
     compiler_options=XLA_OPTIONS,
 )
@@ -170,6 +175,7 @@ def denoise_planned(
     stop: Int[Array, ""] | int,
     *,
     skip_projections: bool = True,
+    frames: int = 1,
     unroll: int | bool = 1,
     implementation: str | None = None,
     rounding: str | None = None,
@@ -182,6 +188,7 @@ def denoise_planned(
         plans: data: another plan of the shape compiles nothing.
         skip_projections: do not compute q, k, v of cached heads where that is faster. False: keep the summation order
             of a step that computes every head.
+        frames: of the visual tokens, where the plan has bands that run over time.
     """
     shares_tokens = mesh is not None and mesh.tokens > 1
     options = {"rounding": rounding, "implementation": implementation, "unroll": unroll}
@@ -193,7 +200,8 @@ def denoise_planned(
         branches = ProjectionBranches.best(num_rows, in_place)
 
         def step(skip: bool, i: Array, plans: dict[str, Any] | None, state: State) -> State:
-            return denoise_step(model, Planned(implementation, skip, in_place), inputs, i, state, plans, **options)
+            attend = Planned(implementation, skip, in_place, frames)
+            return denoise_step(model, attend, inputs, i, state, plans, **options)
 
         def later(i: Array, state: State) -> State:
             at_step = plans.at(i)

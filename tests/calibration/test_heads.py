@@ -14,7 +14,7 @@ from dfa2_jax.calibration.attention_share import shares_of
 from dfa2_jax.calibration.calibrate import prepared
 from dfa2_jax.calibration.heads import HeadRuns, StepShares, reuse_errors
 from dfa2_jax.calibration.journal import Journal
-from dfa2_jax.calibration.steps import StepPlans, StepRuns, pixels
+from dfa2_jax.calibration.steps import StepPlans, StepRuns
 from dfa2_jax.nn.attention import AttentionCall
 from dfa2_jax.options import CalibrationOptions
 from dfa2_jax.pipeline.call import Call
@@ -146,7 +146,7 @@ def test_the_offset_is_what_images_have_above_their_latents(pipelines):
     call = prepared(pipeline, PROMPTS, CalibrationOptions(progress=False), arguments)
     steps = StepPlans.measured(StepRuns(call, Journal(None, ""), progress=False), {"target": "dense"})
     ended, dense = steps.started, steps.target.latents[-1]
-    images = zip(pixels(call, ended), pixels(call, dense), strict=True)
+    images = zip(*(call.pipeline.decode(call.latents(x)) for x in (ended, dense)), strict=True)
     of_images = np.mean([psnr(one[0], other[0]) for one, other in images])
     of_latents = -10 * np.log10(np.mean((ended - dense).astype(np.float64) ** 2))
     assert steps.psnr_offset == pytest.approx(of_images - of_latents, abs=0.01) and abs(steps.psnr_offset) > 1

@@ -141,14 +141,14 @@ def test_levels_fall_from_pure_noise_and_are_those_of_the_latents():
 def test_a_step_plan_moves_scaled_latents():
     """With the true velocity of one image, any coefficients that sum to the move reach its noise levels."""
     levels, _, dense = vp_steps(CONFIGS["2b"], None, 50)
-    euler = ScaledMultistep.of(levels, euler_coefficients(levels))
+    euler = ScaledMultistep.planned(levels, euler_coefficients(levels))
     np.testing.assert_allclose(euler.coefficients, dense.coefficients, rtol=2e-5, atol=2e-7)
     nodes = np.array([0, 10, 30, 44])
     sigmas = np.append(levels[nodes], levels[-1]).astype(np.float64)
     moves = np.diff(sigmas)
     split = np.stack([1.5 * moves, -0.5 * moves], axis=1)
     split[0] = moves[0], 0
-    solver = ScaledMultistep.of(sigmas, split)
+    solver = ScaledMultistep.planned(sigmas, split)
     noise, clean = np.random.default_rng(2).normal(size=(2, *SHAPE)).astype(np.float32)
     scale = 1 / np.hypot(sigmas, 1 - sigmas)
     c, s = ((scale * part).astype(np.float32) for part in (1 - sigmas, sigmas))
@@ -159,13 +159,13 @@ def test_a_step_plan_moves_scaled_latents():
         x, state = solver.step(x, c[i] * noise - s[i] * clean, i, state)
     assert error(np.asarray(x), clean) < 1e-6
     with pytest.raises(ValueError, match="5 noise levels and 3 steps"):
-        ScaledMultistep.of(sigmas, split[1:])
+        ScaledMultistep.planned(sigmas, split[1:])
 
 
 def test_scaled_steps_are_flow_matchings_own():
     generator, sigmas = np.random.default_rng(3), np.array([1.0, 0.7, 0.4, 0.1])
     moves = generator.normal(size=(3, 2))
-    scaled, flow = ScaledMultistep.of(sigmas, moves), FlowMultistep.of(moves)
+    scaled, flow = ScaledMultistep.planned(sigmas, moves), FlowMultistep.of(moves)
     x = y = generator.normal(size=SHAPE).astype(np.float32)  # the scale of pure noise is 1
     states = scaled.init(x), flow.init(y)
     for i, sigma in enumerate(sigmas[:-1]):
@@ -257,7 +257,6 @@ def test_a_number_of_steps_that_leaves_noise_is_told_once(name, caplog):
     ("changed", "message"),
     [
         ({"prediction_type": "epsilon"}, "prediction_type='epsilon' is not supported: only 'v_prediction' is"),
-        ({"clip_sample": True}, "clip_sample=True is not supported: only False is"),
         ({"thresholding": True}, "thresholding=True is not supported: only False is"),
         ({"trained_betas": [0.1]}, r"trained_betas=\[0.1\] is not supported: only None is"),
         ({"beta_schedule": "squaredcos_cap_v2"}, "beta_schedule='squaredcos_cap_v2' is not supported: only 'scaled_"),

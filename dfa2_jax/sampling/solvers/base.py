@@ -1,6 +1,6 @@
 """What a solver is: coefficients made on the host, a step, and a state that the loop carries."""
 
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, Self, runtime_checkable
 
 import numpy as np
 from jaxtyping import Array, Float, Int
@@ -18,6 +18,21 @@ class Solver(Protocol):
 
     def step(self, x: Latents, prediction: Latents, i: Int[Array, ""] | int, state: Any) -> tuple[Latents, Any]:
         """The latents after step `i`, and the state."""
+        ...
+
+
+@runtime_checkable
+class Multistep(Solver, Protocol):
+    """A solver that moves scaled latents by this velocity and the last one, which is its state: step plans serve it."""
+
+    @staticmethod
+    def scales(sigmas: Float[np.ndarray, " levels"]) -> Float[np.ndarray, " levels"]:
+        """What flow matching's latents at these noise levels are multiplied by, float32."""
+        ...
+
+    @classmethod
+    def planned(cls, sigmas: Float[np.ndarray, " levels"], coefficients: Float[np.ndarray, "steps 2"]) -> Self:
+        """The solver from each of these noise levels to the next, with coefficients of both velocities."""
         ...
 
 

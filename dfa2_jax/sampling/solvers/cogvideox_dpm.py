@@ -24,10 +24,10 @@ class DPMState:
 
 @carrier
 class CogVideoXDPM:
-    """SDE-DPM-Solver++(2M) (arXiv 2211.01095, appendix B), whose second order extrapolates the clean latents.
+    """SDE-DPM-Solver++(2M) (arXiv 2211.01095), whose second order extrapolates the clean latents.
 
-    Every step adds noise, which is drawn on the host. Before each step the loop on the host puts it into the state, so
-    the program of a step is the same for all steps, step counts and seeds:
+    Every step adds noise. The loop on the host draws it, and puts it into the state before the step. So the program of
+    a step is the same for all steps, step counts and seeds. Before a step:
 
         noise = [stream.randn(shape) for _ in range(solver.draws[i])][-1]
         state = replace(state, solver=solver.with_noise(state.solver, tokens.pack(noise)))

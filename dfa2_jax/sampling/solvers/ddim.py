@@ -1,5 +1,7 @@
 """DDIM for models that predict v: Euler's steps of flow matching on scaled latents."""
 
+from typing import Self
+
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
@@ -23,7 +25,7 @@ class ScaledMultistep:
     """s - c and k of the velocity; k after the step, and its ratio to k; coefficients of this and the last velocity."""
 
     @classmethod
-    def ddim(cls, now: Float[np.ndarray, " steps"], after: Float[np.ndarray, " steps"]) -> "ScaledMultistep":
+    def ddim(cls, now: Float[np.ndarray, " steps"], after: Float[np.ndarray, " steps"]) -> Self:
         """DDIM by the noise levels sigma where each step begins, and where it leads.
 
         Diffusers' steps do not always lead to where the next one begins (`variance_preserving.AlphaSteps`).
@@ -32,7 +34,7 @@ class ScaledMultistep:
         return cls._between(now, after, moves)
 
     @classmethod
-    def of(cls, sigmas: Float[np.ndarray, " levels"], coefficients: Float[np.ndarray, "steps 2"]) -> "ScaledMultistep":
+    def planned(cls, sigmas: Float[np.ndarray, " levels"], coefficients: Float[np.ndarray, "steps 2"]) -> Self:
         """A solver by noise levels sigma and coefficients of velocities, such as a step plan's.
 
         Args:
@@ -49,11 +51,15 @@ class ScaledMultistep:
         return cls._between(sigmas[:-1], sigmas[1:], coefficients)
 
     @classmethod
-    def _between(cls, now: np.ndarray, after: np.ndarray, moves: np.ndarray) -> "ScaledMultistep":
+    def _between(cls, now: np.ndarray, after: np.ndarray, moves: np.ndarray) -> Self:
         scale, scale_after = _scale(now), _scale(after)
         slope = (2 * np.asarray(now, np.float64) - 1) * scale
         columns = [slope, scale, scale_after, scale_after / scale, *np.asarray(moves, np.float64).T]
         return cls(pad_steps(np.stack(columns, axis=1).astype(np.float32)))
+
+    @staticmethod
+    def scales(sigmas: Float[np.ndarray, " levels"]) -> Float[np.ndarray, " levels"]:
+        return _scale(sigmas).astype(np.float32)
 
     def init(self, x: Latents) -> Latents:
         return np.zeros_like(x)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 import jax.numpy as jnp
 import numpy as np
@@ -35,12 +35,20 @@ class FlowMultistep:
     """Coefficients of this step's velocity and of the last step's."""
 
     @classmethod
-    def euler(cls, sigmas: Float[np.ndarray, " steps_plus_1"]) -> "FlowMultistep":
+    def euler(cls, sigmas: Float[np.ndarray, " steps_plus_1"]) -> Self:
         return cls.of(euler_coefficients(sigmas))
 
     @classmethod
-    def of(cls, coefficients: Float[np.ndarray, "steps 2"]) -> "FlowMultistep":
+    def of(cls, coefficients: Float[np.ndarray, "steps 2"]) -> Self:
         return cls(pad_steps(coefficients.astype(np.float32)))
+
+    @staticmethod
+    def scales(sigmas: Float[np.ndarray, " levels"]) -> Float[np.ndarray, " levels"]:
+        return np.ones(len(sigmas), np.float32)
+
+    @classmethod
+    def planned(cls, sigmas: Float[np.ndarray, " levels"], coefficients: Float[np.ndarray, "steps 2"]) -> Self:
+        return cls.of(coefficients)
 
     def init(self, x: Latents) -> Latents:
         return np.zeros_like(x)

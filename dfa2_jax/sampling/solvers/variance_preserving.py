@@ -26,7 +26,7 @@ DEFAULTS = {
 }
 """What diffusers takes where a config says nothing. Its own clip_sample is True there, and of no effect."""
 
-ONLY = {"prediction_type": "v_prediction", "trained_betas": None, "clip_sample": False, "thresholding": False}
+ONLY = {"prediction_type": "v_prediction", "trained_betas": None, "thresholding": False}
 """What a config may say."""
 
 CHOICES = {
@@ -72,7 +72,7 @@ def alpha_steps(config: Mapping[str, Any], steps: int) -> AlphaSteps:
 
 
 def alphas_cumprod(config: Mapping[str, Any]) -> Float[np.ndarray, " train_steps"]:
-    """Cumulative products of `1 - beta`, shifted (arXiv 2408.06072) and rescaled to end at 0 (arXiv 2305.08891).
+    """Cumulative products of `1 - beta`, shifted in SNR and rescaled to end at 0 (arXiv 2305.08891).
 
     diffusers takes linear betas in float32, and all that is made of them; those whose roots are linear in float64.
 
