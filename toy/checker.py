@@ -3,6 +3,7 @@
 What a caption does not ask for is not looked for: an object more, of another colour, costs nothing.
 """
 
+from collections.abc import Sequence
 from functools import cache
 from typing import NamedTuple
 
@@ -41,10 +42,10 @@ class Score(NamedTuple):
     """Intersection over union with the asked shape."""
 
 
-def nearest_colours(image: np.ndarray) -> np.ndarray:
-    """Index of each pixel's nearest colour of the palette; `image` [H, W, 3] in [0, 1]."""
-    difference = image[:, :, None, :].astype(np.float32) - COLOUR_TABLE[None, None]
-    return np.square(difference).sum(-1).argmin(-1)
+def nearest_colours(image: np.ndarray, colours: Sequence[int] = range(len(COLOURS))) -> np.ndarray:
+    """Index of each pixel's nearest colour of the palette, or of some of it; `image` [H, W, 3] in [0, 1]."""
+    difference = image[:, :, None, :].astype(np.float32) - COLOUR_TABLE[list(colours)]
+    return np.array(colours)[np.square(difference).sum(-1).argmin(-1)]
 
 
 def most_common(labels: np.ndarray) -> int:
@@ -112,8 +113,15 @@ def overlap(mask: np.ndarray, shape: int, thing: Thing, centres: np.ndarray) -> 
     x, y = centre_of_mass(mask, centres)
     x = np.clip(x, slot.x - slot.jitter_x - SLACK, slot.x + slot.jitter_x + SLACK)
     y = np.clip(y, slot.y - slot.jitter_y - SLACK, slot.y + slot.jitter_y + SLACK)
+    return best_overlap(mask, shape, x, y, (middle - jitter - SLACK, middle + jitter + SLACK), centres)
+
+
+def best_overlap(
+    mask: np.ndarray, shape: int, x: float, y: float, radii: tuple[float, float], centres: np.ndarray
+) -> float:
+    """Best IoU of the mask with the shape at (x, y), about as large as the mask and within the range of radii."""
     radius = np.sqrt(mask.mean() / areas()[shape]) * np.array([0.94, 0.97, 1.0, 1.03, 1.06])
-    radius = np.clip(radius, middle - jitter - SLACK, middle + jitter + SLACK)[:, None, None]
+    radius = np.clip(radius, *radii)[:, None, None]
     drawn = signed_distances(centres[None, None, :] - x, centres[None, :, None] - y, radius, np)[shape] < 0
     both, either = (drawn & mask).sum((1, 2)), (drawn | mask).sum((1, 2))
     return float((both / either).max())

@@ -183,30 +183,41 @@ def coverage(distance: Any, size: int, xp: ModuleType = jnp) -> Any:
     return xp.clip(0.5 - distance * size, 0.0, 1.0)
 
 
+def per_image(values: Any) -> Any:
+    """[B] beside pixels."""
+    return values[:, None, None]
+
+
+def backdrop(colour: jax.Array, jitter: jax.Array, size: int) -> jax.Array:
+    """Images [B, size, size, 3] of a colour each, shaded by `jitter` [B, 3]: a gradient's angle and slope, a shade."""
+    x, y = jnp.asarray(pixel_centres(size))[None, None, :], jnp.asarray(pixel_centres(size))[None, :, None]
+    angle, steep = per_image(jitter[:, 0] * math.pi), per_image(MAX_GRADIENT * jitter[:, 1])
+    slope = steep * (jnp.cos(angle) * (x - 0.5) + jnp.sin(angle) * (y - 0.5))
+    shade = slope + per_image(MAX_BACKGROUND_SHADE * jitter[:, 2])
+    return jnp.asarray(COLOUR_TABLE)[colour][:, None, None, :] + shade[..., None]
+
+
+def opacity(shape: jax.Array, centre: jax.Array, reach: jax.Array, size: int) -> jax.Array:
+    """How much of each pixel an object covers, [B, size, size]; `centre` [B, 2], all else [B]."""
+    x, y = jnp.asarray(pixel_centres(size))[None, None, :], jnp.asarray(pixel_centres(size))[None, :, None]
+    distances = signed_distances(x - per_image(centre[:, 0]), y - per_image(centre[:, 1]), per_image(reach))
+    distance = sum(jnp.where(per_image(shape) == i, edge, jnp.zeros_like(edge)) for i, edge in enumerate(distances))
+    return coverage(distance, size)
+
+
 def draw(numbers: jax.Array, key: jax.Array, size: int) -> jax.Array:
     """Images [B, size, size, 3] in [0, 1] of scenes given by `Scene.numbers`, [B, 10]."""
     batch = numbers.shape[0]
     jitter = jax.random.uniform(key, (batch, 13), minval=-1.0, maxval=1.0)
-    x, y = jnp.asarray(pixel_centres(size))[None, None, :], jnp.asarray(pixel_centres(size))[None, :, None]
-
-    def per_image(values: jax.Array) -> jax.Array:
-        return values[:, None, None]
-
     colours, slots, radii = jnp.asarray(COLOUR_TABLE), jnp.asarray(SLOT_TABLE), jnp.asarray(RADIUS_TABLE)
-    angle, steep = per_image(jitter[:, 0] * math.pi), per_image(MAX_GRADIENT * jitter[:, 1])
-    slope = steep * (jnp.cos(angle) * (x - 0.5) + jnp.sin(angle) * (y - 0.5))
-    shade = slope + per_image(MAX_BACKGROUND_SHADE * jitter[:, 2])
-    image = colours[numbers[:, 0]][:, None, None, :] + shade[..., None]
-
+    image = backdrop(numbers[:, 0], jitter[:, :3], size)
     for thing, first in ((0, 1), (1, 5)):
         colour, shape, slot, radius = (numbers[:, first + i] for i in range(4))
         moved = jitter[:, 3 + 5 * thing : 8 + 5 * thing]
         centre = slots[slot, :2] + slots[slot, 2:] * moved[:, :2]
         reach = radii[radius, 0] + radii[radius, 1] * moved[:, 2]
-        distances = signed_distances(x - per_image(centre[:, 0]), y - per_image(centre[:, 1]), per_image(reach))
-        distance = sum(jnp.where(per_image(shape) == i, edge, jnp.zeros_like(edge)) for i, edge in enumerate(distances))
         present = per_image(numbers[:, 9] > thing)
-        alpha = jnp.where(present, coverage(distance, size), 0.0)[..., None]
+        alpha = jnp.where(present, opacity(shape, centre, reach, size), 0.0)[..., None]
         paint = colours[colour] + MAX_OBJECT_SHADE * moved[:, 3:4]
         image = image * (1 - alpha) + paint[:, None, None, :] * alpha
     return jnp.clip(image, 0.0, 1.0)
