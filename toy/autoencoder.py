@@ -26,16 +26,21 @@ def vae_loss(setup: Setup, part: Part, params: Any, data: dict[str, Any], key: j
     mean, log_variance = moments(setup, params["vae"], images)
     z = mean + jnp.exp(0.5 * log_variance) * jax.random.normal(noise, mean.shape)
     decoded = setup.merge("vae", params["vae"]).decoder(z.astype(setup.dtype)).astype(jnp.float32)
+    return distortion(decoded, images, mean, log_variance)
+
+
+def distortion(decoded: jax.Array, truth: jax.Array, mean: jax.Array, log_variance: jax.Array) -> jax.Array:
+    """The loss of an autoencoder: what is not reconstructed, and the divergence of the posterior from a normal one."""
     kl = 0.5 * (jnp.square(mean) + jnp.exp(log_variance) - 1 - log_variance).mean()
-    return jnp.abs(decoded - images).mean() + jnp.square(decoded - images).mean() + KL * kl
+    return jnp.abs(decoded - truth).mean() + jnp.square(decoded - truth).mean() + KL * kl
 
 
-def latent_statistics(setup: Setup, pixels: int, params: Any, data: dict[str, Any], key: jax.Array) -> jax.Array:
+def latent_statistics(setup: Setup, part: Part, params: Any, data: dict[str, Any], key: jax.Array) -> jax.Array:
     """Mean and standard deviation of an autoencoder's latents."""
 
     @jax.jit
     def statistics(params: Any, data: dict[str, Any], key: jax.Array) -> jax.Array:
-        _, images = draw(setup, Part("vae", pixels, 64, 1), data, key)
+        _, images = draw(setup, Part("vae", part.pixels, 64, 1), data, key)
         mean, _ = moments(setup, params, images)
         return jnp.stack([mean.mean(), mean.std()])
 

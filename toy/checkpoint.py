@@ -12,11 +12,12 @@ from safetensors.numpy import save as serialize
 
 from dfa2_jax.io.atomic import replacing
 from toy.optimizer import Weights, fresh_weights
-from toy.stages import PHASES, Part, Stage
+from toy.stages import Part, Stage
+from toy.task import Task
 
 
 class State(NamedTuple):
-    """Both phases' weights, by the names that `stages.PHASES` has."""
+    """Both phases' weights, by the names that a `Task` gives them."""
 
     vae: Weights
     flow: Weights
@@ -77,9 +78,10 @@ def restore(folder: Path, state: State) -> tuple[State, Progress] | None:
     return jax.tree.unflatten(jax.tree.structure(state), leaves), progress
 
 
-def begin(out: Path, unit: str, total: float, seed: int) -> tuple[State, Progress]:
+def begin(task: Task, out: Path, unit: str, total: float, seed: int) -> tuple[State, Progress]:
     """The checkpoint in `out`, or a fresh start, as arrays of the host."""
-    fresh = State(*(fresh_weights(PHASES[phase], seed) for phase in PHASES), np.zeros(2, np.float32))
+    vae, flow = (fresh_weights(names, seed, task.configs) for names in (task.vae, task.flow))
+    fresh = State(vae, flow, np.zeros(2, np.float32))
     state, progress = restore(out, fresh) or (fresh, Progress(unit, seed, total))
     if (progress.unit, progress.seed) != (unit, seed):
         raise ValueError(

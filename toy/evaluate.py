@@ -21,7 +21,7 @@ from dfa2_jax.families.registry import open_checkpoint
 from dfa2_jax.io.atomic import replacing
 from toy import checker
 from toy.checker import Score
-from toy.result import ResultCheckpoint
+from toy.result import open_result
 from toy.scenes import Scene, held_out
 
 COLUMNS = 8
@@ -93,7 +93,7 @@ def main() -> None:
     }
     started = time.perf_counter()
     exported = (args.folder / "model_index.json").exists()
-    checkpoint = open_checkpoint(args.folder) if exported else ResultCheckpoint(args.folder)
+    checkpoint = open_checkpoint(args.folder) if exported else open_result(args.folder)
     pipeline = Pipeline(checkpoint, dtype=args.dtype)
     images = sample(pipeline, [scene.caption for scene in scenes], args.size, batch=args.batch, **options)
     seconds = time.perf_counter() - started

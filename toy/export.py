@@ -8,6 +8,7 @@ Needs torch, diffusers and transformers (the `test` extra). Keys and layouts com
 
 import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -27,9 +28,11 @@ from toy import model
 from toy.result import config, read_result
 
 
-def source_array(key: str, shape: tuple[int, ...], name: str, arrays: dict[str, np.ndarray]) -> np.ndarray:
+def source_array(
+    key: str, shape: tuple[int, ...], name: str, kind: tuple[str, dict[str, Any]], arrays: dict[str, np.ndarray]
+) -> np.ndarray:
     """What torch's parameter `key` of network `name` must hold so that our rules read our array from it."""
-    class_name, fields = model.configs()[name]
+    class_name, fields = kind
     spec = networks()[class_name]
     tensor = Tensor(Path(name), key, "F32", shape, 0, 0, None)  # type: ignore[arg-type]
     pieces = pieces_of(key, tensor, spec.rules, spec.place(spec.config(fields)))
@@ -47,40 +50,28 @@ def source_array(key: str, shape: tuple[int, ...], name: str, arrays: dict[str, 
     return filled.reshape(shape)
 
 
-def make(name: str, fields: dict[str, Any]) -> torch.nn.Module:
-    class_name = model.configs()[name][0]
-    if class_name in ("SD3Transformer2DModel", "AutoencoderKL"):
+def make(class_name: str, fields: dict[str, Any]) -> torch.nn.Module:
+    if hasattr(diffusers, class_name):
         return getattr(diffusers, class_name)(**fields)
     kind = T5Config if class_name == "T5EncoderModel" else CLIPTextConfig
     return getattr(transformers, class_name)(kind(**fields))
 
 
-def network(name: str, arrays: dict[str, np.ndarray]) -> torch.nn.Module:
-    """A component with our weights."""
-    module = make(name, config(name, arrays)).eval()
+def network(name: str, kind: tuple[str, dict[str, Any]], arrays: dict[str, np.ndarray]) -> torch.nn.Module:
+    """A component, of a class and a config, with our weights."""
+    module = make(*kind).eval()
     filled = {}
     for key, value in module.state_dict().items():
         source = "shared.weight" if key == "encoder.embed_tokens.weight" else key  # tied
-        filled[key] = torch.from_numpy(source_array(source, tuple(value.shape), name, arrays))
+        filled[key] = torch.from_numpy(source_array(source, tuple(value.shape), name, kind, arrays))
     if bad := [key for key, value in filled.items() if not torch.isfinite(value).all()]:
         raise ValueError(f"{name}: parts of {bad} are not filled, or are not finite.")
     module.load_state_dict(filled)
     return module
 
 
-def export(result: Path, folder: Path, dtype: torch.dtype = torch.float16) -> Path:
-    arrays = read_result(result)
-    vocabulary, merges = model.clip_vocabulary()
-    clip = {
-        name: CLIPTokenizer(vocab=vocabulary, merges=merges, pad_token=pad, model_max_length=model.CLIP_LENGTH)
-        for name, pad in model.CLIP_PADDING.items()
-    }
-    pipeline = StableDiffusion3Pipeline(
-        **{name: network(name, arrays) for name in model.configs()},
-        scheduler=FlowMatchEulerDiscreteScheduler(**model.SCHEDULER),
-        **clip,
-        tokenizer_3=T5TokenizerFast(vocab=model.t5_pieces(), model_max_length=512, extra_ids=0),
-    )
+def write_pipeline(pipeline: diffusers.DiffusionPipeline, folder: Path, dtype: torch.dtype) -> Path:
+    """The folder that diffusers saves, file by file, so that no half of one is ever there."""
     if dtype != torch.float32:
         pipeline.to(dtype)
     with TemporaryDirectory() as temporary:
@@ -93,8 +84,26 @@ def export(result: Path, folder: Path, dtype: torch.dtype = torch.float16) -> Pa
     return folder
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def export(result: Path, folder: Path, dtype: torch.dtype = torch.float16) -> Path:
+    arrays = read_result(result)
+    vocabulary, merges = model.clip_vocabulary()
+    clip = {
+        name: CLIPTokenizer(vocab=vocabulary, merges=merges, pad_token=pad, model_max_length=model.CLIP_LENGTH)
+        for name, pad in model.CLIP_PADDING.items()
+    }
+    kinds = {name: (class_name, config(name, arrays)) for name, (class_name, _) in model.configs().items()}
+    pipeline = StableDiffusion3Pipeline(
+        **{name: network(name, kind, arrays) for name, kind in kinds.items()},
+        scheduler=FlowMatchEulerDiscreteScheduler(**model.SCHEDULER),
+        **clip,
+        tokenizer_3=T5TokenizerFast(vocab=model.t5_pieces(), model_max_length=512, extra_ids=0),
+    )
+    return write_pipeline(pipeline, folder, dtype)
+
+
+def run(export: Callable[[Path, Path], Path], about: str | None) -> None:
+    """The command line of an export: it prints the size of each file."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("result", type=Path)
     parser.add_argument("folder", type=Path)
     args = parser.parse_args()
@@ -104,4 +113,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(export, __doc__)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dfa2_jax.encoders.t5 import T5Encoder
 from dfa2_jax.families.sd3.positions import crop_positions
 from dfa2_jax.families.sd3.transformer import SD3Conditions
 from dfa2_jax.nn.attention import LayerPlan
@@ -50,10 +51,11 @@ def best_attention(dtype: Any) -> str:
     return "cudnn"
 
 
-def timestep_embedding(sigma: jax.Array) -> jax.Array:
-    """`dfa2_jax.sampling.sinusoid.sinusoid` of 1000 sigma, traced."""
-    frequencies = np.exp(-math.log(10000.0) * np.arange(128) / 128).astype(np.float32)
-    angles = (1000 * sigma)[:, None] * jnp.asarray(frequencies)[None]
+def traced_sinusoid(x: jax.Array, dim: int = 256) -> jax.Array:
+    """`dfa2_jax.sampling.sinusoid.sinusoid`, traced."""
+    half = dim // 2
+    frequencies = np.exp(-math.log(10000.0) * np.arange(half) / half).astype(np.float32)
+    angles = x[:, None] * jnp.asarray(frequencies)[None]
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=1)
 
 
@@ -67,7 +69,7 @@ def patchify(latents: jax.Array) -> jax.Array:
 def encode(setup: Setup, name: str, params: Any, ids: jax.Array) -> Any:
     """A text encoder's output."""
     encoder = setup.merge(name, params[name])
-    table = "shared" if name == "text_encoder_3" else "token_embedding"
+    table = "shared" if isinstance(encoder, T5Encoder) else "token_embedding"
     setattr(encoder, table, Lookup(getattr(encoder, table)[...]))
     return encoder(ids)
 
@@ -109,5 +111,5 @@ def flow_loss(setup: Setup, part: Part, params: Any, data: dict[str, Any], key: 
     positions = jnp.asarray(crop_positions(model.position_table(), side, side))
     conditions = SD3Conditions(text, pooled, positions)
     transformer = setup.merge("transformer", params["transformer"])
-    velocity, _ = transformer(noisy, timestep_embedding(sigma), conditions, Attention(setup.attention))
+    velocity, _ = transformer(noisy, traced_sinusoid(1000 * sigma), conditions, Attention(setup.attention))
     return jnp.square(velocity.astype(jnp.float32) - (eps - latents)).mean()

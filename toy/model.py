@@ -46,16 +46,16 @@ def clip_vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
 
 
 @cache
-def t5_pieces() -> list[tuple[str, float]]:
-    """Unigram pieces with their scores: whole words, and letters for what is no caption's word."""
+def t5_pieces(known: tuple[str, ...] | None = None) -> list[tuple[str, float]]:
+    """Unigram pieces with their scores: whole words, by default those of images, and letters for what is none."""
     special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
     letters = [(letter, -10.0) for letter in "▁abcdefghijklmnopqrstuvwxyz0123456789.,-'"]
-    return special + [("▁" + word, -1.0) for word in words()] + letters
+    return special + [("▁" + word, -1.0) for word in known or words()] + letters
 
 
-def t5_backend() -> tokenizers.Tokenizer:
+def t5_backend(pieces: list[tuple[str, float]]) -> tokenizers.Tokenizer:
     """As transformers' `T5Tokenizer` builds it."""
-    backend = tokenizers.Tokenizer(models.Unigram(t5_pieces(), unk_id=2, byte_fallback=False))
+    backend = tokenizers.Tokenizer(models.Unigram(pieces, unk_id=2, byte_fallback=False))
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="always")]
     )
@@ -68,7 +68,7 @@ def write_tokenizer(folder: Path, name: str) -> Path:
     folder = folder / name
     folder.mkdir()
     if name == "tokenizer_3":
-        write_whole(folder / "tokenizer.json", t5_backend().to_str(pretty=True))
+        write_whole(folder / "tokenizer.json", t5_backend(t5_pieces()).to_str(pretty=True))
         settings: dict[str, Any] = {"pad_token": "<pad>", "model_max_length": 512}
     else:
         vocabulary, merges = clip_vocabulary()

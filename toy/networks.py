@@ -1,6 +1,7 @@
 """The networks as they train: the library's, with parameters to start from and operations whose gradients are fast."""
 
 import math
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,25 +14,26 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from dfa2_jax.families.registry import networks
 from dfa2_jax.families.sd3.transformer import PositionTable
 from toy import model
+from toy.task import Configs, Task
 
 
-def build(name: str, dtype: Any, seed: int = 0) -> nnx.Module:
-    class_name, config = model.configs()[name]
+def build(name: str, dtype: Any, configs: Configs = model.configs) -> nnx.Module:
+    class_name, config = configs()[name]
     spec = networks()[class_name]
-    module = spec.build(spec.config(config), dtype=dtype, rngs=nnx.Rngs(seed))
-    if name == "transformer":
+    module = spec.build(spec.config(config), dtype=dtype, rngs=nnx.Rngs(0))
+    if class_name == "SD3Transformer2DModel":
         nnx.pop(module, PositionTable)
     return module
 
 
-def graph_of(name: str, dtype: Any) -> nnx.GraphDef:
-    return nnx.split(nnx.eval_shape(lambda: build(name, dtype)))[0]
+def graph_of(name: str, dtype: Any, configs: Configs = model.configs) -> nnx.GraphDef:
+    return nnx.split(nnx.eval_shape(lambda: build(name, dtype, configs)))[0]
 
 
-def initial(name: str, seed: int) -> nnx.State:
+def initial(name: str, seed: int, configs: Configs = model.configs) -> nnx.State:
     """Parameters to start from, drawn on the host, so that every device and version starts from the same."""
     random = np.random.default_rng([seed, *name.encode()])
-    state = nnx.state(nnx.eval_shape(lambda: build(name, jnp.float32)))
+    state = nnx.state(nnx.eval_shape(lambda: build(name, jnp.float32, configs)))
     filled = []
     for path, variable in nnx.to_flat_state(state):
         spelled, shape = ".".join(map(str, path)), variable.shape
@@ -43,12 +45,12 @@ def initial(name: str, seed: int) -> nnx.State:
 def first_value(network: str, path: str, shape: tuple[int, ...], random: np.random.Generator) -> np.ndarray:
     kind = path.rpartition(".")[2]
     if kind in ("scale", "bias"):
-        return np.full(shape, kind == "scale")
+        return np.full(shape, kind == "scale" or path.endswith("conv_y.bias"))  # it makes scales, of a spatial norm
     if kind != "kernel":  # tables of embeddings, of order one, as what is added to them
         return random.normal(size=shape) * (0.2 if kind == "position_embedding" else 0.5)
-    if network == "transformer" and (".norm.linear." in path or path.startswith(("norm_out", "proj_out"))):
+    if network == "transformer" and re.search(r"\.norm[12]?\.linear\.|^(norm_out|proj_out)\.", path):
         return np.zeros(shape)  # adaLN-Zero (arXiv 2212.09748)
-    stacked = path.startswith(("segments", "layers"))
+    stacked = path.startswith(("segments", "layers", "transformer_blocks"))
     fan_in = math.prod(shape[stacked:-1])
     spread = fan_in**-0.5
     divisor = 4 if path.endswith("attention.q.weight.kernel") else 1  # T5's attention has no 1/sqrt of its own
@@ -84,8 +86,8 @@ class Product(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel, stride = self.kernel[...], self.stride
-        size = kernel.shape[0]
-        x = jnp.pad(x, ((0, 0), *self.padding, (0, 0)))
+        size, batch = kernel.shape[0], x.shape[:-3]  # of a video, frames too
+        x = jnp.pad(x.reshape(-1, *x.shape[-3:]), ((0, 0), *self.padding, (0, 0)))
         height, width = ((length - size) // stride + 1 for length in x.shape[1:3])
         ends = [(height - 1) * stride + 1, (width - 1) * stride + 1]
         near = [
@@ -93,14 +95,37 @@ class Product(nnx.Module):
             for down, across in np.ndindex(size, size)
         ]
         out = jnp.concatenate(near, axis=-1) @ kernel.reshape(-1, kernel.shape[-1])
-        return out + self.bias[...][None, None, None]
+        return (out + self.bias[...][None, None, None]).reshape(*batch, *out.shape[1:])
+
+
+class TimeProduct(nnx.Module):
+    """A convolution of frames and pixels as one product of the neighbourhoods in each frame, [B F h w, size^2 C].
+
+    The product is with the kernels of all times, and its parts are added a frame apart: a third of the memory that
+    neighbourhoods in time would take. It has no stride and pads no frames, as in CogVideoX's autoencoder.
+    """
+
+    def __init__(self, conv: nnx.Conv):
+        self.kernel, self.bias, self.padding = conv.kernel, conv.bias, conv.padding
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        kernel = self.kernel[...]
+        times, size, _, channels, width = kernel.shape
+        frames, height, rows = x.shape[1] - times + 1, x.shape[2], x.shape[3]
+        x = jnp.pad(x, ((0, 0), *self.padding, (0, 0)))
+        near = [x[:, :, down : down + height, across : across + rows] for down, across in np.ndindex(size, size)]
+        product = jnp.concatenate(near, axis=-1) @ kernel.transpose(1, 2, 3, 0, 4).reshape(-1, times * width)
+        parts = jnp.split(product, times, axis=-1)
+        return sum(part[:, t : t + frames] for t, part in enumerate(parts)) + self.bias[...][None, None, None, None]
 
 
 def convolve_by_products(module: nnx.Module) -> nnx.Module:
+    """Of frames, on accelerators alone: on CPU the products' program takes minutes to compile, and XLA's half of one."""
+    by_time = TimeProduct if jax.default_backend() != "cpu" else lambda conv: conv
     for _, layer in list(nnx.iter_modules(module)):
         for name, child in list(vars(layer).items()):
             if isinstance(child, nnx.Conv):
-                setattr(layer, name, Product(child))
+                setattr(layer, name, Product(child) if child.kernel.ndim == 4 else by_time(child))
     return module
 
 
@@ -108,6 +133,7 @@ def convolve_by_products(module: nnx.Module) -> nnx.Module:
 class Setup:
     """All that is fixed while a program is traced."""
 
+    task: Task
     dtype: Any
     attention: str
     mesh: Mesh | None
@@ -116,7 +142,8 @@ class Setup:
 
     def merge(self, name: str, params: Any) -> Any:
         """The network with parameters in the dtype of the computation; gradients reach the float32 ones."""
-        module = nnx.merge(graph_of(name, self.dtype), jax.tree.map(lambda x: x.astype(self.dtype), params))
+        graph = graph_of(name, self.dtype, self.task.configs)
+        module = nnx.merge(graph, jax.tree.map(lambda x: x.astype(self.dtype), params))
         return convolve_by_products(module)
 
     def spread(self, x: jax.Array) -> jax.Array:

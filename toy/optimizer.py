@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from toy import model
 from toy.networks import initial
+from toy.task import Configs
 
 WARM_UP = 200  # steps
 EMA, CLIP_NORM, WEIGHT_DECAY = 0.999, 1.0, 0.01
@@ -24,8 +26,8 @@ class Weights(NamedTuple):
     step: Any
 
 
-def fresh_weights(names: tuple[str, ...], seed: int) -> Weights:
-    params = {name: initial(name, seed) for name in names}
+def fresh_weights(names: tuple[str, ...], seed: int, configs: Configs = model.configs) -> Weights:
+    params = {name: initial(name, seed, configs) for name in names}
 
     def zeros() -> Any:
         return jax.tree.map(np.zeros_like, params)

@@ -7,9 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from toy.autoencoder import vae_loss
 from toy.checkpoint import State
-from toy.flow import flow_loss
 from toy.networks import Setup
 from toy.optimizer import Weights, update
 from toy.stages import Part, Stage
@@ -24,7 +22,7 @@ def run(
     setup: Setup, part: Part, weights: Weights, data: dict[str, Any], key: jax.Array, rate: jax.Array
 ) -> tuple[Weights, jax.Array]:
     """`part.steps` steps, and their mean loss."""
-    loss = partial(vae_loss if part.phase == "vae" else flow_loss, setup, part)
+    loss = partial(setup.task.vae_loss if part.phase == "vae" else setup.task.flow_loss, setup, part)
 
     def step(weights: Weights, _: None) -> tuple[Weights, jax.Array]:
         value, grads = jax.value_and_grad(loss)(weights.params, data, jax.random.fold_in(key, weights.step))

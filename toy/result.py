@@ -4,6 +4,7 @@ import json
 import shutil
 import tempfile
 import weakref
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,19 +22,22 @@ from dfa2_jax.weights.leaf import Block, Leaf
 from dfa2_jax.weights.spec import class_names
 from toy import model
 from toy.checkpoint import Progress, State, named
-from toy.stages import PHASES
 
 RESULT_BYTES = 15 * 2**20
 """The size of one file of a result, at most. The file then passes where files may have 16 MB."""
 
 
-def read_result(folder: Path) -> dict[str, np.ndarray]:
-    """Every parameter as "network.path", SD3's position table, and "latents": their mean and standard deviation."""
+def read_arrays(folder: Path) -> dict[str, np.ndarray]:
+    """Every parameter as "network.path", and "latents": their mean and standard deviation."""
     files = sorted(folder.glob("weights-*.safetensors"))
     if not files:
         raise FileNotFoundError(f"{folder} has no weights-*.safetensors: `python -m toy.train --result` writes them.")
-    arrays = {name: array for file in files for name, array in load_file(file).items()}
-    return arrays | {"transformer.pos_embed": model.position_table()}
+    return {name: array for file in files for name, array in load_file(file).items()}
+
+
+def read_result(folder: Path) -> dict[str, np.ndarray]:
+    """The arrays of a result of images, with SD3's position table."""
+    return read_arrays(folder) | {"transformer.pos_embed": model.position_table()}
 
 
 def config(name: str, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
@@ -46,14 +50,26 @@ def config(name: str, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
 
 
 class ResultCheckpoint(Checkpoint):
-    """A folder that `toy.train --result` wrote."""
+    """What `--result` wrote.
 
-    def __init__(self, folder: Path):
-        self._arrays = read_result(folder)
+    Args:
+        arrays: of `read_result`.
+        configs: the scheduler's, and each network's.
+        write_tokenizer: writes the tokenizer of a name into a folder of that name in a folder.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        family: type[Any],
+        arrays: dict[str, np.ndarray],
+        configs: dict[str, dict[str, Any]],
+        write_tokenizer: Callable[[Path, str], Path],
+    ):
+        self._arrays, self._write_tokenizer = arrays, write_tokenizer
         self._tokenizers = Path(tempfile.mkdtemp())
         weakref.finalize(self, shutil.rmtree, self._tokenizers)
-        configs = {name: config(name, self._arrays) for name in model.configs()} | {"scheduler": model.SCHEDULER}
-        super().__init__(folder, SD3, {name: names[0] for name, names in class_names(SD3).items()}, configs)
+        super().__init__(folder, family, {name: names[0] for name, names in class_names(family).items()}, configs)
 
     @property
     def fingerprint(self) -> str:
@@ -75,7 +91,14 @@ class ResultCheckpoint(Checkpoint):
     def tokenizer_folder(self, name: str) -> Path:
         """A result holds no tokenizer: its files are written where they live as long as the checkpoint."""
         written = self._tokenizers / name
-        return written if written.exists() else model.write_tokenizer(self._tokenizers, name)
+        return written if written.exists() else self._write_tokenizer(self._tokenizers, name)
+
+
+def open_result(folder: Path) -> ResultCheckpoint:
+    """A folder that `toy.train --result` wrote."""
+    arrays = read_result(folder)
+    configs = {name: config(name, arrays) for name in model.configs()} | {"scheduler": model.SCHEDULER}
+    return ResultCheckpoint(folder, SD3, arrays, configs, model.write_tokenizer)
 
 
 def write_result(folder: Path, state: State, progress: Progress) -> None:
@@ -90,7 +113,7 @@ def write_result(folder: Path, state: State, progress: Progress) -> None:
     for number, content in enumerate(files):
         with replacing(folder / f"weights-{number}.safetensors") as file:
             file.write(save(content))
-    steps = {phase: int(getattr(state, phase).step) for phase in PHASES}
+    steps = {phase: int(getattr(state, phase).step) for phase in ("vae", "flow")}
     device = jax.devices()[0].device_kind
     log = asdict(progress) | {"steps": steps, "device": device, "devices": jax.device_count()}
     write_whole(folder / "log.json", json.dumps(log, indent=1) + "\n")

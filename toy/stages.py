@@ -7,7 +7,6 @@ import numpy as np
 
 from toy import model
 
-PHASES = {"vae": ("vae",), "flow": ("transformer", "text_encoder", "text_encoder_2", "text_encoder_3")}
 PEAK = {"vae": 2e-3, "flow": 1e-3}
 HOLD = 0.4
 """Share of a phase at the full learning rate; a cosine to nothing follows."""
@@ -15,13 +14,14 @@ HOLD = 0.4
 
 @dataclass(frozen=True)
 class Part:
-    """What one call of a compiled program does: `steps` steps on images of one size."""
+    """What one call of a compiled program does: `steps` steps on images of one size, or on videos."""
 
     phase: str
     pixels: int
     batch: int
     steps: int
     t5_length: int = model.T5_LENGTH
+    frames: int = 1
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import argparse
 import json
 import math
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +22,30 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
-from toy.autoencoder import latent_statistics
+from toy import model
+from toy.autoencoder import latent_statistics, vae_loss
 from toy.checkpoint import Progress, State, begin, save
 from toy.data import tables
-from toy.flow import best_attention
+from toy.flow import best_attention, flow_loss
 from toy.networks import Setup
 from toy.optimizer import WARM_UP
 from toy.programs import Programs
 from toy.result import write_result
-from toy.stages import PRESETS, Stage, stage_at
+from toy.stages import PRESETS, Part, Stage, stage_at
+from toy.task import Task
+
+IMAGES = Task(
+    vae=("vae",),
+    flow=("transformer", "text_encoder", "text_encoder_2", "text_encoder_3"),
+    configs=model.configs,
+    tables=tables,
+    vae_loss=vae_loss,
+    flow_loss=flow_loss,
+    statistics=latent_statistics,
+)
+
+
+Presets = Mapping[str, Callable[[], tuple[Stage, ...]]]
 
 
 class Slice:
@@ -39,15 +55,15 @@ class Slice:
         mesh = setup.mesh
         self.everywhere = jax.devices()[0] if mesh is None else NamedSharding(mesh, PartitionSpec())
         autoencoder = jax.tree.map(np.copy, state.vae.ema["vae"])  # the state is given away
-        data = tables() | {"vae": autoencoder, "latents": state.latents}
+        data = setup.task.tables() | {"vae": autoencoder, "latents": state.latents}
         self.state, self.data = jax.device_put((state, data), self.everywhere)
         self.stages, self.setup, self.progress = stages, setup, progress
         self.programs, self.key = Programs(setup, stages, self.state, self.data), jax.random.key(progress.seed)
 
-    def freeze_autoencoder(self, pixels: int) -> None:
+    def freeze_autoencoder(self, part: Part) -> None:
         """The transformer trains on the autoencoder's running average and the statistics of its latents."""
         autoencoder = self.state.vae.ema["vae"]
-        statistics = latent_statistics(self.setup, pixels, autoencoder, self.data, self.key)
+        statistics = self.setup.task.statistics(self.setup, part, autoencoder, self.data, self.key)
         self.state = self.state._replace(latents=jax.device_put(statistics, self.everywhere))
         self.data = self.data | {"vae": autoencoder, "latents": self.state.latents}
 
@@ -58,7 +74,7 @@ class Slice:
         self.programs.prepare(stage)
         part = self.programs.choose(stage, progress.calls.get(stage.name, 0), patient=progress.unit == "steps")
         if part.phase == "flow" and not float(self.state.latents[1]):
-            self.freeze_autoencoder(part.pixels)
+            self.freeze_autoencoder(part)
         program, started = self.programs[part], time.monotonic()
         rate_array = jax.device_put(np.float32(rate), self.everywhere)
         key = jax.random.fold_in(self.key, part.phase == "flow")
@@ -75,6 +91,7 @@ def train(
     *,
     unit: str,
     total: float,
+    task: Task = IMAGES,
     amount: float = math.inf,
     dtype: Any = jnp.float32,
     seed: int = 0,
@@ -90,8 +107,8 @@ def train(
     """
     started = last_saved = time.monotonic()
     mesh = Mesh(np.array(jax.devices()), ("batch",)) if jax.device_count() > 1 else None
-    setup = Setup(dtype, best_attention(dtype), mesh, warm_up)
-    state, progress = begin(out, unit, total, seed)
+    setup = Setup(task, dtype, best_attention(dtype), mesh, warm_up)
+    state, progress = begin(task, out, unit, total, seed)
     already, earlier, last_call = progress.spent, progress.seconds, 0.0
     current = Slice(stages, setup, state, progress)
 
@@ -118,24 +135,26 @@ def train(
     return current.state, progress
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("build/train"), help="checkpoint of the training")
+def run(task: Task, presets: Presets, *, about: str | None, out: str, total: float) -> None:
+    """The command line of a training; `out` and `total` are its defaults."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path(out), help="checkpoint of the training")
     parser.add_argument("--result", type=Path, help="where to write the weights and the log at the end of the slice")
     parser.add_argument("--seconds", type=float, default=math.inf, help="of this slice, by the clock")
-    parser.add_argument("--total-seconds", type=float, default=1525, help="of training in all slices, less compilation")
+    parser.add_argument("--total-seconds", type=float, default=total, help="of all slices, less compilation")
     parser.add_argument("--total-steps", type=int, help="count steps, not seconds")
-    parser.add_argument("--preset", choices=PRESETS, help="batch sizes; by default those of the device")
+    parser.add_argument("--preset", choices=presets, help="batch sizes; by default those of the device")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     gpu = jax.default_backend() == "gpu"
-    stages = PRESETS[args.preset or ("gpu" if gpu else "cpu")]()
+    stages = presets[args.preset or ("gpu" if gpu else "cpu")]()
     args.out.mkdir(parents=True, exist_ok=True)
     jax.config.update("jax_compilation_cache_dir", str(args.out / "xla"))
     steps = args.total_steps
     state, progress = train(
         stages,
         args.out,
+        task=task,
         unit="steps" if steps else "seconds",
         total=steps or args.total_seconds,
         amount=math.inf if steps else args.seconds,
@@ -148,4 +167,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(IMAGES, PRESETS, about=__doc__, out="build/train", total=1525)

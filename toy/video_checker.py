@@ -114,4 +114,4 @@ def score(frames: np.ndarray, scene: MovingScene) -> VideoScore:
     background = seen.background == scene.background
     exact = background and Counter(seen.movers) == Counter(scene.movers)
     fractions = (hits[field] / len(scene.movers) for field in Mover._fields)
-    return VideoScore(float(background), *fractions, float(exact))
+    return VideoScore(*(float(background), *fractions, float(exact)))

@@ -131,7 +131,7 @@ def path(thing: jax.Array, two: jax.Array, lane: jax.Array, moved: jax.Array, ti
     towards, travel = jnp.asarray(DIRECTION_TABLE)[thing[:, 2]], jnp.asarray(TRAVEL_TABLE)[thing[:, 3]]
     length = travel[:, 0] + travel[:, 1] * moved[:, 0]
     along = 0.5 + travel[:, 2] * moved[:, 1]
-    lanes = jnp.asarray(np.float32(LANES))[lane] + LANE_JITTER * moved[:, 2]
+    lanes = jnp.asarray(LANES, jnp.float32)[lane] + LANE_JITTER * moved[:, 2]
     across = jnp.where(two, lanes, 0.5 + SINGLE_JITTER * moved[:, 2])
     horizontal = towards[:, 0] != 0
     middle = jnp.stack([jnp.where(horizontal, along, across), jnp.where(horizontal, across, along)], axis=1)

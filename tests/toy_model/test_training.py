@@ -95,7 +95,7 @@ def test_the_training_step_computes_what_the_library_does(whole):
     want = patchify(latents.transpose(0, 3, 1, 2), 2, ROW_COLUMN_CHANNEL)
     np.testing.assert_array_equal(flow.patchify(jax.numpy.asarray(latents)), want)
     sigma = np.linspace(0, 1, 33, dtype=np.float32)
-    ours = flow.timestep_embedding(jax.numpy.asarray(sigma))
+    ours = flow.traced_sinusoid(jax.numpy.asarray(1000 * sigma))
     np.testing.assert_allclose(ours, sinusoid(1000 * sigma), atol=2e-3)
 
 
@@ -133,7 +133,7 @@ def test_a_result_draws_what_its_export_draws(left, folder):
     arguments = {"height": 64, "width": 64, "num_inference_steps": 2, "seed": 3, "progress": False}
     images = [
         Pipeline(opened)(CAPTION, output_type="np", **arguments).images
-        for opened in (result.ResultCheckpoint(left), open_checkpoint(folder))
+        for opened in (result.open_result(left), open_checkpoint(folder))
     ]
     np.testing.assert_allclose(*images, atol=1e-6)
 
