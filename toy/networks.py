@@ -120,7 +120,7 @@ class TimeProduct(nnx.Module):
 
 
 def convolve_by_products(module: nnx.Module) -> nnx.Module:
-    """Of frames, on accelerators alone: on CPU the products' program takes minutes to compile, and XLA's half of one."""
+    """Convolutions of frames stay as they are on CPU, where programs of their products take minutes to compile."""
     by_time = TimeProduct if jax.default_backend() != "cpu" else lambda conv: conv
     for _, layer in list(nnx.iter_modules(module)):
         for name, child in list(vars(layer).items()):

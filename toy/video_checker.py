@@ -113,5 +113,5 @@ def score(frames: np.ndarray, scene: MovingScene) -> VideoScore:
             hits.update(field for field in Mover._fields if getattr(mover, field) == getattr(asked, field))
     background = seen.background == scene.background
     exact = background and Counter(seen.movers) == Counter(scene.movers)
-    fractions = (hits[field] / len(scene.movers) for field in Mover._fields)
-    return VideoScore(*(float(background), *fractions, float(exact)))
+    fractions = {field: hits[field] / len(scene.movers) for field in Mover._fields}
+    return VideoScore(background=float(background), exact=float(exact), **fractions)

@@ -54,8 +54,8 @@ PRESETS = {
     "gpu": lambda: whole_training(256, 8),
     "cpu": lambda: whole_training(16, 1),
     "smoke": lambda: (
-        Stage("vae", 0.4, (Part("vae", 16, 4, 1, frames=9),)),
-        Stage("12 tokens", 0.6, (Part("flow", 16, 16, 1, frames=9),)),
+        Stage("vae", 0.4, (Part("vae", 16, 8, 1, frames=9),)),
+        Stage("12 tokens", 0.6, (Part("flow", 16, 32, 1, frames=9),)),
     ),
 }
 """The smoke's videos are of one chunk, which compiles in half the time."""
