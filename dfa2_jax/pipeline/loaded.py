@@ -172,7 +172,7 @@ class Loaded:
 
     def decode(
         self, latents: Float[np.ndarray, "B C F h w"], *, progress: bool = False
-    ) -> Float[np.ndarray, "B F H W 3"]:
+    ) -> Float[np.ndarray, "B frames H W 3"]:
         """Frames, in [0, 1], of latents as the sampler leaves them. A picture is one frame.
 
         Devices of this process share lines of pixels.
