@@ -1,4 +1,4 @@
-"""Image files that say how their image was made: PNG in text chunks, JPEG and WebP in EXIF.
+"""Files that say how their image or video was made: PNG in text chunks, JPEG, WebP and AVIF in EXIF.
 
 `parameters` is the text that other tools read: a chunk of that name, or EXIF's UserComment. The exact account is JSON:
 the chunk "dfa2_jax", or EXIF's MakerNote.
@@ -16,7 +16,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+from PIL import Image, features
 from PIL.PngImagePlugin import PngInfo
 
 from dfa2_jax.io.atomic import replacing
@@ -76,15 +76,15 @@ def exif(kind: str, metadata: Mapping[str, Any], parameters: str) -> Image.Exif:
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
-    """How an image was made, of a file that is complete.
+    """How an image or a video was made, of a file that is complete.
 
     Raises:
-        ValueError: the file is no such image, or is damaged.
+        ValueError: the file is none that says so, or is damaged.
     """
     try:
         if not path.is_file():
             raise ValueError("it is not a file")
-        formats = ("PNG", "JPEG", "WEBP")
+        formats = ("PNG", "JPEG", "WEBP", *(["AVIF"] if features.check("avif") else []))
         with Image.open(path, formats=formats) as image:
             image.verify()  # every chunk to the last
         with Image.open(path, formats=formats) as image:
@@ -95,7 +95,7 @@ def read_metadata(path: Path) -> dict[str, Any]:
                 said = image.getexif().get_ifd(EXIF_FOLDER).get(MAKER_NOTE)
         made = None if said is None else json.loads(said)
     except Exception as error:  # Pillow's have many types: damage, bombs
-        raise ValueError(f"{path} cannot be read as a PNG, JPEG or WebP: {error!s:.200}") from error
+        raise ValueError(f"{path} cannot be read as a PNG, JPEG, WebP or AVIF: {error!s:.200}") from error
     if not isinstance(made, dict):
         raise ValueError(f"{path} does not say how it was made: dfa2_jax did not write it, or a tool took that off.")
     return made
