@@ -1,4 +1,4 @@
-"""`dfa2 again`: an image made anew from what it says of itself, and compared with it."""
+"""`dfa2 again`: an image or a video made anew from what it says of itself, and compared with it."""
 
 import argparse
 import sys
@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageSequence
 
 from dfa2_jax import __version__
 from dfa2_jax.commands.sample import Target
@@ -123,18 +123,21 @@ def changes(made: dict[str, Any]) -> list[tuple[str, Any, Any]]:
 
 
 def compare(first: Path, second: Path) -> int:
-    """Says on stderr by how much two images differ; 0 where they do not."""
-    pixels = [np.asarray(Image.open(path).convert("RGB"), np.int32) for path in (first, second)]
-    if pixels[0].shape != pixels[1].shape:
-        print(f"{second} has another size than {first}: {pixels[1].shape}, {pixels[0].shape}", file=sys.stderr)
-        return 1
-    difference = np.abs(pixels[0] - pixels[1])
-    if not difference.any():
+    """Says on stderr by how much two images, or all frames of two videos, differ; 0 where they do not."""
+    with Image.open(first) as one, Image.open(second) as other:
+        shapes = [(getattr(image, "n_frames", 1), *image.size) for image in (one, other)]
+        if shapes[0] != shapes[1]:
+            words = "{} frames of {} x {}".format
+            print(f"{second} has {words(*shapes[1])}, and {first} has {words(*shapes[0])}", file=sys.stderr)
+            return 1
+        count = size = most = 0
+        for frames in zip(ImageSequence.Iterator(one), ImageSequence.Iterator(other), strict=True):
+            pixels = [np.asarray(frame.convert("RGB"), np.int16) for frame in frames]
+            difference = np.abs(pixels[0] - pixels[1])
+            count, size = count + np.count_nonzero(difference), size + difference.size
+            most = max(most, difference.max())
+    if not count:
         print(f"{second} has the pixels of {first}, bit for bit", file=sys.stderr)
         return 0
-    print(
-        f"{second} differs from {first} in {np.count_nonzero(difference)} of {difference.size} values, by at most "
-        f"{difference.max()} of 255",
-        file=sys.stderr,
-    )
+    print(f"{second} differs from {first} in {count} of {size} values, by at most {most} of 255", file=sys.stderr)
     return 1
