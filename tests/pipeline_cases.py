@@ -27,7 +27,8 @@ def run_theirs(pipeline, seed=7, **kwargs):
     if "sigmas" in kwargs:
         kwargs.pop("num_inference_steps")
         kwargs["num_inference_steps"] = len(kwargs["sigmas"])
-    images = pipeline(**kwargs).images
+    output = pipeline(**kwargs)
+    images = output.frames if hasattr(output, "frames") else output.images
     return images.float().numpy() if hasattr(images, "numpy") else np.asarray(images)
 
 

@@ -34,7 +34,10 @@ class PlannedProcessor:
         self.inner, self.run, self.layer, self.text = inner, run, layer, text
         self.attention, self.previous = functional.scaled_dot_product_attention, None
 
-    def __call__(self, *args, **kwargs):
+    def __call__(self, *args, image_rotary_emb=None, **kwargs):
+        """diffusers' `Attention` drops arguments that a processor does not name."""
+        if image_rotary_emb is not None:
+            kwargs["image_rotary_emb"] = image_rotary_emb
         with patch.object(functional, "scaled_dot_product_attention", self.attend):
             return self.inner(*args, **kwargs)
 
@@ -53,7 +56,7 @@ class PlannedProcessor:
 
 
 def follow_plan(pipeline, half_windows, layouts):
-    """Make a diffusers SD3 or FLUX pipeline follow a plan.
+    """Make a diffusers SD3, FLUX or CogVideoX pipeline follow a plan.
 
     Args:
         half_windows: int [steps, layers, heads].
@@ -64,9 +67,8 @@ def follow_plan(pipeline, half_windows, layouts):
     """
     run, transformer = Run(half_windows), pipeline.transformer
     blocks = [*transformer.transformer_blocks, *getattr(transformer, "single_transformer_blocks", [])]
-    modules = [
-        getattr(block, name) for block in blocks for name in ("attn", "attn2") if getattr(block, name, None) is not None
-    ]
+    names = "attn", "attn1", "attn2"  # CogVideoX has attn1 alone, and SD3.5 attn2 in some blocks
+    modules = [getattr(block, name) for block in blocks for name in names if getattr(block, name, None) is not None]
     for layer, (module, layout) in enumerate(zip(modules, layouts, strict=True)):
         inner = getattr(module.processor, "inner", module.processor)  # of an earlier run
         module.set_processor(PlannedProcessor(inner, run, layer, layout.text))
