@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from dfa2_jax.families.cogvideox.transformer import CogVideoXConditions
 from dfa2_jax.families.flux.transformer import FluxConditions
 from dfa2_jax.families.registry import networks
 from dfa2_jax.families.sd3.transformer import PositionTable, SD3Conditions
@@ -16,7 +17,9 @@ from dfa2_jax.sampling.guidance import ClassifierFree, NoGuidance
 from dfa2_jax.sampling.inputs import STEP_BLOCK, Inputs
 from dfa2_jax.sampling.loop import HeadPlans, State, denoise_planned
 from dfa2_jax.sampling.memory import stack_shapes
+from dfa2_jax.sampling.solvers.ddim import ScaledMultistep
 from dfa2_jax.sampling.solvers.flow_euler import FlowMultistep
+from dfa2_jax.sampling.tokens import Grid
 from pallas_kernels.inspect import aot
 
 
@@ -59,9 +62,35 @@ PUBLISHED = {
 """Sizes from diffusers' conversion scripts, checked against the size of the published files."""
 
 
-def denoise_arguments(name: str, pixels: int, precision: str | None = None) -> tuple[Any, ...]:
-    """(graph, params, state, inputs, start, stop) of `sampling.loop.denoise`: one square image, in bfloat16."""
-    published, bf16, f32 = PUBLISHED[name], jnp.bfloat16, jnp.float32
+def cogvideox(layers: int, heads: int, sample: tuple[int, int, int], **config: Any) -> Published:
+    names = "sample_frames", "sample_height", "sample_width"
+    sizes = {"num_layers": layers, "num_attention_heads": heads} | dict(zip(names, sample, strict=True))
+    return Published("CogVideoXTransformer3DModel", sizes | config, num_text=226, guided=True)
+
+
+ROTARY = {"use_rotary_positional_embeddings": True}
+VIDEOS = {
+    "CogVideoX-2B": cogvideox(30, 30, (49, 60, 90)),
+    "CogVideoX-5B": cogvideox(42, 48, (49, 60, 90), **ROTARY),
+    "CogVideoX1.5-5B": cogvideox(42, 48, (81, 96, 170), **ROTARY, patch_size_t=2, patch_bias=False),
+}
+"""Sizes from the config.json of the published folders."""
+
+VIDEO_GRIDS = {
+    "CogVideoX-2B": Grid(13, 30, 45),
+    "CogVideoX-5B": Grid(13, 30, 45),
+    "CogVideoX1.5-5B": Grid(11, 48, 85),
+}
+"""Tokens of 49 x 480 x 720 and of 81 x 768 x 1360."""
+
+
+def denoise_arguments(name: str, pixels: int | Grid, precision: str | None = None) -> tuple[Any, ...]:
+    """(graph, params, state, inputs, start, stop) of `sampling.loop.denoise`, in bfloat16.
+
+    Args:
+        pixels: along a side of one square image, or the grid of one video.
+    """
+    published, bf16, f32 = (PUBLISHED | VIDEOS)[name], jnp.bfloat16, jnp.float32
     kind = networks()[published.class_name]
     config = kind.config(published.config)
     module = nnx.eval_shape(lambda: kind.build(config, dtype=bf16, rngs=nnx.Rngs(0)))
@@ -70,31 +99,39 @@ def denoise_arguments(name: str, pixels: int, precision: str | None = None) -> t
         quantize(module, precision)
     graph, params = nnx.split(module)
 
-    visual, text, shape = (pixels // 16) ** 2, published.num_text, jax.ShapeDtypeStruct
+    visual = pixels.num_visual if isinstance(pixels, Grid) else (pixels // 16) ** 2
+    text, shape, features = published.num_text, jax.ShapeDtypeStruct, 256
+    solver = abstract(FlowMultistep, shape((STEP_BLOCK, 2), f32))
     batch = 2 if published.guided else 1
     states = shape((batch, text, config.joint_attention_dim), bf16)
-    pooled = shape((batch, config.pooled_projection_dim), bf16)
-    if published.class_name.startswith("Flux"):
+    if published.class_name.startswith("CogVideoX"):
+        features, solver = config.width, abstract(ScaledMultistep, shape((STEP_BLOCK, 6), f32))
+        table, rope = shape((visual, config.width), f32), shape((text + visual, config.attention_head_dim // 2), f32)
+        is_rotary = config.use_rotary_positional_embeddings
+        positions = (None, rope, rope) if is_rotary else (table, None, None)
+        conditions = abstract(CogVideoXConditions, states, *positions)
+    elif published.class_name.startswith("Flux"):
         rope = shape((text + visual, config.attention_head_dim // 2), f32)
         guidance = shape((1, 256), f32) if published.config.get("guidance_embeds") else None
+        pooled = shape((batch, config.pooled_projection_dim), bf16)
         conditions = abstract(FluxConditions, states, pooled, rope, rope, guidance)
     else:
+        pooled = shape((batch, config.pooled_projection_dim), bf16)
         conditions = abstract(SD3Conditions, states, pooled, shape((1, visual, config.width), bf16))
     per_step = shape((STEP_BLOCK,), f32)
     guided = abstract(ClassifierFree, per_step) if published.guided else NoGuidance()
-    inputs = abstract(
-        Inputs, conditions, shape((STEP_BLOCK, 256), f32), guided, abstract(FlowMultistep, shape((STEP_BLOCK, 2), f32))
-    )
+    inputs = abstract(Inputs, conditions, shape((STEP_BLOCK, features), f32), guided, solver)
     latents, step = shape((1, visual, config.token_channels), f32), shape((), jnp.int32)
     return graph, params, abstract(State, latents, latents, None), inputs, step, step
 
 
 def planned_arguments(
-    name: str, pixels: int, precision: str | None = None, mesh: DeviceMesh | None = None
+    name: str, pixels: int | Grid, precision: str | None = None, mesh: DeviceMesh | None = None
 ) -> tuple[Any, ...]:
     """(graph, params, state, inputs, plans, start, stop) of `sampling.loop.denoise_planned`."""
     graph, params, state, inputs, start, stop = denoise_arguments(name, pixels, precision)
-    config = networks()[PUBLISHED[name].class_name].config(PUBLISHED[name].config)
+    published = (PUBLISHED | VIDEOS)[name]
+    config = networks()[published.class_name].config(published.config)
     batch, num_text = inputs.conditions.text.shape[:2]
     heads = config.num_attention_heads, config.attention_head_dim
     memory = stack_shapes(config.calls(num_text, state.latents.shape[1]), batch, heads, jnp.bfloat16, mesh)

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, FluxTransformer2DModel, SD3Transformer2DModel
+from diffusers import AutoencoderKL, CogVideoXTransformer3DModel, FluxTransformer2DModel, SD3Transformer2DModel
 from flax import nnx
-from real_shapes import PUBLISHED
+from real_shapes import PUBLISHED, VIDEOS
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
 from dfa2_jax.families.registry import networks
@@ -17,7 +17,9 @@ from dfa2_jax.weights.safetensors import Tensor
 
 pytestmark = pytest.mark.torch
 
-TRANSFORMERS = {"SD3Transformer2DModel": SD3Transformer2DModel, "FluxTransformer2DModel": FluxTransformer2DModel}
+TRANSFORMERS = {
+    model.__name__: model for model in (SD3Transformer2DModel, FluxTransformer2DModel, CogVideoXTransformer3DModel)
+}
 
 # Parameters of the transformers without the position table, and keys of their files; the published files' sizes agree.
 COUNTS = {
@@ -26,6 +28,9 @@ COUNTS = {
     "SD3.5-large": (8_056_627_520, 1227),
     "FLUX.1-dev": (11_901_408_320, 1160),
     "FLUX.1-schnell": (11_891_178_560, 1156),
+    "CogVideoX-2B": (1_693_783_872, 736),
+    "CogVideoX-5B": (5_570_283_072, 1024),
+    "CogVideoX1.5-5B": (5_570_676_352, 1024),
 }
 
 CLIP_L = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, projection_dim=768)
@@ -71,7 +76,7 @@ def map_all(model, class_name, config):
 
 @pytest.mark.parametrize("name", COUNTS)
 def test_transformers(name):
-    published = PUBLISHED[name]
+    published = (PUBLISHED | VIDEOS)[name]
     with torch.device("meta"):
         model = TRANSFORMERS[published.class_name](**published.config)
     tensors, count = map_all(model, published.class_name, published.config)

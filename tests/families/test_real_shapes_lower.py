@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 from lowering import PRODUCT, lower_for_cuda
-from real_shapes import PUBLISHED, denoise_arguments
+from real_shapes import PUBLISHED, VIDEO_GRIDS, denoise_arguments, planned_arguments
 
-from dfa2_jax.sampling.loop import denoise
+from dfa2_jax.sampling.loop import denoise, denoise_planned
 
 PARAMETERS = {
     "SD3-medium": 2_028_328_000,
@@ -16,6 +16,9 @@ PARAMETERS = {
     "SD3.5-large": 8_056_627_520,
     "FLUX.1-dev": 11_901_408_320,
     "FLUX.1-schnell": 11_891_178_560,
+    "CogVideoX-2B": 1_693_783_872,
+    "CogVideoX-5B": 5_570_283_072,
+    "CogVideoX1.5-5B": 5_570_676_352,
 }
 """Counted by diffusers' own classes on torch's meta device."""
 
@@ -37,6 +40,16 @@ def test_sampling_loop_lowers_for_cuda(name, pixels):
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == PARAMETERS[name]
     lowered = denoise.trace(graph, params, *rest, implementation="blockwise").lower(lowering_platforms=("cuda",))
     assert_float32_products_are_ieee(lowered.as_text())
+
+
+@pytest.mark.parametrize("name", VIDEO_GRIDS)
+def test_the_loop_of_a_video_lowers_for_cuda(name):
+    graph, params, *rest = denoise_arguments(name, VIDEO_GRIDS[name])
+    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == PARAMETERS[name]
+    lowered = denoise.trace(graph, params, *rest, implementation="blockwise").lower(lowering_platforms=("cuda",))
+    assert_float32_products_are_ieee(lowered.as_text())
+    planned = denoise_planned.trace(*planned_arguments(name, VIDEO_GRIDS[name]), implementation="blockwise")
+    assert_float32_products_are_ieee(planned.lower(lowering_platforms=("cuda",)).as_text())
 
 
 @pytest.mark.parametrize("precision", [None, "highest"])

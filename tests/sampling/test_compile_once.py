@@ -71,3 +71,28 @@ def test_plans_are_data_too(name, request, compilations):
     for number in range(4):
         run(number)
     assert compilations == []
+
+
+@pytest.mark.parametrize("scheduler", ["CogVideoXDDIMScheduler", "CogVideoXDPMScheduler"])
+def test_of_videos_nothing_compiles_twice(scheduler, tiny_cogvideox_5b, compilations):
+    """Seeds, step counts, dynamic guidance and plans, of a solver each; with a bar and without."""
+    pipeline = Pipeline.from_pretrained(tiny_cogvideox_5b)
+    common = {"height": 32, "width": 48, "num_frames": 17, "scheduler": scheduler}
+    methods = Method("full"), Method("cached"), Method("arrow(1/4)")
+
+    def run(number):
+        arguments = common | {"num_inference_steps": 2 + 12 * number, "guidance_scale": 2.0 + number}
+        arguments |= {"use_dynamic_cfg": bool(number % 2), "seed": number, "progress": bool(number % 2)}
+        full = Plan.full(pipeline.setting(prompt="", **arguments))
+        choices = np.random.default_rng(number).integers(3, size=full.choices.shape, dtype=np.uint8)
+        choices[0] = 0
+        for plan in (None, Plan(full.setting, methods, choices)):
+            pipeline(PROMPTS[number], plan=plan, **arguments)
+
+    jax.clear_caches()
+    run(0)
+    assert compilations, "the listener hears no compilation: the test shows nothing"
+    compilations.clear()
+    for number in (1, 2):
+        run(number)
+    assert compilations == []

@@ -1,0 +1,103 @@
+"""`dfa2 sample` and `dfa2 again` of a video model."""
+
+import numpy as np
+import pytest
+from PIL import Image, ImageSequence
+
+from dfa2_jax import Pipeline, cli
+from dfa2_jax.commands import again
+from dfa2_jax.io.images import read_metadata
+from dfa2_jax.io.videos import save_video
+
+PROMPT = "a red ring"
+SIZE = ["--height", "32", "--width", "48"]
+VIDEO = ["--num-frames", "9", "--fps", "8", "--steps", "2"]
+
+
+@pytest.fixture(autouse=True)
+def own_cache(cache):
+    return cache
+
+
+@pytest.fixture
+def image_model(pipelines):
+    return pipelines("tiny_sd35")
+
+
+@pytest.fixture
+def sample(pipelines, monkeypatch, tiny_cogvideox_5b):
+    pipeline = pipelines("tiny_cogvideox_5b")
+    monkeypatch.setattr(Pipeline, "from_pretrained", lambda folder, **options: pipeline)
+    return ["sample", str(tiny_cogvideox_5b), "--prompt", PROMPT, *SIZE, *VIDEO]
+
+
+def frames_of(path):
+    with Image.open(path) as image:
+        return np.stack([np.asarray(frame.convert("RGB")) for frame in ImageSequence.Iterator(image)])
+
+
+def test_a_video_is_made_once_and_made_again_bit_for_bit(sample, tmp_path, capsys):
+    out = tmp_path / "videos"
+    assert cli.main([*sample, "--out", str(out)]) == 0
+    printed = capsys.readouterr()
+    path = out / "a-red-ring-seed0-0.webp"
+    assert printed.out == f"{path}\n" and [*out.iterdir()] == [path]
+    told = [printed.err.index(words) for words in ("\rencoding ", "denoise:", "decode:")]
+    assert sorted(told) == told
+    made = read_metadata(path)
+    assert made["num_frames"] == 9 and made["fps"] == 8 and made["num_inference_steps"] == 2
+    assert made["pipeline"] == "CogVideoXPipeline" and made["prompt"] == PROMPT
+    assert frames_of(path).shape == (9, 32, 48, 3)
+    before = path.read_bytes()
+
+    assert cli.main([*sample, "--quiet", "--out", str(out)]) == 0
+    assert capsys.readouterr() == (f"{path}\n", f"skipped {path}: it is made already\n")
+    assert [*out.iterdir()] == [path]
+
+    other = tmp_path / "again"
+    assert cli.main(["again", str(path), "--quiet", "--out", str(other)]) == 0
+    printed = capsys.readouterr()
+    assert printed.out == f"{other / path.name}\n" and printed.err.endswith("bit for bit\n")
+    assert read_metadata(other / path.name) == made and path.read_bytes() == before
+    np.testing.assert_array_equal(frames_of(other / path.name), frames_of(path))
+
+
+@pytest.mark.parametrize("suffix", [".avif", ".png"])
+def test_a_video_of_another_format_is_found_too(suffix, sample, tmp_path, capsys):
+    out = tmp_path / f"clip{suffix}"
+    assert cli.main([*sample, "--quiet", "--out", str(out)]) == cli.main([*sample, "--quiet", "--out", str(out)]) == 0
+    assert f"skipped {out}" in capsys.readouterr().err
+    assert cli.main([*sample, "--quiet", "--out", str(out), "--fps", "9"]) == 2
+    assert "is there, and made otherwise" in capsys.readouterr().err
+
+
+def test_every_frame_is_compared(tmp_path, capsys):
+    frames = np.random.default_rng(0).integers(256, size=(5, 16, 16, 3), dtype=np.uint8)
+    other = frames.copy()
+    other[3, 2, 1] ^= 4
+    files = [save_video(x, tmp_path / f"{i}.png", fps=8) for i, x in enumerate((frames, other, frames[:4]))]
+    assert again.compare(files[0], files[0]) == 0 and again.compare(files[0], files[1]) == 1
+    assert "in 3 of 3840 values, by at most 4 of 255" in capsys.readouterr().err
+    assert again.compare(files[0], files[2]) == 1
+    assert "2.png has 4 frames of 16 x 16, and" in capsys.readouterr().err
+
+
+def test_a_model_makes_what_it_makes(image_model, sample, monkeypatch, tmp_path, capsys):
+    monkeypatch.delattr(Pipeline, "sample")
+    assert cli.main([*sample, "--format", "jpeg", "--quiet", "--out", str(tmp_path / "out")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "format='jpeg' is not one of ['avif', 'gif', 'mp4', 'png', 'webp'], which videos can be written in" in line
+    monkeypatch.setattr(Pipeline, "from_pretrained", lambda folder, **options: image_model)
+    words = ["sample", "folder", "--prompt", PROMPT, "--quiet", "--out"]
+    for more, message in (
+        (
+            [str(tmp_path / "out"), "--format", "mp4"],
+            "format='mp4' is not one of ['jpeg', 'png', 'webp'], which images",
+        ),
+        ([str(tmp_path / "a.gif")], "a.gif has the suffix of a format that images are not written in: .png, .webp"),
+        ([str(tmp_path / "out"), "--num-frames", "9"], "num_frames=9 is for video models: this one makes images"),
+    ):
+        assert cli.main([*words, *more]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("dfa2 sample: ") and message in line
+    assert not [*tmp_path.rglob("*.*")]
