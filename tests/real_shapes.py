@@ -139,7 +139,7 @@ def planned_arguments(
     half_window = {
         name: jax.ShapeDtypeStruct((STEP_BLOCK, stack.shape[0], dealt), jnp.int32) for name, stack in memory.items()
     }
-    plans = abstract(HeadPlans, half_window, half_window, start)
+    plans = abstract(HeadPlans, half_window, half_window, start, None, None)
     return graph, params, abstract(State, state.latents, state.latents, memory), inputs, plans, start, stop
 
 

@@ -1,6 +1,6 @@
 """What a solver is: coefficients made on the host, a step, and a state that the loop carries."""
 
-from typing import Any, Protocol, Self, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Array, Float, Int
@@ -31,7 +31,7 @@ class Multistep(Solver, Protocol):
         ...
 
     @classmethod
-    def planned(cls, sigmas: Float[np.ndarray, " levels"], coefficients: Float[np.ndarray, "steps 2"]) -> Self:
+    def planned(cls, sigmas: Float[np.ndarray, " levels"], coefficients: Float[np.ndarray, "steps 2"]) -> "Multistep":
         """The solver from each of these noise levels to the next, with coefficients of both velocities."""
         ...
 

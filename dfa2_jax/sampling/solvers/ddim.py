@@ -1,7 +1,5 @@
 """DDIM for models that predict v: Euler's steps of flow matching on scaled latents."""
 
-from typing import Self
-
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
@@ -25,7 +23,7 @@ class ScaledMultistep:
     """s - c and k of the velocity; k after the step, and its ratio to k; coefficients of this and the last velocity."""
 
     @classmethod
-    def ddim(cls, now: Float[np.ndarray, " steps"], after: Float[np.ndarray, " steps"]) -> Self:
+    def ddim(cls, now: Float[np.ndarray, " steps"], after: Float[np.ndarray, " steps"]) -> "ScaledMultistep":
         """DDIM by the noise levels sigma where each step begins, and where it leads.
 
         Diffusers' steps do not always lead to where the next one begins (`variance_preserving.AlphaSteps`).
@@ -34,7 +32,9 @@ class ScaledMultistep:
         return cls._between(now, after, moves)
 
     @classmethod
-    def planned(cls, sigmas: Float[np.ndarray, " levels"], coefficients: Float[np.ndarray, "steps 2"]) -> Self:
+    def planned(
+        cls, sigmas: Float[np.ndarray, " levels"], coefficients: Float[np.ndarray, "steps 2"]
+    ) -> "ScaledMultistep":
         """A solver by noise levels sigma and coefficients of velocities, such as a step plan's.
 
         Args:
@@ -51,7 +51,7 @@ class ScaledMultistep:
         return cls._between(sigmas[:-1], sigmas[1:], coefficients)
 
     @classmethod
-    def _between(cls, now: np.ndarray, after: np.ndarray, moves: np.ndarray) -> Self:
+    def _between(cls, now: np.ndarray, after: np.ndarray, moves: np.ndarray) -> "ScaledMultistep":
         scale, scale_after = _scale(now), _scale(after)
         slope = (2 * np.asarray(now, np.float64) - 1) * scale
         columns = [slope, scale, scale_after, scale_after / scale, *np.asarray(moves, np.float64).T]

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Self
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -35,11 +35,11 @@ class FlowMultistep:
     """Coefficients of this step's velocity and of the last step's."""
 
     @classmethod
-    def euler(cls, sigmas: Float[np.ndarray, " steps_plus_1"]) -> Self:
+    def euler(cls, sigmas: Float[np.ndarray, " steps_plus_1"]) -> "FlowMultistep":
         return cls.of(euler_coefficients(sigmas))
 
     @classmethod
-    def of(cls, coefficients: Float[np.ndarray, "steps 2"]) -> Self:
+    def of(cls, coefficients: Float[np.ndarray, "steps 2"]) -> "FlowMultistep":
         return cls(pad_steps(coefficients.astype(np.float32)))
 
     @staticmethod
@@ -47,7 +47,9 @@ class FlowMultistep:
         return np.ones(len(sigmas), np.float32)
 
     @classmethod
-    def planned(cls, sigmas: Float[np.ndarray, " levels"], coefficients: Float[np.ndarray, "steps 2"]) -> Self:
+    def planned(
+        cls, sigmas: Float[np.ndarray, " levels"], coefficients: Float[np.ndarray, "steps 2"]
+    ) -> "FlowMultistep":
         return cls.of(coefficients)
 
     def init(self, x: Latents) -> Latents:
