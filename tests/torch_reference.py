@@ -11,8 +11,10 @@ FULL, CACHED = -1, -2
 class Run:
     """One sampling run. Whoever runs it says which step it is at."""
 
-    def __init__(self, half_windows):
+    def __init__(self, half_windows, over_time, frames):
         self.half_windows = torch.as_tensor(half_windows)  # [steps, layers, heads]
+        self.over_time = torch.zeros_like(self.half_windows) if over_time is None else torch.as_tensor(over_time)
+        self.frames = frames
         self.step = 0
 
     def next_step(self, pipeline, step, timestep, tensors):
@@ -43,10 +45,14 @@ class PlannedProcessor:
 
     def attend(self, query, key, value, *args, **kwargs):  # [B, N, T, H]
         half_window = self.run.half_windows[self.run.step, self.layer]
-        position = torch.arange(key.shape[2])
         is_text = torch.zeros(key.shape[2], dtype=torch.bool)
         is_text[self.text] = True
-        near = (position[:, None] - position).abs() <= half_window[:, None, None]
+        position = torch.arange(key.shape[2]).repeat(key.shape[1], 1)
+        visual = position[0, ~is_text]
+        over_time = visual.reshape(self.run.frames, -1).T.flatten().argsort() + visual[0]
+        is_over_time = self.run.over_time[self.run.step, self.layer].bool()
+        position[:, ~is_text] = torch.where(is_over_time[:, None], over_time, visual)
+        near = (position[:, :, None] - position[:, None]).abs() <= half_window[:, None, None]
         kept = near | is_text[:, None] | is_text | (half_window == FULL)[:, None, None]
         out = self.attention(query, key, value, attn_mask=kept)
         if self.run.step > 0:
@@ -55,17 +61,19 @@ class PlannedProcessor:
         return out
 
 
-def follow_plan(pipeline, half_windows, layouts):
+def follow_plan(pipeline, half_windows, layouts, over_time=None, frames=1):
     """Make a diffusers SD3, FLUX or CogVideoX pipeline follow a plan.
 
     Args:
         half_windows: int [steps, layers, heads].
         layouts: of each attention layer in order of execution, with a slice `text`.
+        over_time: bool [steps, layers, heads], of heads whose band runs over row, column and frame.
+        frames: of visual tokens.
 
     Returns:
         The run: its `next_step` must be the call's `callback_on_step_end`.
     """
-    run, transformer = Run(half_windows), pipeline.transformer
+    run, transformer = Run(half_windows, over_time, frames), pipeline.transformer
     blocks = [*transformer.transformer_blocks, *getattr(transformer, "single_transformer_blocks", [])]
     names = "attn", "attn1", "attn2"  # CogVideoX has attn1 alone, and SD3.5 attn2 in some blocks
     modules = [getattr(block, name) for block in blocks for name in names if getattr(block, name, None) is not None]

@@ -105,7 +105,7 @@ def test_given_latents_start_the_call(pipelines):
         ours(**arguments, latents=noise.swapaxes(1, 2))
 
 
-METHODS = tuple(map(Method, ("full", "cached", "arrow(1/4)", "arrow(1/2)")))
+METHODS = tuple(map(Method, ("full", "cached", "arrow(1/4)", "arrow(1/2)", "arrow(1/4, time)")))
 
 
 def random_plan(setting, seed):
@@ -130,7 +130,10 @@ def test_a_planned_call_equals_diffusers_with_masks(name, arguments, pipelines, 
     setting = ours.setting(**arguments)
     plan = random_plan(setting, 0)
     latents = ours(**arguments, plan=plan, output_type="latent", progress=False).frames
-    run = follow_plan(reference, plan.half_windows(), [layer.layout for layer in setting.layers])
+    over_time = np.array([method.order == "time" for method in METHODS])[plan.choices]
+    frames = ours.family.tokens.grid((arguments["num_frames"] + 3) // 4, 4, 6).frames
+    layouts = [layer.layout for layer in setting.layers]
+    run = follow_plan(reference, plan.half_windows(), layouts, over_time, frames)
     options = diffusers_arguments(reference, arguments) | {"callback_on_step_end": run.next_step}
     want = run_theirs(reference, **options, output_type="latent")
     assert error(latents, want) < 1e-4
