@@ -6,7 +6,7 @@ from dfa2_jax import Plan, calibrate
 
 PROMPTS = ["a red ring", "a small star"]
 CALL = {"height": 32, "width": 48, "num_inference_steps": 3, "progress": False}
-"""Of nine frames, which calibration takes where a model makes as many."""
+"""Calibration takes nine frames, as many as the tiny model makes."""
 
 
 @pytest.mark.parametrize("budget", [{"speedup": 2.0}, {"psnr": 40.0}, {}], ids=str)

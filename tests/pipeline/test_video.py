@@ -142,7 +142,7 @@ def test_a_planned_call_equals_diffusers_with_masks(name, arguments, pipelines, 
 
 
 def test_a_plan_of_another_number_of_frames_is_refused(pipelines):
-    """Of 9 and of 13 frames, CogVideoX 1.5 makes as many tokens."""
+    """CogVideoX 1.5 makes as many tokens of 9 frames as of 13."""
     ours = pipelines("tiny_cogvideox_15")
     arguments = {"prompt": PROMPTS[0], "num_inference_steps": 6} | SIZE
     plan = Plan.full(ours.setting(**arguments, **ODD)).with_method(1, 0, 0, "cached")
