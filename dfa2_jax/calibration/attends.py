@@ -88,7 +88,7 @@ class TryEverything:
 
     @property
     def orders(self) -> Int[np.ndarray, " M"]:
-        """Of each candidate, a number of `ORDERS`."""
+        """A number of `ORDERS` for each candidate."""
         return np.array([ORDERS.index(method.order) for method in self.candidates], np.int32)
 
     def memory(self, stack: jax.ShapeDtypeStruct) -> Trials:

@@ -181,7 +181,7 @@ class Family(Protocol):
         ...
 
     def latent_frames(self, num_frames: int | None) -> int:
-        """Of a video, or one; raises ValueError where there is no such video."""
+        """Latent frames of a video, or one; raises ValueError where there is no such video."""
         ...
 
     def extra_text_tokens(self, encoders: Any) -> int:

@@ -127,7 +127,7 @@ def videos(frames: Any) -> list[list[Image.Image]]:
 
 @dataclass(frozen=True)
 class Formats:
-    """Of files. what: they hold; suffixes: and the format of each; default: in a folder."""
+    """Formats of files. what: they hold; suffixes: and the format of each; default: in a folder."""
 
     what: str
     suffixes: Mapping[str, str]

@@ -12,12 +12,12 @@ Orders = Int[np.ndarray, "nodes layers heads"]
 
 
 def orders(plan: Plan) -> Orders:
-    """Of every band; 0, native, of heads that have none."""
+    """The order of every band; 0, native, of heads that have none."""
     return np.array([ORDERS.index(method.order) for method in plan.methods], np.int32)[plan.choices]
 
 
 def lies(plan: Plan) -> Orders:
-    """Of every head's output as it is remembered after a node: in its band's order, and a reused one as it lay."""
+    """The order of every head's output as it is remembered after a node: in its band's order, and a reused one as it lay."""
     written, is_cached = orders(plan), plan.half_windows() == CACHED
     for node in range(1, len(written)):
         written[node] = np.where(is_cached[node], written[node - 1], written[node])

@@ -73,7 +73,7 @@ class Setting(Record):
     precision: Precision | None = None
     """What blocks that are quantised multiply in. Files say nothing of others."""
     num_frames: Positive | None = None
-    """Of a video. Files of images say nothing of it."""
+    """Frames of a video. Files of images say nothing of it."""
     token_frames: Positive = 1
     """Frames of its visual tokens."""
 
