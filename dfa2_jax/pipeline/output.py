@@ -79,8 +79,8 @@ class Output:
             The files, in their order.
 
         Raises:
-            ValueError: latents are no images, a number or format is unknown, one file is asked for several, JPEG has no
-                room for the metadata, or a format does not take the size or the rate.
+            ValueError: latents are no images, a number or format is unknown, or one file is asked for several. JPEG has
+                no room for the metadata, or a format does not take the size or the rate.
             MissingExtra: MP4 without the extra `video`.
             FileExistsError: the file is there, and may not be replaced.
             OSError: the disk.

@@ -17,7 +17,7 @@ def orders(plan: Plan) -> Orders:
 
 
 def lies(plan: Plan) -> Orders:
-    """The order of every head's output as it is remembered after a node: in its band's order, and a reused one as it lay."""
+    """The order of every head's output as a node leaves it: its band's, and a reused one as it lay."""
     written, is_cached = orders(plan), plan.half_windows() == CACHED
     for node in range(1, len(written)):
         written[node] = np.where(is_cached[node], written[node - 1], written[node])
