@@ -127,12 +127,12 @@ def check_video(kind: str, fps: float, size: tuple[int, ...]) -> None:
         MissingExtra: MP4 without the extra `video`.
     """
     if not 1 <= fps <= MAX_FPS[kind]:  # NaN is not, either
-        raise ValueError(f"{fps=} is not from 1 to {MAX_FPS[kind]}, the frames a second that {kind} takes.")
+        raise ValueError(f"{fps=} is not from 1 to {MAX_FPS[kind]}, the frames a second that .{kind} takes.")
     if kind == "mp4":
-        need("imageio_ffmpeg", "a video in .mp4", "video")
         height, width = size
         if height % 2 or width % 2:
             raise ValueError(f"{height=} and {width=} must be even for .mp4: choose other sizes, or .webp.")
+        need("imageio_ffmpeg", "a video in .mp4", "video")
 
 
 def encode_video(
