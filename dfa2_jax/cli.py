@@ -103,27 +103,17 @@ def _run(name: str, args: argparse.Namespace) -> int:
 
 
 def _parser() -> Parser:
-    parser = Parser(prog="dfa2", description="SD3, SD3.5 and FLUX.1 in JAX.")
+    parser = Parser(prog="dfa2", description="SD3, SD3.5, FLUX.1 and CogVideoX in JAX.")
     parser.add_argument("--version", action="version", version=f"dfa2 {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
 
     sample = commands.add_parser(
         "sample",
-        help="text to images",
-        description="Sample images. The same command goes on after an interruption: it makes what is not there yet.",
+        help="text to images or videos",
+        description="Sample images or videos. The same command goes on after an interruption: it makes what is not there yet.",
         epilog="stdout holds the images' paths, one per line, and nothing else.",
     )
-    sample.set_defaults(run=("sample", "run"))
-    _add_folder(sample)
-    _add_prompts(sample, required=False)
-    sample.add_argument("--batch", type=int, default=1, metavar="N", help="images at a time (default: 1)")
-    sample.add_argument(
-        "--out", type=Path, required=True, metavar="PATH", help="a folder; for one image also a .png, .webp or .jpg"
-    )
-    formats = ("png", "webp", "jpeg", "avif", "gif", "mp4")
-    sample.add_argument("--format", choices=formats, help="of files in a folder (default: png; of videos webp)")
-    add_flags(sample, Options)
-    _add_dtype(sample)
+    _add_sample(sample)
 
     _add_again(
         commands.add_parser(
@@ -163,6 +153,20 @@ def _parser() -> Parser:
     doctor = commands.add_parser("doctor", help="what this machine can do", description="Report on this machine.")
     doctor.set_defaults(run=("doctor", "run"))
     return parser
+
+
+def _add_sample(sample: argparse.ArgumentParser) -> None:
+    sample.set_defaults(run=("sample", "run"))
+    _add_folder(sample)
+    _add_prompts(sample, required=False)
+    sample.add_argument("--batch", type=int, default=1, metavar="N", help="images at a time (default: 1)")
+    sample.add_argument(
+        "--out", type=Path, required=True, metavar="PATH", help="a folder; for one image also a .png, .webp or .jpg"
+    )
+    formats = ("png", "webp", "jpeg", "avif", "gif", "mp4")
+    sample.add_argument("--format", choices=formats, help="of files in a folder (default: png; of videos webp)")
+    add_flags(sample, Options)
+    _add_dtype(sample)
 
 
 def _add_again(again: argparse.ArgumentParser) -> None:

@@ -1,7 +1,7 @@
 """Sizes and the tokenizer of the video model in the box, as its folder states them.
 
 64 pixels and 17 frames are 5 latent frames of 16 x 16, so 320 tokens; 96 pixels are 720. So a band of 1/8 of them is a
-third of a frame to each side, or in the order of time 5 places at all times: what a head keeps depends on the order.
+third of a frame to each side. In the order of time it is 5 places at all times. What a head keeps depends on the order.
 """
 
 import json

@@ -105,15 +105,20 @@ def calibrate(
     _check_whole(pipeline, options)
     if options.delta is None:
         return _of_steps(pipeline, prompts, options, {name: given[name] for name in CALL})
+    _check_paper(options)
+    calibration = CalibrationRun.begin(pipeline, prompts, options, {name: given[name] for name in CALL})
+    checkpointed = Checkpointed.read(resume, calibration.digest, calibration.empty)
+    calibration.search(checkpointed)
+    return calibration.finished(checkpointed)
+
+
+def _check_paper(options: CalibrationOptions) -> None:
+    """Raises ValueError where options are of another budget than delta."""
     if options.speedup is not None or options.psnr is not None:
         raise ValueError(f"speedup={options.speedup}, psnr={options.psnr} and delta={options.delta}: pass one of them.")
     for name in ("target", "heads", "attention_share"):
         if (value := getattr(options, name)) != getattr(CalibrationOptions, name):
             raise ValueError(f"{name}={value!r} is beside speedup= or psnr=, and delta= is the paper's: leave it out.")
-    calibration = CalibrationRun.begin(pipeline, prompts, options, {name: given[name] for name in CALL})
-    checkpointed = Checkpointed.read(resume, calibration.digest, calibration.empty)
-    calibration.search(checkpointed)
-    return calibration.finished(checkpointed)
 
 
 def _of_steps(pipeline: Pipeline, prompts: list[str], options: CalibrationOptions, arguments: dict[str, Any]) -> Plan:

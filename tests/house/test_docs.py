@@ -153,6 +153,7 @@ LEFT_OUT = {
     ("docs/index.md", "dfa2 demo"): "samples for a minute; tests/commands/test_demo.py runs it",
     ("docs/paper.md", "python -m benchmarks.ablations"): "takes an hour on two CPU cores",
     ("docs/toy-model.md", "dfa2 demo"): "samples for a minute; tests/commands/test_demo.py runs it",
+    ("docs/video.md", "dfa2 sample"): "needs a published folder; tests/commands/test_videos.py runs the command",
     ("CONTRIBUTING.md", "make test"): "each makes an environment of its own, from the network; CI runs them",
     ("CONTRIBUTING.md", "python -m benchmarks.pages"): "tests/house/test_docs.py checks the same",
     ("CONTRIBUTING.md", "python -m toy.train"): "trains for half an hour on a GPU",
