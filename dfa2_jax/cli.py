@@ -110,7 +110,7 @@ def _parser() -> Parser:
     sample = commands.add_parser(
         "sample",
         help="text to images or videos",
-        description="Sample images or videos. The same command goes on after an interruption: it makes what is not there yet.",
+        description="Sample images or videos. Interrupted, the same command goes on: it makes what is not there yet.",
         epilog="stdout holds the images' paths, one per line, and nothing else.",
     )
     _add_sample(sample)

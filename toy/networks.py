@@ -101,8 +101,8 @@ class Product(nnx.Module):
 class TimeProduct(nnx.Module):
     """A convolution of frames and pixels as one product of the neighbourhoods in each frame, [B F h w, size^2 C].
 
-    The product is with the kernels of all times, and its parts are added a frame apart. That takes a third of the memory
-    of neighbourhoods in time. It has no stride and pads no frames, as in CogVideoX's autoencoder.
+    The product is with the kernels of all times, and its parts are added a frame apart. That takes a third of the
+    memory of neighbourhoods in time. It has no stride and pads no frames, as in CogVideoX's autoencoder.
     """
 
     def __init__(self, conv: nnx.Conv):

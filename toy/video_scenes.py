@@ -1,8 +1,9 @@
 """Captions of moving shapes and the videos they describe, drawn at any resolution on the device.
 
 A caption is "a red star moves slowly left on a blue background". One of two objects says "a red star moves slowly left
-and a green ring moves quickly right", and then the background. Both move along one axis, each in its own half of the frame, so that they
-never meet. What a caption leaves open (exact path and size, which half, shades) is drawn from a random key.
+and a green ring moves quickly right", and then the background. Both move along one axis, each in its own half of the
+frame, so that they never meet. What a caption leaves open is drawn from a random key: exact path and size, which half,
+shades.
 
 Colours, shapes and lengths are those of `toy.scenes`. A speed is a length per video, however many frames it has.
 """
