@@ -1,4 +1,4 @@
-"""SD3, SD3.5 and FLUX.1 in JAX, made fast by head-wise attention compression (DiTFastAttnV2, arXiv 2503.22796).
+"""SD3, SD3.5, FLUX.1 and CogVideoX in JAX, made fast by head-wise compression (DiTFastAttnV2, arXiv 2503.22796).
 
 Public names are imported when they are first asked for: `import dfa2_jax` imports no JAX.
 
