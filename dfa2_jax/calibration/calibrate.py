@@ -30,15 +30,18 @@ from dfa2_jax.calibration.steps import StepPlans, StepRuns, check_solver
 from dfa2_jax.calibration.trial_step import calibrate_step, planning_tiles
 from dfa2_jax.io.digest import digest_of
 from dfa2_jax.io.names import natural, suggests_names
-from dfa2_jax.nn.attention import in_order
+from dfa2_jax.nn.attention import by_stack, in_order
+from dfa2_jax.nn.orders import native_memory
 from dfa2_jax.options import CALL, CALL_FIELDS, CalibrationOptions, Options, described
 from dfa2_jax.pipeline.call import Call
 from dfa2_jax.pipeline.pipeline import Pipeline
 from dfa2_jax.pipeline.timing import told
 from dfa2_jax.plan.method import CACHED_METHOD, FULL_METHOD, Method
+from dfa2_jax.plan.orders import lies
 from dfa2_jax.plan.plan import Plan
 from dfa2_jax.plan.setting import CalibrationRecord, Density
 from dfa2_jax.plan.steps import check_budget, count_for
+from dfa2_jax.sampling.loop import State
 
 logger = logging.getLogger("dfa2_jax")
 
@@ -176,7 +179,7 @@ def _head_runs(options: CalibrationOptions, call: Call) -> HeadRuns | None:
     if options.heads == "full":
         return None
     tiles = planning_tiles(call.pipeline.config.attention_head_dim) if options.tiles is None else options.tiles
-    candidates = candidates_of(options, call.grid.frames)
+    candidates = candidates_of(options, call.grid.frames, call.shares_tokens)
     check_tiles(tiles)
     _check_chunk(options.attention_chunk, call)
     if options.heads == "only" and call.request.steps == 1:
@@ -248,9 +251,10 @@ class CalibrationRun:
         _check_prompts(prompts, options.seed)
         _check_heads(options)
         check_tiles(tiles)
-        call = prepared(pipeline, prompts, options, arguments).over_batch()
+        call = prepared(pipeline, prompts, options, arguments)
+        candidates = candidates_of(options, call.grid.frames, call.shares_tokens)
+        call = call.over_batch()
         _check_chunk(options.attention_chunk, call)
-        candidates = candidates_of(options, call.grid.frames)
         shape = call.request.steps, len(call.layers), pipeline.config.num_attention_heads
         empty = Plan(setting=call.setting, methods=(FULL_METHOD, *candidates), choices=np.zeros(shape, np.uint8))
         warn_idle(candidates, call.setting, tiles)
@@ -294,11 +298,23 @@ class CalibrationRun:
         with told("compiling", self.options.progress):
             state = run(state, 0, 0)
             step.func.lower(*step.args, **step.keywords, state=state, i=done).compile()
-        state = run(state, 0, done)
+        state = self.native(run(state, 0, done), checkpointed, done - 1)
         for i in tqdm(range(done, steps), "calibrate", steps, initial=done, disable=not self.options.progress):
             state, chosen = step(state=self.call.with_noise(state, i), i=i)
             picks, errors = ({stack: pair[n] for stack, pair in chosen.items()} for n in (0, 1))
             checkpointed.add(in_order(self.call.layers, picks), in_order(self.call.layers, errors))
+
+    def native(self, state: State, checkpointed: Checkpointed, last: int) -> State:
+        """The state after step `last` of an earlier run, with outputs in the native order, as candidates have them."""
+        order = lies(checkpointed.filled(self.empty))[last]
+        if not order.any():
+            return state
+        layouts = {layer.stack: layer.layout for layer in self.call.layers}
+        memory = {
+            stack: native_memory(x, by_stack(self.call.layers, order)[stack], layouts[stack], self.call.grid.frames)
+            for stack, x in state.memory.items()
+        }
+        return replace(state, memory=memory)
 
     def finished(self, checkpointed: Checkpointed) -> Plan:
         plan = checkpointed.filled(self.empty)

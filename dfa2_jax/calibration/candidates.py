@@ -13,21 +13,23 @@ from dfa2_jax.plan.setting import Setting
 logger = logging.getLogger("dfa2_jax")
 
 
-def candidates_of(options: CalibrationOptions, frames: int) -> tuple[Method, ...]:
+def candidates_of(options: CalibrationOptions, frames: int, shares_tokens: bool = False) -> tuple[Method, ...]:
     """The methods to try; arrows over time come after all in the native order.
 
     Args:
         frames: of the visual tokens; with one there is the native order alone.
+        shares_tokens: devices share them, and cannot run arrows over time.
 
     Raises:
         ValueError: windows or orders are none, or leave nothing.
     """
     windows, orders = options.windows, options.orders
     check_windows(windows)
-    there = ORDERS if frames > 1 else ORDERS[:1]
+    there = ORDERS if frames > 1 and not shares_tokens else ORDERS[:1]
     orders = there if orders is None else tuple(orders)
     if not orders or {*orders} - {*there} or len({*orders}) < len(orders):
-        raise ValueError(f"{orders=} must be different ones of {there}, which tokens of {frames} frames have.")
+        whose = "devices that share tokens" if shares_tokens else f"tokens of {frames} frames"
+        raise ValueError(f"{orders=} must be different ones of {there}, which {whose} have.")
     candidates = (
         *([CACHED_METHOD] if options.cache else []),
         *(Method.arrow(f, order) for order in ORDERS if order in orders for f in windows),

@@ -10,7 +10,7 @@ A plan may aim at the limit of many steps instead. Then a converged run is the t
 """
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache, cached_property, partial
 from typing import Any
@@ -111,13 +111,14 @@ class StepRuns:
         """Before the first step."""
         return np.asarray(self.call.start().latents) / self.scales[0]
 
-    def pixels(self, x: Latents) -> Float[np.ndarray, "B F H W 3"]:
-        """Frames in [0, 1] of latents after the last step, an image at a time: all prompts at once may not fit."""
-        decode, latents = self.call.pipeline.decode, self.call.latents(self.scales[-1] * x)
-        return np.concatenate([decode(one[None]) for one in latents])
+    def pixels(self, x: Latents) -> Iterator[Float[np.ndarray, "F H W 3"]]:
+        """Frames in [0, 1] of each image or video of latents after the last step: all at once may not fit."""
+        for latents in self.call.latents(self.scales[-1] * x):
+            (frames,) = self.call.pipeline.decode(latents[None])
+            yield frames
 
     def _run(self, x: Latents, start: int, stop: int, part: int = 0) -> State:
-        pipeline, state = self.call.pipeline, State(x, np.zeros_like(x))
+        pipeline, state = self.call.pipeline, State(*self.call.put_state((x, np.zeros_like(x))))
         graph, options = pipeline.transformer.graph, {"rounding": pipeline.rounding, "mesh": self.call.mesh}
         with jax.enable_x64(False):
             return denoise(graph, self.call.params, state, self.inputs(part), start, stop, **options)
@@ -211,7 +212,8 @@ class PlannedRun:
     def _last(self) -> np.ndarray:
         """The velocity at the last of the nodes that did not run yet."""
         for x, number in self.known:
-            state = State(self.runs.scales[self.nodes[number]] * x, self.state.solver, self.state.memory)
+            latents = self.runs.call.put_state(self.runs.scales[self.nodes[number]] * x)
+            state = State(latents, self.state.solver, self.state.memory)
             self.state = self.run(state, number, number + 1)
         self.known = []
         return np.asarray(self.state.solver)
@@ -267,9 +269,9 @@ class StepPlans:
         return cls(runs, facts, target, StepSearch(sigmas, target.gram(moved=target is not dense), grown), off)
 
     @cached_property
-    def images(self) -> Float[np.ndarray, "B F H W 3"]:
+    def images(self) -> list[Float[np.ndarray, "F H W 3"]]:
         """The target's."""
-        return self.runs.pixels(self.target.latents[-1])
+        return list(self.runs.pixels(self.target.latents[-1]))
 
     def psnr_of(self, x: Latents) -> float:
         """Mean over the images that these latents become, in dB against the target's."""

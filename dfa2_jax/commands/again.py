@@ -17,6 +17,7 @@ from dfa2_jax.commands.start import start
 from dfa2_jax.io.errors import blame, printable
 from dfa2_jax.io.images import read_metadata
 from dfa2_jax.io.terminal import print_path
+from dfa2_jax.io.videos import check_video
 from dfa2_jax.pipeline.output import IMAGES, VIDEOS, Formats, faults_in, options_again
 from dfa2_jax.pipeline.pipeline import Pipeline
 from dfa2_jax.pipeline.timing import told
@@ -57,6 +58,8 @@ def run(args: argparse.Namespace) -> int:
         request = pipeline.request(options)
         if not 0 <= made["image"] < request.batch:
             raise ValueError(f"it says that it is image {made['image']} of {request.batch}.")
+    if formats is VIDEOS:
+        check_video(target.kind, request.fps or 0, (request.height, request.width))
     output = pipeline.sample(replace(options, progress=not args.quiet), phase)
     if plan is not None:
         output.metadata["plan_file"] = str(plan_path(args, made).absolute())

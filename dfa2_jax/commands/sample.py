@@ -17,6 +17,7 @@ from dfa2_jax.io.atomic import writable
 from dfa2_jax.io.errors import printable
 from dfa2_jax.io.images import exif, numbered, read_metadata, stem_of
 from dfa2_jax.io.terminal import print_path
+from dfa2_jax.io.videos import SILENT, check_video
 from dfa2_jax.options import Options
 from dfa2_jax.parallel.processes import is_first, said_by_first
 from dfa2_jax.pipeline.output import EITHER, IMAGES, VIDEOS, Formats, image_metadata, metadata, parameters
@@ -159,9 +160,24 @@ class Target:
             writable(self.out.parent if self.formats.names_file(self.out) else self.out)
 
     def check(self, images: Iterator[dict[str, Any]]) -> None:
-        """Raises ValueError where JPEG has no room for what an image says of itself."""
-        for made in images if self.kind == "jpeg" else ():
-            exif(self.kind, made, parameters(made))
+        """Says where no file can be found again.
+
+        Raises:
+            ValueError: JPEG has no room for what an image says of itself, or a format does not take a video.
+            MissingExtra: MP4 without the extra `video`.
+        """
+        for made in images:
+            if self.kind == "jpeg":
+                exif(self.kind, made, parameters(made))
+            if self.formats is VIDEOS:
+                check_video(self.kind, made["fps"], (made["height"], made["width"]))
+        if self.is_silent and not self.formats.names_file(self.out):
+            print(f"{self.kind} does not say how it was made: videos that are there are made again", file=sys.stderr)
+
+    @property
+    def is_silent(self) -> bool:
+        """Whether files do not say how they were made."""
+        return self.formats is VIDEOS and self.kind in SILENT
 
     def find(self, made: dict[str, Any]) -> Path | None:
         """The file of an image that an earlier run has made as this one would.
@@ -176,7 +192,8 @@ class Target:
                 self.taken.add(path)
                 return path
         if is_file and self.out.exists():
-            raise FileExistsError(f"--out {self.out} is there, and made otherwise: remove it, or choose another name.")
+            why = f"{self.kind} does not say how it was made" if self.is_silent else "made otherwise"
+            raise FileExistsError(f"--out {self.out} is there, and {why}: remove it, or choose another name.")
         return None
 
 

@@ -28,6 +28,9 @@ TICK_MS = {"webp": 1, "avif": 1, "png": 1, "gif": 10}
 MAX_FPS = {"webp": 1000, "avif": 1000, "png": 1000, "gif": 50, "mp4": 1000}
 """Viewers show a GIF's frames of less than two ticks for a tenth of a second."""
 
+SILENT = "gif", "mp4"
+"""Formats that have no place for how their video was made."""
+
 SETTINGS: dict[str, dict[str, Any]] = {
     "webp": {"quality": 85, "method": 4, "loop": 0},
     "avif": {"quality": 70, "speed": 8},
@@ -85,13 +88,11 @@ def video_format(path: Path) -> str:
     """The format of a suffix.
 
     Raises:
-        ValueError: no video has it, or this Pillow does not write it.
+        ValueError: no video has it.
     """
     kind = SUFFIXES.get(path.suffix.lower())
     if kind is None:
         raise ValueError(f"{path} has the suffix {path.suffix!r}, which is none of {', '.join(SUFFIXES)}.")
-    if kind in ("webp", "avif") and not features.check(kind):
-        raise ValueError(f"{path} cannot be written, because this Pillow lacks {kind}: choose .png or .gif.")
     return kind
 
 
@@ -120,12 +121,14 @@ def durations(count: int, fps: float, tick_ms: int) -> list[int]:
 
 
 def check_video(kind: str, fps: float, size: tuple[int, ...]) -> None:
-    """Whether a format takes this rate, and frames of this height and width.
+    """Whether a format is there, and takes this rate, and frames of this height and width.
 
     Raises:
         ValueError: it does not.
         MissingExtra: MP4 without the extra `video`.
     """
+    if kind in ("webp", "avif") and not features.check(kind):
+        raise ValueError(f"this Pillow lacks {kind}: choose .png or .gif.")
     if not 1 <= fps <= MAX_FPS[kind]:  # NaN is not, either
         raise ValueError(f"{fps=} is not from 1 to {MAX_FPS[kind]}, the frames a second that .{kind} takes.")
     if kind == "mp4":

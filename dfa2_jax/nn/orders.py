@@ -1,6 +1,11 @@
 """Visual tokens frame by frame, or place by place over time."""
 
+from functools import partial
+from typing import Any
+
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.layout import Layout
@@ -29,3 +34,15 @@ def to_native(x: Heads, order: Int[Array, " N"], layout: Layout, frames: int) ->
     """The inverse."""
     places = layout.num_visual // frames
     return jnp.where((order == 1)[None, None, :, None], transposed(x, layout, places), x)
+
+
+@partial(jax.jit, static_argnames=("layout", "frames"), donate_argnames=("memory",))
+def native_memory(
+    memory: Float[Array, "L B T N H"], order: Int[Array | np.ndarray, "L N"], layout: Layout, frames: int
+) -> Float[Array, "L B T N H"]:
+    """The outputs of a stack of layers in the native order, in the same memory, by the order that each lies in."""
+
+    def turn(layer: Any, memory: Float[Array, "L B T N H"]) -> Float[Array, "L B T N H"]:
+        return memory.at[layer].set(to_native(memory[layer], jnp.asarray(order)[layer], layout, frames))
+
+    return jax.lax.fori_loop(0, len(memory), turn, memory)

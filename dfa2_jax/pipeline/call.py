@@ -1,5 +1,6 @@
 """One call of the pipeline: checked, encoded, run, decoded."""
 
+import logging
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -8,7 +9,7 @@ from typing import Any, TypeGuard
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from PIL import Image
 from tqdm import tqdm
 
@@ -17,6 +18,7 @@ from dfa2_jax.nn.attention import Attend, AttentionCall, Planned, by_stack, gpu_
 from dfa2_jax.options import Options
 from dfa2_jax.parallel.dealing import deal_plan
 from dfa2_jax.parallel.mesh import DeviceMesh
+from dfa2_jax.pipeline.decoding import num_frames
 from dfa2_jax.pipeline.loaded import Loaded
 from dfa2_jax.pipeline.request import Request, host_array, seeds_of
 from dfa2_jax.plan.method import PlanError
@@ -29,6 +31,8 @@ from dfa2_jax.sampling.memory import empty_memory, stack_shapes
 from dfa2_jax.sampling.noise import BatchNoise, StepNoise
 from dfa2_jax.sampling.solvers.base import Multistep, NoisySolver
 from dfa2_jax.sampling.tokens import Grid
+
+logger = logging.getLogger("dfa2_jax")
 
 Run = Callable[[State, int, int], State]
 """`run(state, start, stop)`: the state after these steps. The state that went in may be given away."""
@@ -78,10 +82,15 @@ class Call:
         devices = devices or [*jax.tree.leaves(transformer.params)[0].devices()]
         return DeviceMesh.of(devices, self.batch, self.pipeline.shard_weights)
 
+    @property
+    def shares_tokens(self) -> bool:
+        """Whether devices share an image's tokens."""
+        return self.mesh is not None and self.mesh.tokens > 1
+
     def over_batch(self) -> "Call":
         """This call on as many devices as share its batch alone, where every image is whole."""
         mesh = self.mesh
-        return self if mesh is None or mesh.tokens == 1 else replace(self, devices=mesh.members[: mesh.rows])
+        return replace(self, devices=mesh.members[: mesh.rows]) if mesh is not None and self.shares_tokens else self
 
     @cached_property
     def params(self) -> Any:
@@ -103,6 +112,7 @@ class Call:
             width=request.width,
             num_frames=request.num_frames,
             token_frames=self.grid.frames,
+            use_dynamic_cfg=self.options.use_dynamic_cfg,
             doubled_batch=self.inputs.guidance.sides == 2,
             num_heads=pipeline.config.num_attention_heads,
             layers=tuple(AttentionLayer.of(layer.name, layer.layout) for layer in self.layers),
@@ -111,6 +121,10 @@ class Call:
     def put(self, x: Any) -> Any:
         """A pytree on the device, or whole on each of the mesh's."""
         return jax.device_put(x) if self.mesh is None else self.mesh.put(x)
+
+    def put_state(self, x: Any) -> Any:
+        """What the loop carries, as it comes back from a step: another sharding would compile the loop anew."""
+        return x if self.mesh is None else self.mesh.put(x)
 
     @jax.enable_x64(False)  # what attention remembers is of 32 bits, too
     def start(self, attend: Attend | None = None, mesh: DeviceMesh | None = None) -> State:
@@ -125,7 +139,7 @@ class Call:
         rounding, latents = self.pipeline.rounding, self.tokens
         if rounding is not None:
             latents = latents.astype(rounding).astype(np.float32)
-        solver = self.inputs.solver.init(latents)
+        latents, solver = self.put_state((latents, self.inputs.solver.init(latents)))
         if attend is None:
             return State(latents, solver)
         return State(latents, solver, empty_memory(attend, self.memory_shapes(mesh), images=self.request.batch))
@@ -208,10 +222,14 @@ class Call:
     def step_noise(self) -> StepNoise:
         """What the solver adds. The seed's stream begins with the latents that sampling starts from, where it drew
         them."""
-        noise = noise_of(self.pipeline, self.options, self.request, self.grid)
-        if self.options.latents is None:
-            noise.draw()
-        return StepNoise(noise, self.inputs.solver.draws)
+
+        def begin() -> BatchNoise:
+            noise = noise_of(self.pipeline, self.options, self.request, self.grid)
+            if self.options.latents is None:
+                noise.draw()
+            return noise
+
+        return StepNoise(begin, self.inputs.solver.draws)
 
     def with_noise(self, state: State, i: int) -> State:
         """The state before step `i`, with what the solver adds there, if it adds any."""
@@ -219,7 +237,7 @@ class Call:
         if not isinstance(solver, NoisySolver):
             return state
         noise = self.pipeline.family.tokens.pack_noise(self.step_noise[i])
-        return replace(state, solver=solver.with_noise(state.solver, noise))
+        return replace(state, solver=solver.with_noise(state.solver, self.put_state(noise)))
 
     @staticmethod
     def remembers(plan: Plan | None) -> TypeGuard[Plan]:
@@ -250,7 +268,8 @@ class Call:
         for i in tqdm(range(steps), desc="denoise", disable=not self.options.progress):
             state = jax.block_until_ready(run(state, i, i + 1))
             if watcher is not None:
-                state = State(self._watched(watcher, i, np.asarray(state.latents)), state.solver, state.memory)
+                latents = self.put_state(self._watched(watcher, i, np.asarray(state.latents)))
+                state = State(latents, state.solver, state.memory)
         return np.asarray(state.latents)
 
     def _watched(self, watcher: Callable[..., Any], i: int, tokens: np.ndarray) -> np.ndarray:
@@ -277,8 +296,12 @@ class Call:
         videos = pipeline.decode(self.latents(tokens), progress=is_video and self.options.progress)
         if output_type == "np":
             return videos if is_video else videos[:, 0]
-        shown = [list(map(Image.fromarray, (np.nan_to_num(x) * 255).round().astype(np.uint8))) for x in videos]
+        shown = [[Image.fromarray(in_bytes(frame)) for frame in video] for video in videos]
         return shown if is_video else [image for (image,) in shown]
+
+
+def in_bytes(frame: Float[np.ndarray, "H W 3"]) -> UInt8[np.ndarray, "H W 3"]:
+    return (np.nan_to_num(frame) * 255).round().astype(np.uint8)
 
 
 def embed(pipeline: Loaded, request: Request) -> Embeddings:
@@ -302,6 +325,7 @@ def prepare(pipeline: Loaded, options: Options, request: Request) -> Call:
     """Encodes prompts, draws noise and makes the schedule of a checked call."""
     _check_attend(options.attend, len(pipeline.devices))
     family, vae_scale = pipeline.family, pipeline.sizes.vae_scale
+    _warn_of_frames(pipeline, request)
     grid = family.tokens.grid(request.latent_frames, request.height // vae_scale, request.width // vae_scale)
     tokens, seeds = _start_tokens(pipeline, options, request, grid)
     scalars = pipeline.dtype if pipeline.torch_rounding else jnp.dtype(np.float32)
@@ -320,6 +344,20 @@ def prepare(pipeline: Loaded, options: Options, request: Request) -> Call:
             "and some have none. Take fewer devices, or a batch that more of them divide."
         )
     return call
+
+
+def _warn_of_frames(pipeline: Loaded, request: Request) -> None:
+    """An even number of latent frames decodes to more frames than asked for, as in diffusers."""
+    asked, latent = request.num_frames, request.latent_frames
+    if asked is None or "vae" not in pipeline.networks:
+        return
+    config = pipeline.networks.config("vae")
+    if (made := num_frames(config, latent)) != asked:
+        ratio = config.temporal_compression_ratio
+        logger.warning(
+            "num_frames=%d are %d latent frames, an even number, which the autoencoder makes %d frames of; "
+            "%d or %d stay as many", asked, latent, made, asked - ratio, asked + ratio,
+        )  # fmt: skip
 
 
 def _check_attend(attend: Any, devices: int) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Float
 
 from dfa2_jax.pipeline.components import Component
-from dfa2_jax.vae.video import AutoencoderKLCogVideoX, frame_chunks
+from dfa2_jax.vae.video import AutoencoderKLCogVideoX, VideoAutoencoderConfig, frame_chunks
 
 Put = Callable[[np.ndarray], Any]
 """Puts latents where the devices want them."""
@@ -36,6 +36,11 @@ def frames_of(
             frames, carried = vae.carry(put(chunk[None]), carried, method="decode_next")
         pixels = np.asarray(frames, np.float32)
         yield np.clip(pixels.reshape(-1, *pixels.shape[-3:]) / 2 + 0.5, 0, 1)
+
+
+def num_frames(config: Any, latent_frames: int) -> int:
+    """Frames that latent ones decode to, by the autoencoder's config."""
+    return config.num_frames(latent_frames) if isinstance(config, VideoAutoencoderConfig) else latent_frames
 
 
 def chunks_of(vae: Component, latents: Float[np.ndarray, "F h w C"]) -> list[Float[np.ndarray, "f h w C"]]:

@@ -16,7 +16,7 @@ from dfa2_jax.families.registry import FAMILIES
 from dfa2_jax.io.names import suggests_names
 from dfa2_jax.parallel.mesh import DeviceMesh, devices_named
 from dfa2_jax.pipeline.components import Component, Networks
-from dfa2_jax.pipeline.decoding import chunks_of, frames_of
+from dfa2_jax.pipeline.decoding import chunks_of, frames_of, num_frames
 from dfa2_jax.pipeline.fit import check_fit
 from dfa2_jax.pipeline.request import ModelSizes, Request
 from dfa2_jax.sampling.tokens import Grid
@@ -179,14 +179,17 @@ class Loaded:
         """
         self.check_vae()
         vae, nfhwc = self.networks["vae"], np.asarray(latents, np.float32).transpose(0, 2, 3, 4, 1)
-        bar = tqdm(total=len(nfhwc) * len(chunks_of(vae, nfhwc[0])), desc="decode", disable=not progress)
-        videos: list[list[np.ndarray]] = [[] for _ in nfhwc]
-        with bar:
-            for video, frames in zip(nfhwc, videos, strict=True):
-                for chunk in frames_of(vae, video, self.put_image):
-                    frames.append(chunk)
+        count, out = num_frames(self.networks.config("vae"), latents.shape[2]), None
+        with tqdm(total=len(nfhwc) * len(chunks_of(vae, nfhwc[0])), desc="decode", disable=not progress) as bar:
+            for number, video in enumerate(nfhwc):
+                at = 0
+                for frames in frames_of(vae, video, self.put_image):
+                    out = np.empty((len(nfhwc), count, *frames.shape[1:]), np.float32) if out is None else out
+                    out[number, at : at + len(frames)] = frames
+                    at += len(frames)
                     bar.update()
-        return np.stack([np.concatenate(frames) for frames in videos])
+        assert out is not None
+        return out
 
     def put_image(self, x: Float[np.ndarray, "*dims h w C"]) -> Any:
         """As the VAE takes it."""

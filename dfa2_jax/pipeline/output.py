@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import Float, UInt8
 from PIL import Image
 
 from dfa2_jax import __version__
@@ -87,18 +88,21 @@ class Output:
         """
         path, is_video = Path(path), self.frames is not None
         formats = VIDEOS if is_video else IMAGES
-        shown: list[Any] = [*map(as_array, videos(self.frames))] if is_video else pictures(self.images)
+        shown: Any = videos(self.frames) if is_video else pictures(self.images)
         numbers = range(len(shown)) if numbers is None else numbers
         if wrong := [number for number in numbers if number not in range(len(shown))]:
             raise ValueError(f"numbers={wrong} are none of these {len(shown)} {formats.what}: they are counted from 0.")
         kind = formats.of(path, format, len(numbers))
         if is_video:
-            check_video(kind, self.metadata["fps"], shown[0].shape[1:3])
+            check_video(kind, self.metadata["fps"], (self.metadata["height"], self.metadata["width"]))
         files = []
         for i in numbers:
             made = image_metadata(self.metadata, i)
             words = made, parameters(made)
-            data = encode_video(shown[i], kind, made["fps"], *words) if is_video else encode(shown[i], kind, *words)
+            if is_video:
+                data = encode_video(as_array(shown[i]), kind, made["fps"], *words)
+            else:
+                data = encode(shown[i], kind, *words)
             if formats.names_file(path):
                 write_named(path, data, overwrite)
                 files.append(path)
@@ -118,11 +122,26 @@ def pictures(images: Any) -> list[Image.Image]:
     return images
 
 
-def videos(frames: Any) -> list[list[Image.Image]]:
-    """PIL images of videos that a call returned."""
-    if isinstance(frames, np.ndarray) and (frames.ndim != 5 or frames.shape[4] != 3):
+def videos(frames: Any) -> Any:
+    """Videos that a call returned, each of PIL images or of numbers of 8 bits, made when it is asked for."""
+    if not isinstance(frames, np.ndarray):
+        return frames
+    if frames.ndim != 5 or frames.shape[4] != 3:
         raise ValueError(f'latents {list(frames.shape)} are no videos: sample with output_type="pil".')
-    return [pictures(video) for video in frames]
+    return InBytes(frames)
+
+
+@dataclass(frozen=True)
+class InBytes:
+    """Videos of float32, one at a time in 8 bits."""
+
+    frames: Float[np.ndarray, "B F H W 3"]
+
+    def __len__(self) -> int:
+        return len(self.frames)
+
+    def __getitem__(self, number: int) -> UInt8[np.ndarray, "F H W 3"]:
+        return np.stack([(frame * 255).round().astype(np.uint8) for frame in self.frames[number]])
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from dfa2_jax.pipeline.loaded import Loaded
 from dfa2_jax.pipeline.output import Output, density, metadata
 from dfa2_jax.pipeline.request import Request, resolve
 from dfa2_jax.pipeline.timing import Clock
+from dfa2_jax.plan.method import PlanError
 from dfa2_jax.plan.plan import Plan
 from dfa2_jax.plan.setting import Setting
 
@@ -196,7 +197,8 @@ class Pipeline(Loaded):
         Raises:
             ValueError: as in a call.
         """
-        return prepare(self, options, self.request(options))
+        request = self.request(options)
+        return prepare(self, replace(options, use_dynamic_cfg=self._planned(options).use_dynamic_cfg), request)
 
     def request(self, options: Options) -> Request:
         """A call with these options, checked and with every default filled in.
@@ -217,6 +219,8 @@ class Pipeline(Loaded):
         if not isinstance(plan, Plan):
             raise ValueError(f"plan={plan!r:.100} must be a Plan: Plan.load(path) reads one.")
         setting = plan.setting
+        if setting.pipeline_class != self.pipeline_class:
+            raise PlanError(f"the plan is of a {setting.pipeline_class:.100}, and this is a {self.pipeline_class}.")
         length = setting.layers[0].num_text - self.family.extra_text_tokens(self.networks)
         said: dict[str, Any] = {
             "height": setting.height,
@@ -229,4 +233,5 @@ class Pipeline(Loaded):
         record = plan.calibration or plan.step_calibration
         if record is not None:
             said["guidance_scale"] = record.guidance_scale
-        return replace(options, **{name: value for name, value in said.items() if getattr(options, name) is None})
+        given = {name: value for name, value in said.items() if getattr(options, name) is None}
+        return replace(options, **given, use_dynamic_cfg=options.use_dynamic_cfg or setting.use_dynamic_cfg)

@@ -98,6 +98,8 @@ def resolve(options: Options, family: Family, sizes: ModelSizes, scheduler: Mapp
         _number(name, getattr(options, name))
     family.check(options)
     cfg_scale = family.cfg_scale(options, guidance_scale)
+    if options.use_dynamic_cfg and cfg_scale is None and defaults.num_frames is not None:
+        raise ValueError(f"use_dynamic_cfg has no effect: there is no guidance at {guidance_scale=}.")
     positive = _prompts(options, family, sizes, "")
     negative = None if cfg_scale is None else _negative(options, family, sizes, positive)
     height, width = (

@@ -123,7 +123,7 @@ class Plan:
     def __repr__(self) -> str:
         setting, edited = self.setting, ", edited by hand" if self.edited else ""
         guided = ", guided" if setting.doubled_batch else ""
-        size = f"{setting.height} x {setting.width}, {self.steps_in_words}{guided}"
+        size = f"{setting.size_in_words}, {self.steps_in_words}{guided}"
         methods = ", ".join(f"{method} {share:.1%}" for method, share in self.shares().items())
         return (
             f"Plan for {printable(setting.pipeline_class)}: {size}\n"
@@ -362,6 +362,7 @@ ADVICE = {
     "width": "leave it to the plan, or calibrate at this size.",
     "num_frames": "leave it to the plan, or calibrate with this one.",
     "doubled_batch": "calibrate with this kind of guidance.",
+    "use_dynamic_cfg": "leave it to the plan, or calibrate with this kind of guidance.",
     "num_heads": "a plan serves one model.",
     "layers": "leave max_sequence_length to the plan, or calibrate with this one.",
     "precision": "load the pipeline with this dtype, or calibrate with it.",

@@ -76,6 +76,8 @@ class Setting(Record):
     """Frames of a video. Files of images say nothing of it."""
     token_frames: Positive = 1
     """Frames of its visual tokens."""
+    use_dynamic_cfg: bool = False
+    """Guidance has another scale at each step."""
 
     @field_validator("sigmas")
     @classmethod
@@ -94,6 +96,12 @@ class Setting(Record):
                 have = f"{layer.name} has {layer.num_visual} visual tokens"
                 raise ValueError(f"token_frames={self.token_frames}, but {have}, which are no such equal frames")
         return self
+
+    @property
+    def size_in_words(self) -> str:
+        """Such as "256 x 256", and "49 frames of 480 x 720"."""
+        size = f"{self.height} x {self.width}"
+        return size if self.num_frames is None else f"{self.num_frames} frames of {size}"
 
     @property
     def num_inference_steps(self) -> int:

@@ -22,7 +22,7 @@ def summary(plan: Plan) -> str:
     guided = ", guided" if setting.doubled_batch else ""
     lines = {
         "model": f"{setting.pipeline_class}, {layers}, weights {setting.weights[:12]}",
-        "image": f"{setting.height} x {setting.width}, {plan.steps_in_words}{guided}",
+        "image" if setting.num_frames is None else "video": f"{setting.size_in_words}, {plan.steps_in_words}{guided}",
         "methods": ", ".join(f"{method} {share:.1%}" for method, share in plan.shares().items()),
         "density": f"{plan.density():.3f} of query-key pairs; a step {densities.min():.3f} to {densities.max():.3f}",
         "digest": plan.digest + (", edited by hand" if plan.edited else ""),

@@ -1,7 +1,7 @@
 """The noise that sampling starts from and that solvers add, equal to torch's without torch."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from jaxtyping import Float
@@ -79,17 +79,22 @@ class BatchNoise:
 
 
 class StepNoise:
-    """What a solver adds at each step, drawn in the order of the steps and kept, because steps run more than once.
+    """What a solver adds at each step, drawn in the order of the steps. An earlier step is drawn again from the start.
 
     Args:
+        begin: makes the noise before the first step.
         draws: of each step; the last of them is the step's noise.
     """
 
-    def __init__(self, noise: BatchNoise, draws: Sequence[int]):
-        self._noise, self._draws = noise, draws
-        self._kept: list[Float[np.ndarray, "B ..."]] = []
+    def __init__(self, begin: Callable[[], BatchNoise], draws: Sequence[int]):
+        self._begin, self._draws = begin, draws
+        self._step, self._noise, self._last = -1, begin(), np.empty(0, np.float32)
 
     def __getitem__(self, step: int) -> Float[np.ndarray, "B ..."]:
-        while len(self._kept) <= step:
-            self._kept.append([self._noise.draw() for _ in range(self._draws[len(self._kept)])][-1])
-        return self._kept[step]
+        if step < self._step:
+            self._step, self._noise = -1, self._begin()
+        while self._step < step:
+            self._step += 1
+            for _ in range(self._draws[self._step]):
+                self._last = self._noise.draw()
+        return self._last

@@ -1,5 +1,7 @@
 """`dfa2 sample` and `dfa2 again` of a video model."""
 
+import sys
+
 import numpy as np
 import pytest
 from PIL import Image, ImageSequence
@@ -101,3 +103,28 @@ def test_a_model_makes_what_it_makes(image_model, sample, monkeypatch, tmp_path,
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith("dfa2 sample: ") and message in line
     assert not [*tmp_path.rglob("*.*")]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--format", "gif", "--fps", "60"], "fps=60 is not from 1 to 50, the frames a second that .gif takes"),
+        (["--format", "mp4"], "a video in .mp4 needs imageio_ffmpeg"),
+    ],
+)
+def test_what_a_format_does_not_take_is_said_before_sampling(words, said, sample, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "imageio_ffmpeg", None)
+    monkeypatch.setattr(Pipeline, "sample", lambda *_: pytest.fail("a video was sampled"))
+    assert cli.main([*sample, "--quiet", *words, "--out", str(tmp_path / "videos")]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_gif_cannot_be_found_again_and_that_is_said(sample, tmp_path, capsys):
+    out = tmp_path / "videos"
+    for count in (1, 2):
+        assert cli.main([*sample, "--quiet", "--format", "gif", "--out", str(out)]) == 0
+        assert "gif does not say how it was made: videos that are there are made again" in capsys.readouterr().err
+        assert len([*out.iterdir()]) == count
+    (file := tmp_path / "one.gif").write_bytes(b"")
+    assert cli.main([*sample, "--quiet", "--out", str(file)]) == 2
+    assert "one.gif is there, and gif does not say how it was made" in capsys.readouterr().err

@@ -110,6 +110,13 @@ def test_a_program_sees_one_mesh(sd35):
         assert pointers[0] == pointers[1]
 
 
+def test_a_loop_over_devices_compiles_once(tiny_sd35, bars):
+    """The first step's latents lie where those of later ones do."""
+    many = Pipeline.from_pretrained(tiny_sd35, devices=4)
+    many(**CALL | GUIDED | {"progress": True, "num_inference_steps": 4})
+    assert dict(bars)["denoise"] == 0
+
+
 def test_each_device_tries_every_method_on_its_own_prompts(sd35, monkeypatch):
     seen = []
 

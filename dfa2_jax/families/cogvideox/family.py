@@ -1,6 +1,5 @@
 """What CogVideoX does its own way."""
 
-import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,8 +19,6 @@ from dfa2_jax.sampling.solvers.schedulers import VP_SCHEDULERS, check_vp_schedul
 from dfa2_jax.sampling.tokens import Grid, VideoPatches
 from dfa2_jax.vae.spec import VIDEO_AUTOENCODER
 from dfa2_jax.weights.spec import ComponentSpec
-
-logger = logging.getLogger("dfa2_jax")
 
 TRANSFORMER = ComponentSpec(
     class_name="CogVideoXTransformer3DModel",
@@ -63,7 +60,9 @@ class CogVideoX:
             scale = options.true_cfg_scale
             raise ValueError(f"true_cfg_scale={scale} is FLUX's second forward: CogVideoX takes guidance_scale.")
         if options.max_sequence_length not in (None, most := self.config.max_text_seq_length):
-            raise ValueError(f"{options.max_sequence_length=} must be {most}, which CogVideoX was trained on.")
+            raise ValueError(
+                f"max_sequence_length={options.max_sequence_length} must be {most}, which CogVideoX was trained on."
+            )
 
     def size(self, height: int, width: int, multiple: int) -> tuple[int, int]:
         if height % multiple or width % multiple:
@@ -73,19 +72,12 @@ class CogVideoX:
         return height, width
 
     def latent_frames(self, num_frames: int | None) -> int:
-        """An even number of latent frames decodes to three frames more than asked for, as in diffusers."""
         assert num_frames is not None
         ratio = self.config.temporal_compression_ratio
         if num_frames % ratio != 1 % ratio:
             near = max(num_frames // ratio * ratio, 0) + 1
             raise ValueError(f"{num_frames=} must be 1 more than a multiple of {ratio}: try {near} or {near + ratio}.")
-        latent = (num_frames - 1) // ratio + 1
-        if latent % 2 == 0:
-            logger.warning(
-                "num_frames=%d are %d latent frames, an even number, which the autoencoder makes %d frames of; "
-                "%d or %d stay as many", num_frames, latent, latent * ratio, num_frames - ratio, num_frames + ratio,
-            )  # fmt: skip
-        return latent
+        return (num_frames - 1) // ratio + 1
 
     def extra_text_tokens(self, encoders: Any) -> int:
         return 0
