@@ -99,7 +99,7 @@ class StepRuns:
 
         def both() -> np.ndarray:
             run = self._run(self.scales[step] * x, step, step + 1, part)
-            return np.stack([run.latents / self.scales[step + 1], run.solver])
+            return np.stack([np.asarray(run.latents) / self.scales[step + 1], run.solver])
 
         key = hashlib.sha256((REFINED * step + part).to_bytes(4, "little") + x.tobytes()).digest()
         after, velocity = self.journal.kept(key, (2, *x.shape), both)

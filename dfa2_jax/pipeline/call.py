@@ -165,7 +165,7 @@ class Call:
         solver, levels = self.inputs.solver, np.asarray(self.schedule.sigmas)[[*plan.nodes, -1]]
         if not isinstance(solver, Multistep):
             name = type(solver).__name__
-            raise PlanError(f"the plan's coefficients are of a velocity and the last one, and the solver is {name}.")
+            raise PlanError(f"the plan's coefficients are of velocities, and the call's solver is {name} without them.")
         return self.inputs.at(np.array(plan.nodes), solver.planned(levels, plan.coefficients))
 
     def step_plans(self, plan: Plan) -> HeadPlans:

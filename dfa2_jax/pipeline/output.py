@@ -185,7 +185,7 @@ class Formats:
 
 
 IMAGES, VIDEOS = Formats("images", SUFFIXES, "png"), Formats("videos", VIDEO_SUFFIXES, "webp")
-EITHER = Formats("images and videos", SUFFIXES | VIDEO_SUFFIXES, "png")
+EITHER = Formats("images or videos", SUFFIXES | VIDEO_SUFFIXES, "png")
 """Before it is known what a model makes."""
 
 

@@ -145,7 +145,7 @@ class Flow(of_steps.StepRuns):
     def __init__(self):
         start = SimpleNamespace(latents=np.ones_like(RATES))
         self.call = SimpleNamespace(start=lambda: start, request=SimpleNamespace(steps=10))
-        self.ran = []
+        self.ran, self.scales = [], np.ones(11, np.float32)
 
     def step(self, x, step, part=0):
         self.ran.append(step)

@@ -66,7 +66,7 @@ def test_one_calibration_at_a_time_writes_a_plan(loaded, tmp_path, capsys):
 
 def test_bad_images_are_told_again_by_the_command_that_skips_them(loaded, tmp_path, monkeypatch, capsys):
     white = np.full((1, 1, 64, 64, 3), 1.0, np.float32)
-    monkeypatch.setattr(type(loaded), "decode", lambda self, latents: np.repeat(white, len(latents), 0))
+    monkeypatch.setattr(type(loaded), "decode", lambda self, latents, **_: np.repeat(white, len(latents), 0))
     command = ["sample", "model", "--prompt", "red", "--out", str(tmp_path / "images"), *FLAGS]
     assert cli.main(command) == 1
     (path,) = (tmp_path / "images").iterdir()
@@ -111,7 +111,7 @@ def test_absurd_counts_and_endless_prompts_are_refused(loaded, tmp_path, monkeyp
     error = error_of(capsys, "sample", "model", "--prompts", "/dev/zero", *out)
     assert "holds more than 1,000 characters" in error
     error = error_of(capsys, "sample", "model", "--prompt", "red", "--out", str(tmp_path / "cat.gif"))
-    assert "the suffix of a format that is not written: .png" in error
+    assert "the suffix of a format that images are not written in: .png" in error
 
 
 def test_paths_are_printed_where_stdout_is_no_file():

@@ -153,7 +153,7 @@ REFUSED = [
     ([*SAMPLE, "--heigth", "3"], "dfa2 sample", "unrecognized arguments: --heigth (did you mean --height?)"),
     ([*SAMPLE, "--heig", "3"], "dfa2 sample", "unrecognized arguments: --heig (did you mean --height?)"),
     (["sample", "a", "--ou", "d"], "dfa2 sample", "unrecognized arguments: --ou (did you mean --out?)"),
-    ([*SAMPLE, "--num=3"], "dfa2 sample", "(did you mean --num-inference-steps or --num-images-per-prompt?)"),
+    ([*SAMPLE, "--num=3"], "dfa2 sample", "(did you mean --num-frames or --num-inference-steps or --num-images-"),
     ([*SAMPLE, "--num_inference_steps=3"], "dfa2 sample", "(did you mean --num-inference-steps?)"),
     (["plan", "show", "p", "--pgn=a"], "dfa2 plan show", "unrecognized arguments: --pgn (did you mean --png?)"),
     (["--verison", "doctor"], "dfa2", "unrecognized arguments: --verison (did you mean --version?)"),

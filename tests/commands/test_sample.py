@@ -138,7 +138,7 @@ def drawn(pipeline, monkeypatch, cache):
         (["--seed", "1", "2", "--num-images-per-prompt", "2"], "--num-images-per-prompt 2 must be 1 to 1000, and goes"),
         (["--prompt", "b", "--prompt", "c", "--prompt-2", "d", "--prompt-2", "e"], "2 of prompt_2 for 3 prompts"),
         (["--batch", "0"], "--batch 0 must be at least 1"),
-        (["--out", "{tmp}/a.png", "--seed", "1", "2"], "a.png is one file for 2 images: give a folder"),
+        (["--out", "{tmp}/a.png", "--seed", "1", "2"], "a.png is one file for 2 images or videos: give a folder"),
         (["--out", "{tmp}/a.jpg", "--format", "png"], "a.jpg is jpeg by its suffix, but format='png'"),
         (["--out", "{tmp}/file"], "file is a file: choose a folder"),
         (["--out", "/proc/a.png"], "/proc cannot be written to (No such file or directory): choose another folder"),

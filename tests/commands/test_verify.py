@@ -33,7 +33,9 @@ def test_a_flipped_bit_is_named_and_loaded_only_on_request(damaged, tmp_path, mo
     assert "proj_out.weight.kernel" in printed.err and not printed.out
 
     # Loaded all the same. A constant image is written, told of, and no success.
-    monkeypatch.setattr(Loaded, "decode", lambda self, latents: np.full((len(latents), 1, 64, 64, 3), 0.5, np.float32))
+    monkeypatch.setattr(
+        Loaded, "decode", lambda self, latents, **_: np.full((len(latents), 1, 64, 64, 3), 0.5, np.float32)
+    )
     assert cli.main([*sample, "--no-verify"]) == 1
     assert (tmp_path / "images" / "red-seed0-0.png").is_file()
 

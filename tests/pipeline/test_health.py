@@ -47,7 +47,9 @@ def test_one_broken_image_of_a_batch_is_named(pipeline):
 
 def test_a_good_image_has_no_faults_and_a_bad_one_is_warned_of(pipeline, monkeypatch, caplog):
     assert pipeline(**CALL, progress=False).faults == ()
-    monkeypatch.setattr(type(pipeline), "decode", lambda self, latents: np.full((len(latents), 1, 64, 64, 3), np.nan))
+    monkeypatch.setattr(
+        type(pipeline), "decode", lambda self, latents, **_: np.full((len(latents), 1, 64, 64, 3), np.nan)
+    )
     output = pipeline(**CALL, progress=False)
     assert output.faults == ("image 0: every pixel is the same", "image 1: every pixel is the same")
     assert output.faults[0] in caplog.text and output.images[0].getextrema() == ((0, 0),) * 3

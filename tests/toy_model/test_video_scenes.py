@@ -56,7 +56,7 @@ def test_shuffled_captions_score_what_guessing_would():
     ]
     background, colour, shape, direction, speed, exact = np.mean(scores, axis=0)
     assert 0.05 < background < 0.25 and 0.1 < colour < 0.3
-    assert shape < 0.1 and direction < 0.12 and 0.03 < speed < 0.2 and exact == 0
+    assert shape < 0.1 and direction < 0.12 and 0.03 < speed < 0.2 and exact < 0.06
 
 
 TRUTH = scenes.MovingScene((scenes.Mover("red", "star", "left", "slowly"),), "black")
