@@ -172,9 +172,9 @@ def test_a_callback_sees_latents_as_diffusers_has_them(pipelines):
 def test_thirteen_frames_come_out_as_sixteen_and_a_warning_says_so(pipelines, caplog):
     ours = pipelines("tiny_cogvideox_2b")
     with caplog.at_level(logging.WARNING, "dfa2_jax"):
-        ours.request(Options(prompt="", num_frames=9))
+        ours.prepare(Options(prompt="", num_frames=9, num_inference_steps=5))
         assert not caplog.messages
-        ours.request(Options(prompt="", num_frames=13))
+        ours.prepare(Options(prompt="", num_frames=13, num_inference_steps=5))
     (said,) = caplog.messages
     assert "num_frames=13 are 4 latent frames" in said and "makes 16 frames of; 9 or 17 stay as many" in said
 
