@@ -91,7 +91,7 @@ def measure(name: str, keep: float, steps: int) -> dict[str, dict[str, dict[str,
     """By plan, devices and dealing: the slowest device's tiles over the mean."""
     case = GPU[name]
     config = networks()[case.class_name].config(case.config)
-    calls, found = config.calls(case.num_text, case.side**2), {}
+    calls, found = config.calls(case.num_text, case.grid.num_visual), {}
     for kind, reuse in REUSE.items():
         costs = costs_of_plan(random_plan(config, calls, steps, 1 + case.guided, keep, reuse=reuse))
         found[kind] = {

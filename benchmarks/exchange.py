@@ -75,7 +75,7 @@ WAYS = {"all-to-all": Exchange, "permutes": Permutes, "apart": Apart, "packing":
 def measure(case: Case, devices: int, rounds: int) -> dict[str, Any]:
     """Milliseconds of a layer's exchange there and back by each way, and what each device sends."""
     config = networks()[case.class_name].config(case.config)
-    calls = config.calls(case.num_text, case.side**2)
+    calls = config.calls(case.num_text, case.grid.num_visual)
     layout = max((call.layout for call in calls), key=lambda layout: layout.length)
     mesh = DeviceMesh.of(jax.devices()[:devices], 1)
     heads, spec = -(-config.num_attention_heads // devices) * devices, P(None, TOKENS)

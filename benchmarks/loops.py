@@ -15,6 +15,8 @@ from flax import nnx
 
 from dfa2_jax import Method, Plan
 from dfa2_jax.calibration.attention_share import StepShares, step_shares
+from dfa2_jax.families.cogvideox import positions as videos
+from dfa2_jax.families.cogvideox.transformer import CogVideoXConditions
 from dfa2_jax.families.flux.positions import rope_table
 from dfa2_jax.families.flux.transformer import FluxConditions
 from dfa2_jax.families.registry import networks
@@ -24,6 +26,8 @@ from dfa2_jax.nn.attention import AttentionCall, Planned, by_stack
 from dfa2_jax.nn.quantize import quantize
 from dfa2_jax.parallel.dealing import deal_plan
 from dfa2_jax.parallel.mesh import DeviceMesh
+from dfa2_jax.plan.method import TIME
+from dfa2_jax.plan.orders import lies, orders
 from dfa2_jax.plan.plan import FULL_METHOD
 from dfa2_jax.plan.setting import AttentionLayer, Setting
 from dfa2_jax.sampling.guidance import ClassifierFree, NoGuidance
@@ -31,7 +35,9 @@ from dfa2_jax.sampling.inputs import Inputs, pad_steps
 from dfa2_jax.sampling.loop import HeadPlans, State, denoise, denoise_planned
 from dfa2_jax.sampling.memory import empty_memory, stack_shapes
 from dfa2_jax.sampling.sinusoid import sinusoid
+from dfa2_jax.sampling.solvers.ddim import ScaledMultistep
 from dfa2_jax.sampling.solvers.flow_euler import FlowMultistep
+from dfa2_jax.sampling.tokens import Grid
 from dfa2_jax.weights.quantized import Place, Stacked
 from pallas_kernels.mask import density
 
@@ -52,7 +58,7 @@ class Loop:
 
     Args:
         class_name, config: of diffusers.
-        side: visual tokens along each side of the image.
+        grid: of visual tokens.
         guided: classifier-free guidance, a doubled batch.
         steps: of the schedule.
         precision: of the blocks, where they are quantised.
@@ -63,7 +69,7 @@ class Loop:
         class_name: str,
         config: dict[str, Any],
         *,
-        side: int,
+        grid: Grid,
         num_text: int,
         guided: bool,
         steps: int,
@@ -71,12 +77,8 @@ class Loop:
         precision: str | None = None,
     ):
         kind = networks()[class_name]
-        self.config, self.num_visual, self.num_text, self.steps = (
-            kind.config(config),
-            side**2,
-            num_text,
-            steps,
-        )
+        self.config, self.grid, self.num_text, self.steps = kind.config(config), grid, num_text, steps
+        self.num_visual = grid.num_visual
         module = nnx.eval_shape(lambda: kind.build(self.config, dtype=dtype, rngs=nnx.Rngs(0)))
         nnx.pop(module, PositionTable)
         if precision is not None:
@@ -88,25 +90,29 @@ class Loop:
         draw = np.random.default_rng(0).standard_normal
         self.latents = draw((1, self.num_visual, self.config.token_channels)).astype(np.float32)
         sigmas = np.linspace(1, 0, steps + 1, dtype=np.float32)
+        is_video = class_name.startswith("CogVideoX")
         inputs = Inputs(
-            conditions=self.conditions(draw, side, flux=class_name.startswith("Flux")),
-            timesteps=pad_steps(sinusoid(1000 * sigmas[:-1])),
+            conditions=self.conditions(draw, class_name),
+            timesteps=pad_steps(sinusoid(1000 * sigmas[:-1], self.config.width if is_video else 256)),
             guidance=ClassifierFree.constant(4.0, steps) if guided else NoGuidance(),
-            solver=FlowMultistep.euler(sigmas),
+            solver=ScaledMultistep.ddim(sigmas[:-1], sigmas[1:]) if is_video else FlowMultistep.euler(sigmas),
         )
         self.inputs = jax.device_put(inputs)
         self.calls = self.config.calls(num_text, self.num_visual)
         self.layers = {layer.name: layer.layout for layer in self.calls}
 
-    def conditions(self, draw: Any, side: int, *, flux: bool) -> Any:
-        config, num_text = self.config, self.num_text
+    def conditions(self, draw: Any, class_name: str) -> Any:
+        config, num_text, rows, columns = self.config, self.num_text, self.grid.rows, self.grid.columns
         text = draw((self.batch, num_text, config.joint_attention_dim)).astype(self.dtype)
+        if class_name.startswith("CogVideoX"):
+            cos, sin = videos.rope_table(config, num_text, self.grid)
+            return CogVideoXConditions(text, cos=cos, sin=sin)
         pooled = draw((self.batch, config.pooled_projection_dim)).astype(self.dtype)
-        if flux:
+        if class_name.startswith("Flux"):
             guidance = sinusoid(np.float32([3500])) if config.guidance_embeds else None
-            return FluxConditions(text, pooled, *rope_table(config.axes_dims_rope, num_text, side, side), guidance)
+            return FluxConditions(text, pooled, *rope_table(config.axes_dims_rope, num_text, rows, columns), guidance)
         table = np.zeros((config.pos_embed_max_size**2, config.width), np.float32)
-        return SD3Conditions(text, pooled, crop_positions(table, side, side))
+        return SD3Conditions(text, pooled, crop_positions(table, rows, columns))
 
     def on(self, devices: int) -> "Loop":
         """The same on the first of JAX's devices, with the same weights."""
@@ -140,7 +146,7 @@ class Loop:
         self, caches: Any, plan: Plan | HeadPlans, start: int, stop: int, **options: Any
     ) -> tuple[jax.Array, Any]:
         plans = plan if isinstance(plan, HeadPlans) else self.head_plans(plan)
-        state, options = self.start(caches), options | {"mesh": self.mesh}
+        state, options = self.start(caches), options | {"mesh": self.mesh, "frames": self.grid.frames}
         state = denoise_planned(self.graph, self.params, state, self.inputs, plans, start, stop, **options)
         return state.latents, state.memory
 
@@ -148,16 +154,27 @@ class Loop:
         windows, order = plan.half_windows(), plan.head_order()
         if self.mesh is not None and self.mesh.tokens > 1:
             windows, order = deal_plan(windows, [*self.layers.values()], self.mesh.tokens)
-        half_window, head_order = (by_stack(self.calls, pad_steps(x), axis=1) for x in (windows, order))
-        return HeadPlans(half_window, head_order, np.zeros((), np.int32))
+        given = [windows, order]
+        if (written := orders(plan)).any():
+            given += [written, lies(plan)]
+        windows, order, *over_time = (by_stack(self.calls, pad_steps(x), axis=1) for x in given)
+        return HeadPlans(windows, order, np.zeros((), np.int32), *over_time)
 
     def plan(self, target: float, *, reuse: float) -> Plan:
-        """As `random_plan`."""
-        return random_plan(self.config, self.calls, self.steps, self.batch, target, reuse=reuse)
+        """As `random_plan`; half of a video's arrows run over time."""
+        frames = self.grid.frames
+        return random_plan(self.config, self.calls, self.steps, self.batch, target, reuse=reuse, frames=frames)
 
 
 def random_plan(
-    config: Any, calls: Sequence[AttentionCall], steps: int, batch: int, target: float, *, reuse: float
+    config: Any,
+    calls: Sequence[AttentionCall],
+    steps: int,
+    batch: int,
+    target: float,
+    *,
+    reuse: float,
+    frames: int = 1,
 ) -> Plan:
     """A plan that keeps a share of all query-key pairs after the first step, with as many full heads as possible.
 
@@ -170,23 +187,34 @@ def random_plan(
         batch: of the transformer: 2 for a guided image.
         target: the share of pairs that is kept.
         reuse: the share of the saving that is by cached heads; the rest is by arrows.
+        frames: of visual tokens. Half of the arrows run over time where there are several.
     """
     layers = tuple(AttentionLayer.of(call.name, call.layout) for call in calls)
     heads = config.num_attention_heads
     setting = Setting(
         pipeline_class="", weights="", scheduler="", sigmas=tuple(np.linspace(1, 0, steps + 1).tolist()),
-        height=1, width=1, doubled_batch=batch == 2, num_heads=heads, layers=layers,
+        height=1, width=1, doubled_batch=batch == 2, num_heads=heads, layers=layers, token_frames=frames,
     )  # fmt: skip
     cached = reuse * (1 - target)
     arrows, shares = zip(*(widest_arrow(x, (1 - reuse) * (1 - target), 1 - cached) for x in layers), strict=True)
-    methods = FULL_METHOD, Method("cached"), *dict.fromkeys(arrows)
+    native = list(dict.fromkeys(arrows))
+    methods = FULL_METHOD, Method("cached"), *native
     arrow = np.array([methods.index(x) for x in arrows])[:, None]
+    if frames > 1:
+        methods += tuple(arrow_over_time(x) for x in native)
     choices, generator = np.zeros((steps, len(layers), heads), np.uint8), np.random.default_rng(0)
     for step in range(1, steps):
         rank = generator.permutation(len(layers) * heads).reshape(len(layers), heads) / (len(layers) * heads)
         bounds = cached, cached + np.array(shares)[:, None]
         choices[step] = np.select([rank < bounds[0], rank < bounds[1]], [1, arrow], 0)
+        if frames > 1:
+            choices[step] += (choices[step] > 1) * generator.integers(0, 2, rank.shape, np.uint8) * len(native)
     return Plan(setting, methods, choices)
+
+
+def arrow_over_time(arrow: Method) -> Method:
+    """The arrow of the same width whose band runs over time."""
+    return Method(f"{arrow.name.removesuffix(')')}, {TIME})")
 
 
 def widest_arrow(layer: AttentionLayer, saving: float, room: float) -> tuple[Method, float]:

@@ -54,11 +54,11 @@ def arguments(case: Case, model: Any) -> dict[str, Any]:
         "return_dict": False,
     }
     if not flux:
-        return found | {"hidden_states": draw(batch, 16, 2 * case.side, 2 * case.side)}
-    row, column = torch.meshgrid(torch.arange(case.side), torch.arange(case.side), indexing="ij")
+        return found | {"hidden_states": draw(batch, 16, 2 * case.grid.rows, 2 * case.grid.columns)}
+    row, column = torch.meshgrid(torch.arange(case.grid.rows), torch.arange(case.grid.columns), indexing="ij")
     grid = torch.stack([torch.zeros_like(row), row, column], -1).reshape(-1, 3)
     return found | {
-        "hidden_states": draw(batch, case.side**2, model.config.in_channels),
+        "hidden_states": draw(batch, case.grid.num_visual, model.config.in_channels),
         "img_ids": grid.to("cuda", torch.bfloat16),
         "txt_ids": torch.zeros(case.num_text, 3, device="cuda", dtype=torch.bfloat16),
         "guidance": torch.full((batch,), 3.5, device="cuda", dtype=torch.bfloat16),

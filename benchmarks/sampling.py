@@ -26,6 +26,7 @@ import jax.numpy as jnp
 from benchmarks.loops import Loop, interleaved, kept, ratio
 from benchmarks.machine import describe_machine
 from dfa2_jax.io.atomic import write_whole
+from dfa2_jax.sampling.tokens import Grid
 from pallas_kernels import dense_implementation
 
 
@@ -34,14 +35,14 @@ class Case(NamedTuple):
 
     class_name: str
     config: dict[str, Any]
-    side: int
+    grid: Grid
     num_text: int
     guided: bool
     dtype: Any
 
     def __call__(self, steps: int, precision: str | None = None) -> Loop:
         class_name, config, *_ = self
-        sizes = {"side": self.side, "num_text": self.num_text, "guided": self.guided, "dtype": self.dtype}
+        sizes = {"grid": self.grid, "num_text": self.num_text, "guided": self.guided, "dtype": self.dtype}
         return Loop(class_name, config, steps=steps, precision=precision, **sizes)
 
 
@@ -58,7 +59,7 @@ def cut_sd35(side: int, num_text: int, heads: int, head_dim: int) -> Case:
         "dual_attention_layers": (0, 1),
         "qk_norm": "rms_norm",
     }
-    return Case("SD3Transformer2DModel", config, side, num_text, False, jnp.float32)
+    return Case("SD3Transformer2DModel", config, Grid(1, side, side), num_text, False, jnp.float32)
 
 
 def sd35(layers: int, heads: int, dual: int, pixels: int) -> Case:
@@ -73,11 +74,16 @@ def sd35(layers: int, heads: int, dual: int, pixels: int) -> Case:
         "dual_attention_layers": tuple(range(dual)),
         "qk_norm": "rms_norm",
     }
-    return Case("SD3Transformer2DModel", config, pixels // 16, 333, True, jnp.bfloat16)
+    return Case("SD3Transformer2DModel", config, square(pixels), 333, True, jnp.bfloat16)
 
 
 def flux_dev(pixels: int) -> Case:
-    return Case("FluxTransformer2DModel", {"guidance_embeds": True}, pixels // 16, 512, False, jnp.bfloat16)
+    return Case("FluxTransformer2DModel", {"guidance_embeds": True}, square(pixels), 512, False, jnp.bfloat16)
+
+
+def square(pixels: int) -> Grid:
+    """Tokens of a square image."""
+    return Grid(1, pixels // 16, pixels // 16)
 
 
 CPU = {

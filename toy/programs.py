@@ -55,9 +55,11 @@ class Programs:
 
     def compile(self, part: Part) -> Any:
         scalar, key = jax.ShapeDtypeStruct((), jnp.float32), jax.eval_shape(lambda: jax.random.key(0))
-        options = GPU_OPTIONS if jax.default_backend() == "gpu" else None
+        options = dict(GPU_OPTIONS)
+        if self.setup.task.autotuned:
+            del options["xla_gpu_autotune_level"]
         lowered = run.lower(self.setup, part, getattr(self.state, part.phase), self.data, key, scalar)
-        return lowered.compile(compiler_options=options)
+        return lowered.compile(compiler_options=options if jax.default_backend() == "gpu" else None)
 
     def choose(self, stage: Stage, number: int, *, patient: bool) -> Part:
         """The part whose turn it is; unless `patient`, the next of the stage that is compiled."""

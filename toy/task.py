@@ -24,3 +24,5 @@ class Task:
     flow_loss: Callable[..., jax.Array]
     statistics: Callable[..., jax.Array]
     """Computes mean and standard deviation of the latents, which the second phase brings to 0 and 1."""
+    autotuned: bool = False
+    """Whether XLA times its choices of kernels on a GPU while it compiles."""

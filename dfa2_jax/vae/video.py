@@ -18,14 +18,13 @@ from jaxtyping import Array, Float
 from dfa2_jax.io.errors import check_fields
 from dfa2_jax.nn.config import config_from_json
 from dfa2_jax.vae.video_blocks import (
+    CausalConv,
     ChunkCache,
     DownBlock,
     Norm,
     Resnets,
     UpBlock,
     activated,
-    causal,
-    conv3d,
     make_norm,
 )
 
@@ -127,9 +126,9 @@ def chunks(frames: int, size: int) -> list[slice]:
 class Coder(nnx.Module):
     """One direction, of one chunk. How a video is cut into chunks is the caller's part."""
 
-    conv_in: nnx.Conv
+    conv_in: CausalConv
     norm_out: Norm
-    conv_out: nnx.Conv
+    conv_out: CausalConv
 
     def chunk(
         self,
@@ -140,19 +139,19 @@ class Coder(nnx.Module):
     ) -> tuple[Float[Array, "B G y x E"], ChunkCache]:
         """The convolutions at both ends, and the blocks in order of execution between them."""
         before_in, befores, before_out = (None, [None] * len(blocks), None) if cache is None else cache
-        x, after_in = causal(self.conv_in, x, before_in)
+        x, after_in = self.conv_in(x, before_in)
         afters = []
         for block, before in zip(blocks, befores, strict=True):
             x, after = block(x, z, before)
             afters.append(after)
-        x, after_out = causal(self.conv_out, activated(self.norm_out, x, z), before_out)
+        x, after_out = self.conv_out(activated(self.norm_out, x, z), before_out)
         return x, ChunkCache(after_in, tuple(afters), after_out)
 
 
 class Encoder(Coder):
     def __init__(self, config: VideoAutoencoderConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         widths, groups = config.block_out_channels, config.norm_num_groups
-        self.conv_in = conv3d(config.in_channels, widths[0], 3, dtype=dtype, rngs=rngs)
+        self.conv_in = CausalConv(config.in_channels, widths[0], dtype=dtype, rngs=rngs)
         self.down_blocks = nnx.List(
             DownBlock(
                 config.layers_per_block,
@@ -168,7 +167,7 @@ class Encoder(Coder):
         )
         self.mid_block = Resnets(2, widths[-1], widths[-1], None, groups, dtype=dtype, rngs=rngs)
         self.norm_out = make_norm(widths[-1], None, groups, dtype=dtype, rngs=rngs)
-        self.conv_out = conv3d(widths[-1], 2 * config.latent_channels, 3, dtype=dtype, rngs=rngs)
+        self.conv_out = CausalConv(widths[-1], 2 * config.latent_channels, dtype=dtype, rngs=rngs)
 
     def __call__(
         self, x: Float[Array, "B F height width C"], cache: ChunkCache | None
@@ -179,7 +178,7 @@ class Encoder(Coder):
 class Decoder(Coder):
     def __init__(self, config: VideoAutoencoderConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         widths, groups, latents = config.block_out_channels[::-1], config.norm_num_groups, config.latent_channels
-        self.conv_in = conv3d(latents, widths[0], 3, dtype=dtype, rngs=rngs)
+        self.conv_in = CausalConv(latents, widths[0], dtype=dtype, rngs=rngs)
         self.mid_block = Resnets(2, widths[0], widths[0], latents, groups, dtype=dtype, rngs=rngs)
         self.up_blocks = nnx.List(
             UpBlock(
@@ -196,7 +195,7 @@ class Decoder(Coder):
             for level, width in enumerate(widths)
         )
         self.norm_out = make_norm(widths[-1], latents, groups, dtype=dtype, rngs=rngs)
-        self.conv_out = conv3d(widths[-1], config.out_channels, 3, dtype=dtype, rngs=rngs)
+        self.conv_out = CausalConv(widths[-1], config.out_channels, dtype=dtype, rngs=rngs)
 
     def __call__(
         self, z: Float[Array, "B f h w C"], cache: ChunkCache | None

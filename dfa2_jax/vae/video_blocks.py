@@ -12,10 +12,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from dfa2_jax.nn.weights import matmul_precision
 from dfa2_jax.vae.blocks import GroupNorm, conv
+
+MAX_SEEN = 2**30
+"""Numbers of the neighbourhoods in time that a convolution reads at once; of bfloat16 they take 2 GiB. A chunk of 480 x
+720 has twice as many in its widest convolution, and one of 768 x 1360 has six times as many."""
 
 
 class ResnetCache(NamedTuple):
@@ -36,37 +40,69 @@ class ChunkCache(NamedTuple):
     conv_out: Float[Array, "B 2 y x E"]
 
 
-def conv3d(
-    in_channels: int,
-    out_channels: int,
-    size: int,
-    *,
-    dtype: DTypeLike,
-    rngs: nnx.Rngs,
-) -> nnx.Conv:
-    """Kernel [frames, height, width, in, out], `size` each; pads height and width with zeros, and frames not at all."""
-    return nnx.Conv(
-        in_channels,
-        out_channels,
-        kernel_size=(size, size, size),
-        padding=((0, 0), (size // 2, size // 2), (size // 2, size // 2)),
-        dtype=dtype,
-        param_dtype=dtype,
-        precision=matmul_precision(dtype),
-        rngs=rngs,
-    )
+class CausalConv(nnx.Module):
+    """A convolution over 3 x 3 pixels of three frames, the last of which is the frame that it computes.
 
-
-def causal(
-    conv: nnx.Conv, x: Float[Array, "B F h w C"], before: Float[Array, "B 2 h w C"] | None
-) -> tuple[Float[Array, "B F h w E"], Float[Array, "B 2 h w C"]]:
-    """A 3 x 3 x 3 convolution that sees no later frame, and the two frames that the next chunk begins with.
-
-    Args:
-        before: what the last chunk's call returned; None: there was none, and the first frame stands twice before x.
+    Kernel [frames, height, width, in, out]; zeros stand around each frame. It runs over pixels, with the channels of
+    the three frames side by side: on an H200 1.25 to 2 times as fast as cuDNN's convolution over frames, at all
+    published sizes but 60 x 90, where both take 0.6 ms.
     """
-    x = jnp.concatenate([jnp.repeat(x[:, :1], 2, axis=1) if before is None else before, x], axis=1)
-    return conv(x), x[:, -2:]
+
+    def __init__(self, in_channels: int, out_channels: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        shape = 3, 3, 3, in_channels, out_channels
+        self.kernel = nnx.Param(nnx.initializers.lecun_normal()(rngs.params(), shape, dtype))
+        self.bias = nnx.Param(jnp.zeros((out_channels,), dtype))
+        self.precision = matmul_precision(dtype)
+
+    def __call__(
+        self, x: Float[Array, "B F h w C"], before: Float[Array, "B 2 h w C"] | None
+    ) -> tuple[Float[Array, "B F h w E"], Float[Array, "B 2 h w C"]]:
+        """The convolution, and the two frames that the next chunk begins with.
+
+        Args:
+            before: what the last chunk's call returned; None: there was none, and the first frame stands twice before
+                x.
+        """
+        x = jnp.concatenate([jnp.repeat(x[:, :1], 2, axis=1) if before is None else before, x], axis=1)
+        frames, count = x.shape[1] - 2, x.size // x.shape[1]
+        most = max(1, MAX_SEEN // (3 * count))
+        together = max(n for n in range(1, min(most, frames) + 1) if frames % n == 0)
+
+        def some(first: Int[Array, ""] | int) -> Float[Array, "B G h w E"]:
+            return self.convolve(jax.lax.dynamic_slice_in_dim(x, first, together + 2, axis=1))
+
+        if together == frames:
+            return some(0), x[:, -2:]
+        out = jnp.moveaxis(jax.lax.map(some, jnp.arange(0, frames, together)), 0, 1)
+        return out.reshape(x.shape[0], frames, *out.shape[3:]), x[:, -2:]
+
+    def convolve(self, x: Float[Array, "B G h w C"]) -> Float[Array, "B F h w E"]:
+        """All but the first two frames."""
+        batch, frames, *pixels, channels = x.shape
+        seen = jnp.concatenate([x[:, t : t + frames - 2] for t in range(3)], axis=-1)
+        out = jax.lax.conv_general_dilated(
+            seen.reshape(-1, *pixels, 3 * channels),
+            jnp.moveaxis(self.kernel[...], 0, 2).reshape(3, 3, 3 * channels, -1),
+            (1, 1),
+            "SAME",
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            precision=self.precision,
+        )
+        return (out + self.bias[...][None, None, None]).reshape(batch, frames - 2, *pixels, -1)
+
+
+class PixelConv(nnx.Module):
+    """A product at each pixel, kernel [1, 1, 1, in, out]."""
+
+    def __init__(self, in_channels: int, out_channels: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        shape = 1, 1, 1, in_channels, out_channels
+        self.kernel = nnx.Param(nnx.initializers.lecun_normal()(rngs.params(), shape, dtype))
+        self.bias = nnx.Param(jnp.zeros((out_channels,), dtype))
+        self.precision = matmul_precision(dtype)
+
+    def __call__(self, x: Float[Array, "B F h w C"]) -> Float[Array, "B F h w E"]:
+        product = jnp.matmul(x, self.kernel[...][0, 0, 0], precision=self.precision)
+        return product + self.bias[...][None, None, None, None]
 
 
 def chunk_norm(norm: GroupNorm, x: Float[Array, "B F h w C"]) -> Float[Array, "B F h w C"]:
@@ -104,7 +140,7 @@ class SpatialNorm(nnx.Module):
 
     def __init__(self, channels: int, latent_channels: int, num_groups: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
         self.norm_layer = GroupNorm(channels, num_groups, dtype=dtype)
-        self.conv_y, self.conv_b = (conv3d(latent_channels, channels, 1, dtype=dtype, rngs=rngs) for _ in range(2))
+        self.conv_y, self.conv_b = (PixelConv(latent_channels, channels, dtype=dtype, rngs=rngs) for _ in range(2))
 
     def __call__(self, x: Float[Array, "B F h w C"], z: Float[Array, "B f i j L"]) -> Float[Array, "B F h w C"]:
         scale, shift = (self.at_pixels(conv(z), x).astype(jnp.float32) for conv in (self.conv_y, self.conv_b))
@@ -149,18 +185,18 @@ class ResnetBlock(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.norm1 = make_norm(in_channels, latent_channels, num_groups, dtype=dtype, rngs=rngs)
-        self.conv1 = conv3d(in_channels, out_channels, 3, dtype=dtype, rngs=rngs)
+        self.conv1 = CausalConv(in_channels, out_channels, dtype=dtype, rngs=rngs)
         self.norm2 = make_norm(out_channels, latent_channels, num_groups, dtype=dtype, rngs=rngs)
-        self.conv2 = conv3d(out_channels, out_channels, 3, dtype=dtype, rngs=rngs)
+        self.conv2 = CausalConv(out_channels, out_channels, dtype=dtype, rngs=rngs)
         widens = in_channels != out_channels
-        self.conv_shortcut = conv3d(in_channels, out_channels, 1, dtype=dtype, rngs=rngs) if widens else None
+        self.conv_shortcut = PixelConv(in_channels, out_channels, dtype=dtype, rngs=rngs) if widens else None
 
     def __call__(
         self, x: Float[Array, "B F h w C"], z: Float[Array, "B f i j L"] | None, cache: ResnetCache | None
     ) -> tuple[Float[Array, "B F h w E"], ResnetCache]:
         before1, before2 = (None, None) if cache is None else cache
-        y, after1 = causal(self.conv1, activated(self.norm1, x, z), before1)
-        y, after2 = causal(self.conv2, activated(self.norm2, y, z), before2)
+        y, after1 = self.conv1(activated(self.norm1, x, z), before1)
+        y, after2 = self.conv2(activated(self.norm2, y, z), before2)
         x = x if self.conv_shortcut is None else self.conv_shortcut(x)
         return x + y, ResnetCache(after1, after2)
 

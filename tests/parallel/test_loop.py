@@ -15,6 +15,7 @@ from dfa2_jax.plan.method import Method
 from dfa2_jax.plan.plan import FULL_METHOD
 from dfa2_jax.sampling.inputs import pad_steps
 from dfa2_jax.sampling.loop import HeadPlans, denoise_planned
+from dfa2_jax.sampling.tokens import Grid
 from pallas_kernels import CACHED
 
 STEPS = 3
@@ -31,7 +32,7 @@ FAMILIES = {
 def loop_of(family):
     """On one device; 25 visual and 13 text tokens, which nothing divides."""
     name, config = FAMILIES[family]
-    sizes = {"side": 5, "num_text": 13, "guided": family == "sd35", "steps": STEPS}
+    sizes = {"grid": Grid(1, 5, 5), "num_text": 13, "guided": family == "sd35", "steps": STEPS}
     loop = Loop(name, SMALL | config, **sizes, dtype=jnp.float32)
     loop.inputs = jax.device_put(np_positions(loop.inputs))
     return loop

@@ -106,17 +106,6 @@ def test_the_training_step_computes_what_the_library_does(whole):
     np.testing.assert_allclose(decoded, np.concatenate([first, after], 1), rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("size", [1, 3])
-def test_a_product_is_the_convolution(size):
-    """The products train on a GPU alone."""
-    from dfa2_jax.vae.video_blocks import conv3d
-
-    conv = conv3d(4, 6, size, dtype=jax.numpy.float32, rngs=networks.nnx.Rngs(0))
-    x = np.random.RandomState(0).normal(size=(2, 5, 4, 6, 4)).astype(np.float32)
-    conv.bias[...] = jax.numpy.arange(6.0)
-    np.testing.assert_allclose(networks.TimeProduct(conv)(jax.numpy.asarray(x)), conv(x), rtol=1e-4, atol=1e-4)
-
-
 def perturbed(state):
     """Zero-initialised gates hide errors."""
     random = np.random.RandomState(0)

@@ -16,8 +16,10 @@ from lowering import assert_highest_precision, largest_intermediate, lower_for_c
 from torch_models import redraw, relative_error
 
 from dfa2_jax.pipeline.components import Component
+from dfa2_jax.vae import video_blocks
 from dfa2_jax.vae.spec import VIDEO_AUTOENCODER
 from dfa2_jax.vae.video import AutoencoderKLCogVideoX, VideoAutoencoderConfig, frame_chunks, video_chunks
+from dfa2_jax.vae.video_blocks import MAX_SEEN, CausalConv
 from dfa2_jax.weights.leaf import load_leaf
 from dfa2_jax.weights.rules import map_weights
 from dfa2_jax.weights.safetensors import Tensor, open_weights
@@ -217,13 +219,31 @@ def published(latent_frames: int, dtype: Any = jnp.bfloat16) -> tuple[nnx.GraphD
 
 
 def test_memory_at_480_x_720():
-    """Nothing is larger than the input of the widest convolution, 8 frames of 256 channels and 2 before them."""
+    """Nothing is larger than what the widest convolution sees at once, 4 of 8 frames, of 3 times 256 channels."""
     graph, params, z = published(2)
     frames, cache = jax.eval_shape(lambda params, z: nnx.merge(graph, params).decode_first(z), params, z)
     assert frames.shape == (1, 8, 480, 720, 3)
     assert round(sum(leaf.size * 2 for leaf in jax.tree.leaves(cache)) / 1e9, 2) == 2.81
     largest = largest_intermediate(lambda params, *args: nnx.merge(graph, params).decode_next(*args), params, z, cache)
-    assert largest == 10 * 256 * 480 * 720
+    assert largest == 4 * 3 * 256 * 480 * 720 <= MAX_SEEN
+
+
+@pytest.mark.parametrize("frames, together", [(6, 1), (6, 3), (5, 1)])
+def test_a_convolution_of_some_frames_at_a_time(monkeypatch, frames, together):
+    """It is that of all frames at once, which is torch's."""
+    conv = CausalConv(4, 6, dtype=jnp.float32, rngs=nnx.Rngs(0))
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((2, frames, 5, 7, 4), np.float32))
+    whole, carried = conv(x, None)
+    padded = torch.from_numpy(np.array(x)[:, [0, 0, *range(frames)]].transpose(0, 4, 1, 2, 3))
+    kernel = torch.from_numpy(np.array(conv.kernel[...]).transpose(4, 3, 0, 1, 2))
+    expected = torch.nn.functional.conv3d(padded, kernel, padding=(0, 1, 1)).numpy().transpose(0, 2, 3, 4, 1)
+    np.testing.assert_allclose(whole, expected, rtol=1e-5, atol=1e-5)
+
+    monkeypatch.setattr(video_blocks, "MAX_SEEN", 2 * 3 * 5 * 7 * 4 * together + 1)
+    assert f"[{frames // together},2,{together},5,7,6]" in str(jax.make_jaxpr(lambda x: conv(x, None))(x))
+    parts, again = conv(x, None)
+    np.testing.assert_allclose(parts, whole, rtol=1e-6, atol=1e-6)
+    np.testing.assert_array_equal(again, carried)
 
 
 def test_all_published_keys_are_known():
