@@ -7,6 +7,7 @@ from benchmarks.page_tables import (  # noqa: F401 each registers its tables
     quality,
     quantized,
     sampling,
+    videos,
 )
 from benchmarks.page_tables.base import TABLES as TABLES
 from benchmarks.page_tables.base import Table as Table

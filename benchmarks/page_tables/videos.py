@@ -1,0 +1,43 @@
+"""Tables of docs/video.md."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from benchmarks.page_tables.base import table
+
+
+@table(
+    "videos",
+    "videos_gpu.json",
+    "model, frames and size | step | ms | over dense | ceiling | over cuDNN's dense | transposing, of a step",
+)
+def videos(data: Any) -> Iterator[list[str]]:
+    for case, one in data["rows"].items():
+        ms = one["ms_per_step"]
+        cudnn = f"{ms['dense by cuDNN'] / ms['dense']:.2f}x"
+        yield [case, "dense", f"{ms['dense']:,.0f}", "", "", cudnn, ""]
+        yield ["", "dense by cuDNN", f"{ms['dense by cuDNN']:,.0f}", "", "", "", ""]
+        for name, plan in one["plans"].items():
+            if "transposing" in plan:
+                ratios = (f"{plan[key]:.2f}x" for key in ("speedup", "ceiling", "speedup_over_cudnn"))
+                yield ["", name, f"{ms[name]:,.0f}", *ratios, f"{plan['transposing']:.1%}"]
+
+
+@table(
+    "video-vae",
+    "video_vae_gpu.json",
+    "frames and size | first frames, s | all frames, s | peak, GB | of it carried, GB | weights, GB",
+)
+def video_vae(data: Any) -> Iterator[list[str]]:
+    for case, one in data["rows"].items():
+        seconds = (f"{one[name]:.2f}" for name in ("first_frames_s", "decode_s"))
+        memory = (f"{one[name]:.1f}" for name in ("peak_gb", "cache_gb", "weights_gb"))
+        yield [case, *seconds, *memory]
+
+
+@table("large-stacks", "large_stacks_gpu.json", "implementation | numbers | layers equal to the bit | others untouched")
+def large_stacks(data: Any) -> Iterator[list[str]]:
+    for name, one in data["rows"].items():
+        equal = [layer for layer, same in one["equal"].items() if same]
+        share = f"{', '.join(equal)}: {len(equal)} of {len(one['equal'])}"
+        yield [f"`{name}`", f"{one['numbers']:.2g}", share, "yes" if one["others_untouched"] else "no"]
