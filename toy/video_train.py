@@ -1,6 +1,6 @@
 """Train the video model in the box: the autoencoder first, then the transformer with T5.
 
-    python -m toy.video_train --out build/video --total-seconds 600 --result build/video-result
+    python -m toy.video_train --out build/video --total-seconds 1300 --result build/video-result
 
 All is as in `toy.train`: the same command goes on from the last checkpoint, and `--seconds` cuts it into slices.
 """
@@ -47,9 +47,9 @@ def whole_training(batch: int, steps: int) -> tuple[Stage, ...]:
     vae = Part("vae", 64, max(1, batch // 8), steps, frames=FRAMES)
     at_64, at_96 = (Part("flow", side, max(1, batch // s), steps, frames=FRAMES) for side, s in ((64, 1), (96, 2)))
     return (
-        Stage("vae", 0.25, (vae,)),
-        Stage("320 tokens", 0.55, (at_64,)),
-        Stage("720 tokens", 0.2, (at_96, at_64)),
+        Stage("vae", 0.1, (vae,)),
+        Stage("320 tokens", 0.6, (at_64,)),
+        Stage("720 tokens", 0.3, (at_96, at_64)),
     )
 
 
@@ -64,4 +64,4 @@ PRESETS = {
 """The smoke's videos are of one chunk, which compiles in half the time."""
 
 if __name__ == "__main__":
-    run(VIDEOS, PRESETS, about=__doc__, out="build/video", total=600)
+    run(VIDEOS, PRESETS, about=__doc__, out="build/video", total=1300)
