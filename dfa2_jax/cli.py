@@ -135,7 +135,7 @@ def _parser() -> Parser:
 
     report = commands.add_parser(
         "report",
-        help="what plans do to images",
+        help="what plans do to images or videos",
         description="Compare plans with dense sampling, next to the noise of rounding and to another seed.",
         epilog="The first line is the verdict. Exit codes: 0; 1 if a plan misses a limit; 2 for bad input; "
         "130 when interrupted.",

@@ -1,4 +1,4 @@
-"""`dfa2 report`: what plans do to images, with a verdict in words first."""
+"""`dfa2 report`: what plans do to images or videos, with a verdict in words first."""
 
 import argparse
 import sys
@@ -51,7 +51,7 @@ def verdict(report: Report) -> str:
 def _of_plan(report: Report, plan: Line) -> str:
     speed = f"Plan {plan.name} is {report.speedup(plan):.2f} times as fast as dense sampling"
     mean = plan.mean("psnr")
-    likeness = f"its images keep a mean PSNR of {mean:.1f} dB to the dense ones"
+    likeness = f"its {report.noun}s keep a mean PSNR of {mean:.1f} dB to the dense ones"
     if "limit_psnr" in plan.scores:
         near, dense = plan.mean("limit_psnr"), report.lines[0].mean("limit_psnr")
         likeness += f" and of {near:.1f} dB to the limit of many steps, where dense sampling has {dense:.1f} dB"

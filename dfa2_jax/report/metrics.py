@@ -1,5 +1,8 @@
 """How near an image is to another, and how well it suits its prompt; and how sure a mean over prompts is.
 
+A video is judged frame by frame, and its score is the mean of its frames': of PSNR, too, the mean is of dB. How the
+frames follow each other is judged by `temporal_difference`.
+
 PSNR and SSIM need nothing but the images and scikit-image (the extra `report`). LPIPS and CLIP score run on torch, from
 weights that the user has on disk, as safetensors: nothing is downloaded, and pickle is never read.
 """
@@ -16,6 +19,13 @@ from dfa2_jax.io.extras import need
 
 Image = Float[np.ndarray, "H W 3"]
 """Float32, from 0 to 1."""
+
+Video = Float[np.ndarray, "F H W 3"]
+"""Float32, from 0 to 1; an image is a video of one frame."""
+
+HIGHER_IS_BETTER = {
+    "limit_psnr": True, "psnr": True, "ssim": True, "lpips": False, "temporal_difference": False, "clip": True,
+}  # fmt: skip
 
 EQUAL_PSNR = 200.0
 """dB, in place of the infinity of equal images: beyond what float32 pixels can tell apart (about 150)."""
@@ -39,6 +49,21 @@ def ssim(image: Image, exact: Image) -> float:
     exact, image = exact.astype(np.float64), image.astype(np.float64)  # 1 - SSIM of the noise floor is 1e-12
     similarity: Any = structural_similarity(exact, image, data_range=1.0, channel_axis=-1)
     return float(similarity)
+
+
+def temporal_difference(video: Video, exact: Video) -> float:
+    """How much the motion of two videos differs; 0 for equal motion, lower is nearer.
+
+    It is the mean over pixels and pairs of neighbouring frames of |(x[t+1] - x[t]) - (y[t+1] - y[t])|, at most 2. So an
+    error that stays the same from frame to frame counts for nothing, and flicker counts in full. One frame alone has
+    no motion.
+    """
+
+    def error(frame: int) -> Float[np.ndarray, "H W 3"]:
+        return video[frame].astype(np.float64) - exact[frame]
+
+    changes = [np.abs(error(frame + 1) - error(frame)).mean() for frame in range(len(video) - 1)]
+    return float(np.mean(changes)) if changes else 0.0
 
 
 def lpips(weights: Path) -> Callable[[Image, Image], float]:

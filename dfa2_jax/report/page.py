@@ -10,19 +10,27 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from dfa2_jax.report.metrics import EQUAL_PSNR
+from dfa2_jax.report.clips import side_by_side, stride, webp
+from dfa2_jax.report.metrics import EQUAL_PSNR, HIGHER_IS_BETTER
 
 METRICS = {
     "psnr": ("PSNR, dB", 2),
     "ssim": ("SSIM", 4),
     "lpips": ("LPIPS", 4),
+    "temporal_difference": ("temporal difference", 5),
     "limit_psnr": ("PSNR to the limit, dB", 2),
     "clip": ("CLIP score", 2),
 }
 """Title and decimals."""
 
-NEARNESS = ("psnr", "ssim", "lpips")
-"""The metrics that compare with the dense image."""
+NEARNESS = ("psnr", "ssim", "lpips", "temporal_difference")
+"""The metrics that compare with the dense image or video; the last one is of videos alone."""
+
+FRAMES = (
+    " A video's score is the mean of its frames', which count from 0; of PSNR it is the mean of dB. Temporal "
+    "difference: the mean of |(x[t+1] - x[t]) - (y[t+1] - y[t])| over pixels and frames, 0 for equal motion."
+)
+"""What scores of videos are."""
 
 WIDEST = 384
 """Pixels of a picture's longer side at most: five pairs at 2048 px would have 100 MB."""
@@ -51,21 +59,21 @@ def page(content: Mapping[str, Any], worst: Mapping[str, Sequence[Any]], figures
     """
     Args:
         content: `Report.content`, from which all numbers come.
-        worst: by plan, its worst pairs of images (`table.Pair`).
+        worst: by plan, its worst pairs of images or videos (`table.Pair`).
         figures: by plan, a PNG of what its heads do.
     """
     rows = content["rows"]
-    plans = [row for row in rows if row["kind"] == "plan"]
+    plans, is_video = [row for row in rows if row["kind"] == "plan"], noun_of(content) == "video"
     parts = [f"<h1>Quality of {_text(', '.join(row['name'] for row in plans))}</h1>", _intro(content)]
     parts += [_gate(content), "<h2>Quality and time</h2>", _table(content), _notes(content)]
     if any(row["distances"] for row in plans):
-        parts += ["<h2>Distance to the noise floor</h2>", *(_distances(row, rows) for row in plans)]
+        parts += ["<h2>Distance to the noise floor</h2>", *(_distances(row, rows, noun_of(content)) for row in plans)]
     for row in plans:
         parts.append(f"<h2>Worst pairs of {_text(row['name'])}, by SSIM</h2>")
-        parts += [_pair(pair) for pair in worst[row["name"]]]
+        parts += [_clip(pair, content) if is_video else _pair(pair) for pair in worst[row["name"]]]
     for name, png in figures.items():
         parts += [f"<h2>What the heads do, and what {_text(name)} gives them</h2>", _heads(content, png)]
-    parts += ["<h2>Every image</h2>", _details(content), "<h2>How it was made</h2>", _origin(content)]
+    parts += [f"<h2>Every {noun_of(content)}</h2>", _details(content), "<h2>How it was made</h2>", _origin(content)]
     title = "Quality report"
     policy = f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
     head = f'<meta charset="utf-8">{policy}<meta name="viewport" content="width=device-width"><title>{title}</title>'
@@ -73,6 +81,11 @@ def page(content: Mapping[str, Any], worst: Mapping[str, Sequence[Any]], figures
     return (
         f'<!DOCTYPE html>\n<html lang="en"><head>{head}<style>{STYLE}</style></head>\n<body>\n{body}\n</body></html>\n'
     )
+
+
+def noun_of(content: Mapping[str, Any]) -> str:
+    """What a report compares, by its content: "image" or "video"."""
+    return "image" if content.get("arguments", {}).get("num_frames") is None else "video"
 
 
 def _text(value: object) -> str:
@@ -87,11 +100,12 @@ def _count(number: int, noun: str) -> str:
 def _intro(content: Mapping[str, Any]) -> str:
     model, made = content["model"], content["arguments"]
     counted = f"{_count(len(content['prompts']), 'prompt')} x {_count(len(content['seeds']), 'seed')}"
-    device = escape(content["machine"]["device"])
+    device, noun = escape(content["machine"]["device"]), noun_of(content)
+    frames = f"{_count(made['num_frames'], 'frame')} at {made['fps']} a second, " if noun == "video" else ""
+    sampled = f"{frames}{made['num_inference_steps']} steps, guidance {made['guidance_scale']:g}"
     return (
         f"<p>{_text(model['folder'])}, {escape(model['pipeline'])} in {escape(model['dtype'])}: {made['width']} x "
-        f"{made['height']}, {made['num_inference_steps']} steps, guidance {made['guidance_scale']:g}. {counted}; each "
-        f"image against the dense one of the same prompt and seed. Made on {device}.</p>"
+        f"{made['height']}, {sampled}. {counted}; each {noun} against the dense one of the same prompt and seed. Made on {device}.</p>"
     )
 
 
@@ -126,7 +140,7 @@ def _table(content: Mapping[str, Any]) -> str:
             faster = f"<br><small>{row['speedup']:.2f} times as fast{predicted}</small>"
         cells.append("" if time is None else f"{1e3 * time['median']:.1f}{faster}")
         if row["not_finite"]:
-            name += f"<br><small>{row['not_finite']} images are not finite</small>"
+            name += f"<br><small>{row['not_finite']} {noun_of(content)}s are not finite</small>"
         lines.append(
             f'<tr class="{row["kind"]}"><td>{name}</td>' + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
         )
@@ -139,15 +153,22 @@ def _statistics(metric: str, statistics: Mapping[str, Any] | None) -> str:
         return ""
     numbers = statistics["mean"], statistics["worst"], *(statistics["interval"] or ())
     mean, worst, *ends = (_number(metric, number) for number in numbers)
-    return f"{mean}<br><small>{' to '.join(ends) or 'no interval'}<br>worst {worst}</small>"
+    return f"{mean}<br><small>{' to '.join(ends) or 'no interval'}<br>worst {worst}{_frame(metric, statistics)}</small>"
+
+
+def _frame(metric: str, statistics: Mapping[str, Any]) -> str:
+    """The worst frame of all videos."""
+    worst = statistics.get("worst_frame")
+    return "" if worst is None else f"<br>worst frame {_number(metric, worst['value'])}"
 
 
 def _notes(content: Mapping[str, Any]) -> str:
     is_single, steps = len(content["prompts"]) < 2, content.get("limit_steps")
     limit = f" The limit is of {steps} steps of second order." if steps else ""
     interval = "One prompt: an interval of the mean is not defined." if is_single else (
-        "Below each mean: its 95 % interval (percentile bootstrap over prompts), and the worst image."
+        f"Below each mean: its 95 % interval (percentile bootstrap over prompts), and the worst {noun_of(content)}."
     )  # fmt: skip
+    interval += FRAMES if noun_of(content) == "video" else ""
     return (
         f"<p><small>{interval} Kept: the share of query-key pairs, and of tiles, "
         "that the plan does not skip, predicted. Time: the median of rounds in which dense and plans take turns, "
@@ -157,7 +178,7 @@ def _notes(content: Mapping[str, Any]) -> str:
     )
 
 
-def _distances(plan: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
+def _distances(plan: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], noun: str) -> str:
     def gaps(other: str) -> str:
         theirs = next(row for row in rows if row["name"] == other and row["kind"] != "plan")["metrics"]
         return "; ".join(
@@ -166,11 +187,8 @@ def _distances(plan: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> st
 
     lines = []
     for distance in plan["distances"]:
-        verdict = (
-            "within this noise: no mean is worse than its worst image"
-            if distance["within"]
-            else "outside of this noise"
-        )
+        kept = f"within this noise: no mean is worse than its worst {noun}"
+        verdict = kept if distance["within"] else "outside of this noise"
         floor = distance["floor"]
         lines.append(f"<li>{escape(floor)}: <strong>{verdict}</strong>. {gaps(floor)}.</li>")
     lines += [f"<li>another seed, for scale. {gaps(row['name'])}.</li>" for row in rows if row["kind"] == "ceiling"]
@@ -180,7 +198,7 @@ def _distances(plan: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> st
 def _gap(metric: str, mine: float, theirs: float) -> str:
     title, decimals = METRICS[metric]
     gap = f"{abs(mine - theirs):.{decimals}f}{' dB' if metric == 'psnr' else ''}"
-    better = (mine > theirs) == (metric != "lpips")
+    better = (mine > theirs) == HIGHER_IS_BETTER[metric]
     relation = "as" if float(f"{mine - theirs:.{decimals}f}") == 0 else f"{gap} {'better' if better else 'worse'} than"
     return f"{title.split(',')[0]} {_number(metric, mine)}, {relation} its {_number(metric, theirs)}"
 
@@ -201,6 +219,24 @@ def _pair(pair: Any) -> str:
     return f'<figure><div class="pair">{spans}</div><figcaption>{caption}</figcaption></figure>'
 
 
+def _clip(pair: Any, content: Mapping[str, Any]) -> str:
+    """A pair of videos as one animation, so that their frames are in step."""
+    frames, factor = side_by_side(pair.image, pair.exact)
+    step = stride(len(pair.frames["psnr"]))
+    shown = f"dense, plan and their difference, {factor:.3g} times{f', every {step} frames' if step > 1 else ''}"
+    image = f'<img alt="{shown}" src="{_uri(webp(frames, content["arguments"]["fps"] / step), "webp")}">'
+    scores = [f"{METRICS[name][0].split(',')[0]} {_number(name, value)}" for name, value in pair.scores.items()]
+    scores += [f"worst {_worst(name, pair.frames[name])}" for name in ("psnr", "ssim")]
+    caption = f"{_text(pair.shot.prompt)} <small>seed {pair.shot.seed}; {shown}; {', '.join(scores)}</small>"
+    return f"<figure>{image}<figcaption>{caption}</figcaption></figure>"
+
+
+def _worst(metric: str, frames: Sequence[float]) -> str:
+    """A video's worst frame, which counts from 0."""
+    value = (min if HIGHER_IS_BETTER[metric] else max)(frames)
+    return f"{METRICS[metric][0].split(',')[0]} {_number(metric, value)} at frame {frames.index(value)}"
+
+
 def picture(image: np.ndarray) -> str:
     """A data URI of a PNG of an image [H, W, 3] in [0, 1], of `WIDEST` pixels at most."""
     drawn = Image.fromarray(np.round(np.clip(image, 0, 1) * 255).astype(np.uint8))
@@ -209,8 +245,8 @@ def picture(image: np.ndarray) -> str:
     return _uri(file.getvalue())
 
 
-def _uri(png: bytes) -> str:
-    return "data:image/png;base64," + base64.b64encode(png).decode()
+def _uri(data: bytes, kind: str = "png") -> str:
+    return f"data:image/{kind};base64," + base64.b64encode(data).decode()
 
 
 def _heads(content: Mapping[str, Any], png: bytes) -> str:
@@ -231,13 +267,16 @@ def _details(content: Mapping[str, Any]) -> str:
     lines = []
     for i, prompt in enumerate(content["prompts"]):
         for j, seed in enumerate(content["seeds"]):
-            cells = "".join(
-                f"<td>{_number(metric, row['metrics'][metric]['values'][i][j])}</td>" for row, metric in columns
-            )
+            cells = "".join(f"<td>{_detail(metric, row['metrics'][metric], i, j)}</td>" for row, metric in columns)
             lines.append(f'<tr><td class="prompt">{_text(prompt)}</td><td>{seed}</td>{cells}</tr>')
     table = f"<table><thead><tr><th>prompt</th><th>seed</th>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
-    counted = _count(len(lines), "image")
+    counted = _count(len(lines), noun_of(content))
     return f'<details><summary>{counted}</summary><div class="wide">{table}</div></details>'
+
+
+def _detail(metric: str, statistics: Mapping[str, Any], prompt: int, seed: int) -> str:
+    number, frames = _number(metric, statistics["values"][prompt][seed]), statistics.get("frames")
+    return number if frames is None else f"{number}<br><small>worst {_worst(metric, frames[prompt][seed])}</small>"
 
 
 def _origin(content: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""A quality report: images of plans against dense ones, next to what mere rounding changes and what another seed does.
+"""A quality report: what plans make against what dense sampling makes, next to mere rounding and to another seed.
 
 Lines of the noise floor are dense too: the same sums in another order (another implementation of attention), and
 another dtype. They say how much a change that nobody calls a loss moves each metric. Another seed says what no likeness
@@ -30,6 +30,7 @@ from dfa2_jax.calibration.attention_share import shares_of
 from dfa2_jax.calibration.calibrate import planning_tiles
 from dfa2_jax.io.extras import need
 from dfa2_jax.io.names import natural, suggests_names
+from dfa2_jax.io.videos import check_video
 from dfa2_jax.options import ReportOptions, described
 from dfa2_jax.pipeline.ahead import compile_decoder
 from dfa2_jax.pipeline.call import Call
@@ -41,9 +42,8 @@ from dfa2_jax.plan.setting import Setting
 from dfa2_jax.report import metrics as quality
 from dfa2_jax.report.attention_maps import watch, windows_of
 from dfa2_jax.report.metrics import EQUAL_PSNR
-from dfa2_jax.report.sampler import Sampler, limit_steps
+from dfa2_jax.report.sampler import Sampler, Solvers, limit_steps
 from dfa2_jax.report.table import Judges, Line, Report, Shot, by_precision
-from dfa2_jax.sampling.solvers.schedulers import DPM
 from dfa2_jax.weights.dtypes import as_precision
 
 OTHER_SEED = 1000
@@ -57,12 +57,13 @@ class ReportTable:
     """The lines of a report, and the sampling that fills them: in the plans' dtype first, then in the others.
 
     plans: of the report's own dtype; those of `precisions` stand there.
-    exact: the dense images by batch, kept for the other dtypes: 13 MB each at 1024 px.
+    solvers: `Sampler.solvers`.
+    exact: the dense images by batch, kept for the other dtypes: 13 MB each at 1024 px, 203 MB at 49 x 480 x 720.
     """
 
     def __init__(
         self, plans: Mapping[str, Plan], precisions: Mapping[str, Mapping[str, Plan]], judges: Judges,
-        batches: list[list[Shot]], dtype: str, quick: bool, progress: bool,
+        batches: list[list[Shot]], solvers: Solvers, dtype: str, quick: bool, progress: bool,
     ):  # fmt: skip
         self.steps = next(iter(plans.values())).setting.num_inference_steps
         self.judges, self.batches, self.quick, self.progress, self.done = judges, batches, quick, progress, 0
@@ -80,7 +81,7 @@ class ReportTable:
         self.solvers = [] if quick else [
             Line(f"{count} steps of {title}", "solver", "dense", changes={"num_inference_steps": count} | other)
             for count in counts
-            for title, other in (("Euler's", {}), ("DPM++ 2M", {"scheduler": DPM}))
+            for title, other in solvers
         ]  # fmt: skip
         self.reordered = {name: Line(f"{name}, sums reordered", "floor", f"{name} dense") for name in (dtype, other)}
         self.rounded = Line(f"{self.narrow} against {self.wide}", "floor", f"{self.wide} dense")
@@ -139,9 +140,8 @@ class ReportTable:
             exact = self._take(sampler, call, shots, self.dense, None, bar, limit=limit)
             assert exact is not None
             if not np.isfinite(exact).all():
-                raise ValueError(
-                    f"The dense image of {shots[0].prompt!r:.200} is not finite in {self.dtype}: try another."
-                )
+                prompt = shots[0].prompt
+                raise ValueError(f"Dense sampling of {prompt!r:.200} is not finite in {self.dtype}: try another dtype.")
             for line in (self.dense, *self.plans, *self.solvers):
                 calls[id(line)] = self.call_of(sampler, shots, call, line)
                 if line is not self.dense:
@@ -245,6 +245,8 @@ def quality_report(
 ) -> Report:
     """Measure plans against dense sampling. `Report.save` writes it, `Report.failures` is the gate.
 
+    A video is compared frame by frame (`report.metrics`).
+
     Args:
         folder: of the model, as `Pipeline.from_pretrained` takes it. It is loaded in two dtypes, and in each precision.
         plans: by the names that the report gives them, all for the same size and steps. One at least is for `dtype`.
@@ -252,7 +254,8 @@ def quality_report(
         {options}
 
     Raises:
-        ValueError: an argument is out of range, a metric cannot be had, or a dense image is not finite.
+        ValueError: an argument is out of range, a metric cannot be had, or a dense image is not finite. Videos need a
+            Pillow with WebP.
         PlanError: a plan is for another model, size or number of steps.
         MemoryError: what a plan keeps from step to step does not fit.
     """
@@ -272,8 +275,10 @@ def quality_report(
         first = replace(sampler, batch=1).prepare(shots[:1])
         _check_plans(own, first.setting)
         call = sampler.prepare(batches[0])
+    if call.request.fps is not None:
+        check_video("webp", call.request.fps, (call.request.height, call.request.width))
     facts = _facts(sampler, folder, first) | {"negative_prompt": negative_prompt}
-    table = ReportTable(own, others, judges, batches, sampler.pipeline.dtype.name, quick, progress)
+    table = ReportTable(own, others, judges, batches, sampler.solvers, sampler.pipeline.dtype.name, quick, progress)
     facts["limit_steps"] = limit_steps(table.steps) if table.solvers else None
     table.fill(sampler, call)
     masses = None if quick else watch(first, windows_of([*plans.values()]), progress=progress)
@@ -349,6 +354,9 @@ def _judges(lpips: Any, clip: Any, image_reward: Any) -> Judges:
 
 def _facts(sampler: Sampler, folder: str | PathLike[str], call: Call) -> dict[str, Any]:
     pipeline, request, device = sampler.pipeline, call.request, jax.devices()[0]
+    video = {} if request.num_frames is None else {
+        "num_frames": request.num_frames, "fps": request.fps, "use_dynamic_cfg": call.options.use_dynamic_cfg,
+    }  # fmt: skip
     return {
         "format": "dfa2-report",
         "version": 1,
@@ -373,7 +381,8 @@ def _facts(sampler: Sampler, folder: str | PathLike[str], call: Call) -> dict[st
             "guidance_scale": float(request.guidance_scale),
             "max_sequence_length": request.length,
             "batch": sampler.batch,
-        },
+        }
+        | video,
         "attention_share": shares_of(call).attention,
         "tiles": list(planning_tiles(pipeline.config.attention_head_dim)),
     }

@@ -1,4 +1,4 @@
-"""A report's images, in batches of one size, and how long they take."""
+"""A report's images or videos, in batches of one size, and how long they take."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -19,12 +19,16 @@ from dfa2_jax.pipeline.timing import told
 from dfa2_jax.plan.plan import Plan
 from dfa2_jax.plan.steps import adams_coefficients
 from dfa2_jax.report.table import Shot
-from dfa2_jax.sampling.solvers.flow_euler import FlowMultistep
+from dfa2_jax.sampling.solvers.base import Multistep
+from dfa2_jax.sampling.solvers.schedulers import DPM, VP_DDIM
+
+Solvers = tuple[tuple[str, dict[str, Any]], ...]
+"""Titles, and the changes to a call."""
 
 
 @dataclass
 class Sampler:
-    """A pipeline's images in batches of one size, and the seconds of a step that they take.
+    """A pipeline's images or videos in batches of one size, and the seconds of a step that they take.
 
     arguments: of the pipeline, the same for all; a plan among them says size and steps.
     """
@@ -38,19 +42,13 @@ class Sampler:
     def open(
         cls, folder: str | PathLike[str], arguments: dict[str, Any], batch: int, progress: bool, **options: Any
     ) -> "Sampler":
-        """A sampler of `Pipeline.from_pretrained` with these options.
-
-        Raises:
-            ValueError: the model makes videos.
-        """
+        """A sampler of `Pipeline.from_pretrained` with these options."""
         with told("loading", progress):
             pipeline = Pipeline.from_pretrained(folder, **options)
-        if pipeline.sizes.num_frames is not None:
-            raise ValueError(f"{folder} makes videos ({pipeline.pipeline_class}): reports compare images alone.")
         return cls(pipeline, arguments, batch)
 
     def prepare(self, shots: Sequence[Shot], offset: int = 0, **changes: Any) -> Call:
-        """A call of `batch` images; the last prompt fills up: another size would compile anew.
+        """A call of `batch` images or videos; the last prompt fills up: another size would compile anew.
 
         Args:
             offset: added to the seeds.
@@ -58,19 +56,37 @@ class Sampler:
         """
         filled = [*shots, *[shots[-1]] * (self.batch - len(shots))]
         prompts, seeds = [shot.prompt for shot in filled], [shot.seed + offset for shot in filled]
-        return self.pipeline.prepare(Options(prompt=prompts, seed=seeds, output_type="np", **self.arguments | changes))
+        shown = {"output_type": "np", "progress": False}  # the report has a bar of its own
+        return self.pipeline.prepare(Options(prompt=prompts, seed=seeds, **shown, **self.arguments | changes))
 
     def without_plan(self, call: Call) -> dict[str, Any]:
         """Changes that leave a call as the plan has made it, but for the plan."""
-        request = call.request
-        said = {name: getattr(request, name) for name in ("height", "width", "guidance_scale", "scheduler")}
-        return said | {"plan": None, "max_sequence_length": request.length}
+        request, options = call.request, call.options
+        names = "height", "width", "num_frames", "guidance_scale", "scheduler"
+        said = {name: getattr(request, name) for name in names}
+        return said | {
+            "plan": None,
+            "max_sequence_length": request.length,
+            "use_dynamic_cfg": options.use_dynamic_cfg,
+        }
+
+    @property
+    def solvers(self) -> Solvers:
+        """Those that stand beside a plan of steps, and what they change of a dense call.
+
+        CogVideoX's DPM++ 2M draws noise at each step: its videos come near to none of another solver.
+        """
+        if VP_DDIM in self.pipeline.family.scheduler_classes:
+            return (("DDIM", {}),)
+        return ("Euler's", {}), ("DPM++ 2M", {"scheduler": DPM})
 
     def limit(self, shots: Sequence[Shot], call: Call) -> Call:
-        """The call of many steps, whose images stand for the limit."""
+        """The call of many steps, whose images or videos stand for the limit."""
         many = self.prepare(shots, **self.without_plan(call), num_inference_steps=limit_steps(call.request.steps))
-        solver = FlowMultistep.of(adams_coefficients(many.schedule.sigmas))
-        return replace(many, inputs=replace(many.inputs, solver=solver))
+        solver, sigmas = many.inputs.solver, np.asarray(many.schedule.sigmas)
+        assert isinstance(solver, Multistep), solver  # no other has plans of steps
+        second = solver.planned(sigmas, adams_coefficients(sigmas))
+        return replace(many, inputs=replace(many.inputs, solver=second))
 
     def compile(self, call: Call, plan: Plan | None = None, implementation: str | None = None) -> None:
         """What `denoise` runs, unless that is done. It runs a step: GPUs load kernels when these first run."""
