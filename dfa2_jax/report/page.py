@@ -105,7 +105,8 @@ def _intro(content: Mapping[str, Any]) -> str:
     sampled = f"{frames}{made['num_inference_steps']} steps, guidance {made['guidance_scale']:g}"
     return (
         f"<p>{_text(model['folder'])}, {escape(model['pipeline'])} in {escape(model['dtype'])}: {made['width']} x "
-        f"{made['height']}, {sampled}. {counted}; each {noun} against the dense one of the same prompt and seed. Made on {device}.</p>"
+        f"{made['height']}, {sampled}. {counted}; each {noun} against the dense one "
+        f"of the same prompt and seed. Made on {device}.</p>"
     )
 
 
@@ -251,10 +252,11 @@ def _uri(data: bytes, kind: str = "png") -> str:
 
 def _heads(content: Mapping[str, Any], png: bytes) -> str:
     window = content["heads"]["half_windows"][-1]
+    order = ", frame by frame: time arrows run over another order" if noun_of(content) == "video" else ""
     caption = (
         f"Dense sampling of {_text(content['prompts'][0])}, seed {content['seeds'][0]}. Locality: of the weight that "
-        f"visual queries give visual keys, the share within {window} tokens of the diagonal, the plans' widest arrow. "
-        "On text: their weight on text keys; black where a layer sees none. report.json has all windows."
+        f"visual queries give visual keys, the share within {window} tokens of the diagonal, the plans' widest "
+        f"arrow{order}. On text: their weight on text keys; black where a layer sees none. report.json has all windows."
     )
     image = f'<img alt="attention of every head by step, and its method" src="{_uri(png)}">'
     return f"<figure>{image}<figcaption><small>{caption}</small></figcaption></figure>"

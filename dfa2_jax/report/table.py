@@ -140,7 +140,7 @@ class Line:
         return (min if HIGHER_IS_BETTER[metric] else max)(self.scores[metric])
 
     def numbers_by_frame(self, metric: str, seeds: Sequence[int]) -> dict[str, Any]:
-        """Of videos: every frame's score, and the worst one. Prompts and frames count from 0."""
+        """Every frame's score and the worst one, of videos; prompts and frames count from 0."""
         if metric not in self.frames:
             return {}
         values = np.asarray(self.frames[metric])
