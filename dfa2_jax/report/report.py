@@ -243,9 +243,7 @@ def quality_report(
     verify: bool = True,
     progress: bool = True,
 ) -> Report:
-    """Measure plans against dense sampling. `Report.save` writes it, `Report.failures` is the gate.
-
-    A video is compared frame by frame (`report.metrics`).
+    """Measure plans against dense sampling, videos by frame. `Report.save` writes it, `Report.failures` is the gate.
 
     Args:
         folder: of the model, as `Pipeline.from_pretrained` takes it. It is loaded in two dtypes, and in each precision.

@@ -79,7 +79,7 @@ def videos(pipelines, plans):
 
 
 def psnr_of(video, exact):
-    """Of every frame, as textbooks have it."""
+    """Every frame's, as textbooks have it."""
     return -10 * np.log10(np.mean((np.float64(video) - exact) ** 2, axis=(1, 2, 3)))
 
 
