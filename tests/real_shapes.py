@@ -126,9 +126,18 @@ def denoise_arguments(name: str, pixels: int | Grid, precision: str | None = Non
 
 
 def planned_arguments(
-    name: str, pixels: int | Grid, precision: str | None = None, mesh: DeviceMesh | None = None
+    name: str,
+    pixels: int | Grid,
+    precision: str | None = None,
+    mesh: DeviceMesh | None = None,
+    *,
+    over_time: bool = False,
 ) -> tuple[Any, ...]:
-    """(graph, params, state, inputs, plans, start, stop) of `sampling.loop.denoise_planned`."""
+    """(graph, params, state, inputs, plans, start, stop) of `sampling.loop.denoise_planned`.
+
+    Args:
+        over_time: the plan says of each head in which order its band runs.
+    """
     graph, params, state, inputs, start, stop = denoise_arguments(name, pixels, precision)
     published = (PUBLISHED | VIDEOS)[name]
     config = networks()[published.class_name].config(published.config)
@@ -139,7 +148,8 @@ def planned_arguments(
     half_window = {
         name: jax.ShapeDtypeStruct((STEP_BLOCK, stack.shape[0], dealt), jnp.int32) for name, stack in memory.items()
     }
-    plans = abstract(HeadPlans, half_window, half_window, start, None, None)
+    order = half_window if over_time else None
+    plans = abstract(HeadPlans, half_window, half_window, start, order, order)
     return graph, params, abstract(State, state.latents, state.latents, memory), inputs, plans, start, stop
 
 
