@@ -94,7 +94,7 @@ class ClassifierFree:
         return cls(pad_steps(np.array(scales, np.float32)))
 
     def at(self, nodes: Int[np.ndarray, " nodes"]) -> "ClassifierFree":
-        return ClassifierFree(pad_steps(np.asarray(self.scale)[nodes]))
+        return replace(self, scale=pad_steps(np.asarray(self.scale)[nodes]))
 
     def extra_pairs(self, layers: Sequence[AttentionCall]) -> int:
         return 0
@@ -111,6 +111,14 @@ class ClassifierFree:
     def __call__(self, model: Model, x: Latents, i: Int[Array, ""] | int, memory: Any, rounded: Round) -> tuple:
         unconditional, conditional, memory = self.sides_of(model, x, memory)
         return self.combined(unconditional, conditional, i, rounded), memory
+
+
+@carrier
+class Float32ClassifierFree(ClassifierFree):
+    """Classifier-free guidance of predictions that diffusers makes float32 before it combines them (CogVideoX)."""
+
+    def combined(self, unconditional: Latents, conditional: Latents, i: Any, rounded: Round) -> Latents:
+        return super().combined(unconditional, conditional, i, lambda x: x)
 
 
 @carrier

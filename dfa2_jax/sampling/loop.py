@@ -18,6 +18,7 @@ from dfa2_jax.nn.weights import reads_in_place
 from dfa2_jax.parallel.mesh import DeviceMesh
 from dfa2_jax.parallel.transformer import ParallelTransformer
 from dfa2_jax.sampling.inputs import Inputs
+from dfa2_jax.sampling.solvers.base import RoundedSolver
 
 
 @carrier
@@ -110,8 +111,12 @@ def denoise_step(
     plans = dense_plans(model.config.calls(1, 1), i) if plans is None else plans
     step_model = StepModel(model, attend, inputs.conditions, timestep, plans, **options)
     prediction, memory = inputs.guidance(step_model, state.latents, i, state.memory or {}, rounded)
-    latents, solver = inputs.solver.step(state.latents, prediction, i, state.solver)
-    return State(rounded(latents), solver, memory if state.memory is not None else None)
+    before = state.latents, prediction, i, state.solver
+    if rounding is not None and isinstance(inputs.solver, RoundedSolver):
+        latents, solver = inputs.solver.rounded_step(*before, rounded)
+    else:
+        latents, solver = inputs.solver.step(*before)
+    return State(rounded(jnp.asarray(latents)), solver, memory if state.memory is not None else None)
 
 
 @partial(

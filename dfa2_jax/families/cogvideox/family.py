@@ -14,7 +14,7 @@ from dfa2_jax.families.cogvideox.positions import check_grid, position_table, ro
 from dfa2_jax.families.cogvideox.rules import RULES
 from dfa2_jax.families.cogvideox.transformer import CogVideoXConditions, CogVideoXTransformer
 from dfa2_jax.options import Options
-from dfa2_jax.sampling.guidance import ClassifierFree, Guidance, NoGuidance
+from dfa2_jax.sampling.guidance import Float32ClassifierFree, Guidance, NoGuidance
 from dfa2_jax.sampling.solvers.schedulers import VP_SCHEDULERS, check_vp_scheduler, vp_steps
 from dfa2_jax.sampling.tokens import Grid, VideoPatches
 from dfa2_jax.vae.spec import VIDEO_AUTOENCODER
@@ -102,8 +102,8 @@ class CogVideoX:
             return NoGuidance()
         steps = len(schedule.timesteps)
         if options.use_dynamic_cfg:
-            return ClassifierFree.dynamic(cfg_scale, schedule.timesteps, steps)
-        return ClassifierFree.constant(cfg_scale, steps)
+            return Float32ClassifierFree.dynamic(cfg_scale, schedule.timesteps, steps)
+        return Float32ClassifierFree.constant(cfg_scale, steps)
 
     def schedule(
         self,

@@ -5,6 +5,8 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from dfa2_jax.sampling.guidance import Round
+
 Latents = Float[Array | np.ndarray, "B V C"]
 
 
@@ -33,6 +35,17 @@ class Multistep(Solver, Protocol):
     @classmethod
     def planned(cls, sigmas: Float[np.ndarray, " levels"], coefficients: Float[np.ndarray, "steps 2"]) -> "Multistep":
         """The solver from each of these noise levels to the next, with coefficients of both velocities."""
+        ...
+
+
+@runtime_checkable
+class RoundedSolver(Solver, Protocol):
+    """A solver that diffusers computes partly in the dtype of the latents; flow matching's are float32 throughout."""
+
+    def rounded_step(
+        self, x: Latents, prediction: Latents, i: Int[Array, ""] | int, state: Any, rounded: Round
+    ) -> tuple[Latents, Any]:
+        """As `step`, with products rounded where torch rounds them. The loop rounds the latents that come back."""
         ...
 
 

@@ -5,6 +5,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from dfa2_jax.nn.carrier import carrier
+from dfa2_jax.sampling.guidance import Round
 from dfa2_jax.sampling.inputs import pad_steps
 from dfa2_jax.sampling.solvers.base import Latents
 from dfa2_jax.sampling.solvers.variance_preserving import AlphaSteps
@@ -75,7 +76,13 @@ class CogVideoXDPM:
     def step(
         self, x: Latents, prediction: Latents, i: Int[Array, ""] | int, state: DPMState
     ) -> tuple[Latents, DPMState]:
+        return self.rounded_step(x, prediction, i, state, lambda product: product)
+
+    def rounded_step(
+        self, x: Latents, prediction: Latents, i: Int[Array, ""] | int, state: DPMState, rounded: Round
+    ) -> tuple[Latents, DPMState]:
+        """torch draws noise in the dtype of the latents, and rounds products of latents and of noise."""
         clean_x, clean_v, keep, now, last, added, _ = jnp.asarray(self.coefficients)[i]
-        clean = clean_x * x + clean_v * prediction
-        moved = keep * x + now * clean + last * state.clean
-        return moved + added * state.noise, DPMState(clean, state.noise)
+        clean = rounded(clean_x * x) + clean_v * prediction
+        moved = rounded(keep * x) + now * clean + last * state.clean
+        return moved + rounded(added * rounded(jnp.asarray(state.noise))), DPMState(clean, state.noise)

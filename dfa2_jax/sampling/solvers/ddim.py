@@ -5,6 +5,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from dfa2_jax.nn.carrier import carrier
+from dfa2_jax.sampling.guidance import Round
 from dfa2_jax.sampling.inputs import pad_steps
 from dfa2_jax.sampling.solvers.base import Latents
 
@@ -68,6 +69,17 @@ class ScaledMultistep:
         slope, scale, scale_after, ratio, now, last = jnp.asarray(self.coefficients)[i]
         velocity = slope * x + scale * prediction
         return ratio * x + scale_after * (now * velocity + last * state), velocity
+
+    def rounded_step(
+        self, x: Latents, prediction: Latents, i: Int[Array, ""] | int, state: Latents, rounded: Round
+    ) -> tuple[Latents, Latents]:
+        """The same step from latents and clean latents, as diffusers writes it: torch rounds products of latents."""
+        slope, scale, scale_after, ratio, now, last = jnp.asarray(self.coefficients)[i]
+        clean_part, noise_part = (scale - slope) / 2, (scale + slope) / 2
+        clean = rounded(clean_part * x) - noise_part * prediction
+        moves = scale_after * now / noise_part  # of x - scale * clean, which is noise_part * velocity
+        moved = rounded((ratio + moves) * x) - moves * scale * clean
+        return moved + scale_after * last * state, slope * x + scale * prediction
 
 
 def _scale(sigmas: np.ndarray) -> np.ndarray:
