@@ -139,6 +139,11 @@ class Options:
     callback_on_step_end: Callable[..., Any] | None = option(
         None, 'called as (pipeline, step, timestep, {"latents": ...}); may return other latents'
     )
+    callback_on_frames: Callable[..., Any] | None = option(
+        None,
+        "called as (pipeline, video, first, frames) as each chunk of a video is decoded: the number of the video, the "
+        "number of its first new frame, and the new frames, uint8 [F, H, W, 3]",
+    )
     fps: int | None = option(
         None, "frames a second of a video's file; None: the model's own (CogVideoX 8, 1.5: 16)", flag=True
     )

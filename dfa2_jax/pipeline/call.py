@@ -9,7 +9,7 @@ from typing import Any, TypeGuard
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import Float
 from PIL import Image
 from tqdm import tqdm
 
@@ -18,7 +18,7 @@ from dfa2_jax.nn.attention import Attend, AttentionCall, Planned, by_stack, gpu_
 from dfa2_jax.options import Options
 from dfa2_jax.parallel.dealing import deal_plan
 from dfa2_jax.parallel.mesh import DeviceMesh
-from dfa2_jax.pipeline.decoding import num_frames
+from dfa2_jax.pipeline.decoding import in_bytes, num_frames
 from dfa2_jax.pipeline.loaded import Loaded
 from dfa2_jax.pipeline.request import Request, host_array, seeds_of
 from dfa2_jax.plan.method import PlanError
@@ -293,15 +293,17 @@ class Call:
         pipeline, output_type, is_video = self.pipeline, self.request.output_type, self.request.num_frames is not None
         if output_type == "latent":
             return pipeline.family.output_latents(tokens, self.grid)
-        videos = pipeline.decode(self.latents(tokens), progress=is_video and self.options.progress)
+        progress = is_video and self.options.progress
+        videos = pipeline.decode(self.latents(tokens), progress=progress, on_frames=self._hand_out)
         if output_type == "np":
             return videos if is_video else videos[:, 0]
         shown = [[Image.fromarray(in_bytes(frame)) for frame in video] for video in videos]
         return shown if is_video else [image for (image,) in shown]
 
-
-def in_bytes(frame: Float[np.ndarray, "H W 3"]) -> UInt8[np.ndarray, "H W 3"]:
-    return (np.nan_to_num(frame) * 255).round().astype(np.uint8)
+    def _hand_out(self, number: int, first: int, frames: Float[np.ndarray, "f H W 3"]) -> None:
+        """Shows new frames of a video to the callback."""
+        if (watcher := self.options.callback_on_frames) is not None:
+            watcher(self.pipeline, number, first, in_bytes(frames))
 
 
 def embed(pipeline: Loaded, request: Request) -> Embeddings:

@@ -5,13 +5,16 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 
 from dfa2_jax.pipeline.components import Component
 from dfa2_jax.vae.video import AutoencoderKLCogVideoX, VideoAutoencoderConfig, frame_chunks
 
 Put = Callable[[np.ndarray], Any]
 """Puts latents where the devices want them."""
+
+OnFrames = Callable[[int, int, np.ndarray], Any]
+"""Called with the number of a video, the number of a frame in it, and the frames [f, H, W, 3] from there on."""
 
 
 def is_of_video(vae: Component) -> bool:
@@ -36,6 +39,10 @@ def frames_of(
             frames, carried = vae.carry(put(chunk[None]), carried, method="decode_next")
         pixels = np.asarray(frames, np.float32)
         yield np.clip(pixels.reshape(-1, *pixels.shape[-3:]) / 2 + 0.5, 0, 1)
+
+
+def in_bytes(frames: Float[np.ndarray, "*F H W 3"]) -> UInt8[np.ndarray, "*F H W 3"]:
+    return (np.nan_to_num(frames) * 255).round().astype(np.uint8)
 
 
 def num_frames(config: Any, latent_frames: int) -> int:

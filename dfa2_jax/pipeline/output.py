@@ -24,7 +24,7 @@ from dfa2_jax.pipeline.request import Request, seeds_of
 from dfa2_jax.plan.plan import Plan
 from dfa2_jax.sampling.solvers.schedulers import EULER, SAMPLERS
 
-LEFT_OUT = ("progress", "output_type", "seed", "sigmas", "plan", "attend", "callback_on_step_end")
+LEFT_OUT = ("progress", "output_type", "seed", "sigmas", "plan", "attend", "callback_on_step_end", "callback_on_frames")
 """Arguments that metadata leaves out, or gives in another form."""
 
 UNWRITABLE = (

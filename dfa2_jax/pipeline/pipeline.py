@@ -29,6 +29,7 @@ from dfa2_jax.plan.setting import Setting
 logger = logging.getLogger("dfa2_jax")
 
 Callback = Callable[["Pipeline", int, float, dict[str, np.ndarray]], dict[str, np.ndarray] | None]
+FramesCallback = Callable[["Pipeline", int, int, np.ndarray], Any]
 
 
 class Pipeline(Loaded):
@@ -133,6 +134,7 @@ class Pipeline(Loaded):
         plan: Plan | None = None,
         attend: Attend | None = None,
         callback_on_step_end: Callback | None = None,
+        callback_on_frames: FramesCallback | None = None,
         fps: int | None = None,
         output_type: str = "pil",
         progress: bool = True,

@@ -108,6 +108,7 @@ def resolve(options: Options, family: Family, sizes: ModelSizes, scheduler: Mapp
     )
     height, width = family.size(height, width, sizes.multiple)
     num_frames, fps = _video(options, defaults)
+    _check_watcher(options.callback_on_frames, num_frames, options.output_type)
     length = _positive_int(
         "max_sequence_length", _or(options.max_sequence_length, defaults.max_sequence_length), MAX_SEQUENCE_LENGTH
     )
@@ -147,6 +148,20 @@ def _video(options: Options, defaults: Defaults) -> tuple[int | None, int | None
         return options.num_frames, None
     num_frames = _positive_int("num_frames", _or(options.num_frames, defaults.num_frames), MAX_FRAMES)
     return num_frames, _positive_int("fps", _or(options.fps, defaults.fps), MAX_FPS)
+
+
+def _check_watcher(watcher: Any, num_frames: int | None, output_type: str) -> None:
+    """Raises ValueError where a callback would never be called with frames, or could not be."""
+    if watcher is None:
+        return
+    if not callable(watcher):
+        raise ValueError(f"callback_on_frames={watcher!r:.100} must be callable: (pipeline, video, first, frames).")
+    if num_frames is None:
+        raise ValueError(f"callback_on_frames={watcher!r:.100} is for video models: this one makes images.")
+    if output_type == "latent":
+        raise ValueError(
+            f"callback_on_frames={watcher!r:.100} sees no frames with {output_type=}: leave one of them out."
+        )
 
 
 def seeds_of(seed: int | list[int], batch: int) -> list[int]:

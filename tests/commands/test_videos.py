@@ -10,6 +10,7 @@ from dfa2_jax import Pipeline, cli
 from dfa2_jax.commands import again
 from dfa2_jax.io.images import read_metadata
 from dfa2_jax.io.videos import save_video
+from dfa2_jax.pipeline.components import Component
 
 PROMPT = "a red ring"
 SIZE = ["--height", "32", "--width", "48"]
@@ -62,6 +63,22 @@ def test_a_video_is_made_once_and_made_again_bit_for_bit(sample, tmp_path, capsy
     assert printed.out == f"{other / path.name}\n" and printed.err.endswith("bit for bit\n")
     assert read_metadata(other / path.name) == made and path.read_bytes() == before
     np.testing.assert_array_equal(frames_of(other / path.name), frames_of(path))
+
+
+def test_an_interrupted_decoder_leaves_no_file_and_the_next_run_makes_it(sample, tmp_path, capsys, monkeypatch):
+    out, carry, words = tmp_path / "videos", Component.carry, [*sample, "--quiet", "--num-frames", "25"]
+
+    def interrupted(*args, **options):
+        carry(*args, **options)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Component, "carry", interrupted)
+        assert cli.main([*words, "--out", str(out)]) == 130
+    assert not [*out.rglob("*")] and capsys.readouterr() == ("", "dfa2 sample: interrupted\n")
+    assert cli.main([*words, "--out", str(out)]) == 0
+    (path,) = out.iterdir()
+    assert frames_of(path).shape == (25, 32, 48, 3)
 
 
 @pytest.mark.parametrize("suffix", [".avif", ".png"])

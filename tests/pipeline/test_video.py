@@ -252,7 +252,7 @@ def test_frames_are_decoded_chunk_by_chunk(pipelines, monkeypatch, capsys):
     assert ours.decode(latents_of(3)).shape == (1, 9, 32, 48, 3) and not chunks
     assert ours.decode(latents_of(7), progress=True).shape == (1, 25, 32, 48, 3)
     assert chunks == [((1, 2, 4, 6, 4), "decode_next")] * 2
-    assert "decode: 100%" in (said := capsys.readouterr().err) and "3/3" in said
+    assert "decode: 100%" in (said := capsys.readouterr().err) and "25/25" in said and "frame/s" in said
 
 
 def test_an_interrupted_decoder_can_be_used_again(pipelines, monkeypatch):
@@ -271,6 +271,64 @@ def test_an_interrupted_decoder_can_be_used_again(pipelines, monkeypatch):
         patch.setattr(Component, "carry", interrupted)
         ours.decode(latents_of(7))
     np.testing.assert_array_equal(ours.decode(latents_of(7)), whole)
+
+
+FRAMES = {"num_frames": 25, "num_inference_steps": 5, "progress": False, "output_type": "np"}
+"""Of seven latent frames: chunks of 9, 8 and 8 frames."""
+
+
+def test_frames_are_handed_out_as_they_are_ready(pipelines, monkeypatch):
+    ours, seen, carry = pipelines("tiny_cogvideox_5b"), [], Component.carry
+    arguments = {"prompt": PROMPTS, "seed": 1} | SIZE | FRAMES
+
+    def watched(self, x, carried, *, method):
+        seen.append("decoded")
+        return carry(self, x, carried, method=method)
+
+    monkeypatch.setattr(Component, "carry", watched)
+    output = ours(**arguments, callback_on_frames=lambda *told: seen.append(told))
+    told = [entry for entry in seen if entry != "decoded"]
+    assert ["decoded" if entry == "decoded" else entry[:3] for entry in seen] == [
+        part
+        for video in range(2)
+        for part in ((ours, video, 0), "decoded", (ours, video, 9), "decoded", (ours, video, 17))
+    ]
+    handed_out = np.concatenate([frames for *_, frames in told]).reshape(2, 25, 32, 48, 3)
+    np.testing.assert_array_equal(handed_out, (output.frames * 255).round().astype(np.uint8))
+    assert "callback_on_frames" not in output.metadata
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_a_callback_may_end_a_call_and_the_next_call_is_whole(error, pipelines):
+    ours, arguments = pipelines("tiny_cogvideox_5b"), {"prompt": PROMPTS, "seed": 1} | SIZE | FRAMES
+    whole = ours(**arguments).frames
+
+    def ends(pipeline, video, first, frames):
+        frames[:] = 0  # the callback's own
+        if (video, first) == (1, 9):
+            raise error("enough")
+
+    with pytest.raises(error, match="enough"):
+        ours(**arguments, callback_on_frames=ends)
+    np.testing.assert_array_equal(ours(**arguments).frames, whole)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("tiny_cogvideox_2b", {"callback_on_frames": "print"}, "callback_on_frames='print' must be callable"),
+        (
+            "tiny_cogvideox_2b",
+            {"callback_on_frames": print, "output_type": "latent"},
+            "callback_on_frames=.* sees no frames with output_type='latent'",
+        ),
+        ("tiny_sd35", {"callback_on_frames": print}, "callback_on_frames=.* is for video models"),
+    ],
+    ids=["no function", "latents", "images"],
+)
+def test_a_callback_that_would_see_no_frames_is_refused(name, arguments, message, pipelines):
+    with pytest.raises(ValueError, match=message):
+        pipelines(name).request(Options(prompt="", **arguments))
 
 
 @pytest.fixture(scope="module")
