@@ -165,6 +165,9 @@ def _add_sample(sample: argparse.ArgumentParser) -> None:
     )
     formats = ("png", "webp", "jpeg", "avif", "gif", "mp4")
     sample.add_argument("--format", choices=formats, help="of files in a folder (default: png; of videos webp)")
+    sample.add_argument(
+        "--preview", action="store_true", help="also a still sheet of at most 12 frames of each video, NAME.preview.png"
+    )
     add_flags(sample, Options)
     _add_dtype(sample)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dfa2_jax.commands.flags import given
+from dfa2_jax.commands.previews import frames_in, preview_path, write_preview
 from dfa2_jax.commands.start import open_pipeline, read_prompts, start, together
 from dfa2_jax.demo.box import warn_unseen
 from dfa2_jax.io.atomic import writable
@@ -20,7 +21,7 @@ from dfa2_jax.io.terminal import print_path
 from dfa2_jax.io.videos import SILENT, check_video
 from dfa2_jax.options import Options
 from dfa2_jax.parallel.processes import is_first, said_by_first
-from dfa2_jax.pipeline.output import EITHER, IMAGES, VIDEOS, Formats, image_metadata, metadata, parameters
+from dfa2_jax.pipeline.output import EITHER, IMAGES, VIDEOS, Formats, image_metadata, metadata, parameters, videos
 from dfa2_jax.pipeline.pipeline import Pipeline
 from dfa2_jax.pipeline.request import MAX_IMAGES
 from dfa2_jax.pipeline.timing import told
@@ -56,6 +57,8 @@ def run(args: argparse.Namespace) -> int:
     with phase("loading"):
         pipeline = open_pipeline(args)
     target = Target.of(args, IMAGES if pipeline.sizes.num_frames is None else VIDEOS, len(shots))
+    if args.preview and target.formats is IMAGES:
+        raise ValueError("--preview draws frames of videos: this model makes images, so leave it out.")
     options: dict[str, Any] = given(args, Options) | {"plan": plan, "progress": not args.quiet}
     options["num_images_per_prompt"] = 1  # a shot is one image
     negative = (args.negative_prompt, args.negative_prompt_2, args.negative_prompt_3)
@@ -79,11 +82,15 @@ def run(args: argparse.Namespace) -> int:
                 assert output is not None
                 (path,) = output.save(target.out, format=target.kind, numbers=[number], overwrite=False)
                 target.taken.add(path)
+                if args.preview:
+                    write_preview(path, videos(output.frames)[number])
             else:
                 print(f"skipped {path}: it is made already", file=sys.stderr)
                 for fault in read_metadata(path).get("faults", ()):
                     print(printable(f"{path}: {fault}"), file=sys.stderr)
                     is_sound = False
+                if args.preview and not preview_path(path).exists():
+                    write_preview(path, frames_in(path))
             print_path(path)
     if seconds and not args.quiet:
         calls = seconds.pop("calls")

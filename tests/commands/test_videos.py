@@ -81,6 +81,27 @@ def test_an_interrupted_decoder_leaves_no_file_and_the_next_run_makes_it(sample,
     assert frames_of(path).shape == (25, 32, 48, 3)
 
 
+@pytest.mark.parametrize("form", ["png", "gif"])
+def test_a_preview_lies_beside_each_video(form, sample, tmp_path, capsys):
+    """A run that finds the video makes a sheet that is not there."""
+    out = tmp_path / "videos"
+    words = [*sample, "--quiet", "--format", form, "--preview", "--out", str(out)]
+    assert cli.main(words) == 0
+    path, sheet = out / f"a-red-ring-seed0-0.{form}", out / "a-red-ring-seed0-0.preview.png"
+    assert capsys.readouterr().out == f"{path}\n" and {*out.iterdir()} == {path, sheet}
+    drawn = frames_of(sheet)
+    assert drawn.shape == (1, 3 * 32, 3 * 48, 3)
+    if form == "gif":
+        return
+    tiles = drawn.reshape(3, 32, 3, 48, 3).swapaxes(1, 2).reshape(9, 32, 48, 3)
+    np.testing.assert_array_equal(tiles, frames_of(path))
+
+    sheet.unlink()
+    assert cli.main(words) == 0
+    assert f"skipped {path}" in capsys.readouterr().err and {*out.iterdir()} == {path, sheet}
+    np.testing.assert_array_equal(frames_of(sheet), drawn)
+
+
 @pytest.mark.parametrize("suffix", [".avif", ".png"])
 def test_a_video_of_another_format_is_found_too(suffix, sample, tmp_path, capsys):
     out = tmp_path / f"clip{suffix}"
@@ -114,6 +135,7 @@ def test_a_model_makes_what_it_makes(image_model, sample, monkeypatch, tmp_path,
             "format='mp4' is not one of ['jpeg', 'png', 'webp'], which images",
         ),
         ([str(tmp_path / "a.gif")], "a.gif has the suffix of a format that images are not written in: .png, .webp"),
+        ([str(tmp_path / "out"), "--preview"], "--preview draws frames of videos: this model makes images"),
         ([str(tmp_path / "out"), "--num-frames", "9"], "num_frames=9 is for video models: this one makes images"),
     ):
         assert cli.main([*words, *more]) == 2

@@ -1,0 +1,32 @@
+"""A still sheet of frames beside each video of `dfa2 sample --preview`."""
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageSequence
+
+from dfa2_jax.io.atomic import replacing
+from dfa2_jax.io.videos import Frames, contact_sheet
+
+
+def preview_path(video: Path) -> Path:
+    """The sheet of a video. Videos in a folder end in a number and their suffix, so that no sheet is taken for one."""
+    return video.with_suffix(".preview.png")
+
+
+def write_preview(video: Path, frames: Frames) -> Path:
+    """A sheet of at most 12 frames beside their video, whole or not at all. It does not say how it was made.
+
+    Raises:
+        OSError: the disk.
+    """
+    path = preview_path(video)
+    with replacing(path) as file:
+        contact_sheet(frames).save(file, "PNG")
+    return path
+
+
+def frames_in(video: Path) -> Frames:
+    """The frames of a file that Pillow reads."""
+    with Image.open(video) as image:
+        return np.stack([np.asarray(frame.convert("RGB")) for frame in ImageSequence.Iterator(image)])
