@@ -139,6 +139,11 @@ class Options:
     callback_on_step_end: Callable[..., Any] | None = option(
         None, 'called as (pipeline, step, timestep, {"latents": ...}); may return other latents'
     )
+    vae_tiling: bool = option(
+        False,
+        "decode videos in overlapping tiles, as diffusers' enable_tiling does: less memory, and other pixels",
+        flag=True,
+    )
     callback_on_frames: Callable[..., Any] | None = option(
         None,
         "called as (pipeline, video, first, frames) as each chunk of a video is decoded: the number of the video, the "

@@ -22,5 +22,6 @@ def compile_ahead(call: Call) -> None:
 
 def compile_decoder(call: Call) -> None:
     """`pipeline.decode` of the call's images then compiles nothing."""
-    (latents,) = call.latents(call.tokens[:1]).transpose(0, 2, 3, 4, 1)
-    compile_chunks(call.pipeline.networks["vae"], np.asarray(latents, np.float32), call.pipeline.put_image)
+    (latents,), pipeline = call.latents(call.tokens[:1]).transpose(0, 2, 3, 4, 1), call.pipeline
+    tiles = pipeline.tiles(call.options.vae_tiling)
+    compile_chunks(pipeline.networks["vae"], np.asarray(latents, np.float32), pipeline.put_image, tiles)

@@ -293,8 +293,8 @@ class Call:
         pipeline, output_type, is_video = self.pipeline, self.request.output_type, self.request.num_frames is not None
         if output_type == "latent":
             return pipeline.family.output_latents(tokens, self.grid)
-        progress = is_video and self.options.progress
-        videos = pipeline.decode(self.latents(tokens), progress=progress, on_frames=self._hand_out)
+        progress, tiling = is_video and self.options.progress, self.options.vae_tiling
+        videos = pipeline.decode(self.latents(tokens), tiling=tiling, progress=progress, on_frames=self._hand_out)
         if output_type == "np":
             return videos if is_video else videos[:, 0]
         shown = [[Image.fromarray(in_bytes(frame)) for frame in video] for video in videos]

@@ -16,10 +16,11 @@ from dfa2_jax.families.registry import FAMILIES
 from dfa2_jax.io.names import suggests_names
 from dfa2_jax.parallel.mesh import DeviceMesh, devices_named
 from dfa2_jax.pipeline.components import Component, Networks
-from dfa2_jax.pipeline.decoding import OnFrames, frames_of, num_frames
+from dfa2_jax.pipeline.decoding import OnFrames, frames_of, num_frames, parts_of
 from dfa2_jax.pipeline.fit import check_fit
 from dfa2_jax.pipeline.request import ModelSizes, Request
 from dfa2_jax.sampling.tokens import Grid
+from dfa2_jax.vae.tiles import Tiles
 from dfa2_jax.weights.checkpoint import Checkpoint
 from dfa2_jax.weights.dtypes import FLOAT_DTYPES, PRECISIONS, TEXT_ENCODER_DTYPES, Precision, as_precision
 from pallas_kernels import Device
@@ -171,31 +172,48 @@ class Loaded:
             raise ValueError(f"{clip_skip=} must be from 0 to {depth - 1}: the CLIP encoder has {depth} layers.")
 
     def decode(
-        self, latents: Float[np.ndarray, "B C F h w"], *, progress: bool = False, on_frames: OnFrames | None = None
+        self,
+        latents: Float[np.ndarray, "B C F h w"],
+        *,
+        tiling: bool = False,
+        progress: bool = False,
+        on_frames: OnFrames | None = None,
     ) -> Float[np.ndarray, "B frames H W 3"]:
         """Frames, in [0, 1], of latents as the sampler leaves them. A picture is one frame.
 
         Devices of this process share lines of pixels.
 
         Args:
-            progress: show a bar of frames.
+            tiling: decode a video in tiles (`vae.tiles`).
+            progress: show a bar of frames, or of frames of tiles.
             on_frames: called with the frames of each chunk. What it raises ends the decoding, and leaves nothing.
         """
         self.check_vae()
         vae, nfhwc = self.networks["vae"], np.asarray(latents, np.float32).transpose(0, 2, 3, 4, 1)
         count, out = num_frames(self.networks.config("vae"), latents.shape[2]), None
-        with tqdm(total=len(nfhwc) * count, desc="decode", unit="frame", disable=not progress) as bar:
+        tiles = self.tiles(tiling)
+        parts, words = len(parts_of(nfhwc[0], tiles)), {"desc": "decode", "unit": "frame", "disable": not progress}
+        if parts > 1:
+            words["desc"] = f"decode {parts} tiles"
+        with tqdm(total=len(nfhwc) * count * parts, **words) as bar:
             for number, video in enumerate(nfhwc):
                 at = 0
-                for frames in frames_of(vae, video, self.put_image):
+                for frames in frames_of(vae, video, self.put_image, tiles, bar.update):
                     out = np.empty((len(nfhwc), count, *frames.shape[1:]), np.float32) if out is None else out
                     out[number, at : at + len(frames)] = frames
-                    bar.update(len(frames))
                     if on_frames is not None:
                         on_frames(number, at, frames)
                     at += len(frames)
         assert out is not None
         return out
+
+    def tiles(self, tiling: bool) -> Tiles | None:
+        """Those that the autoencoder decodes in.
+
+        Raises:
+            ValueError: the autoencoder's do not meet.
+        """
+        return Tiles.of(self.networks.config("vae")) if tiling else None
 
     def put_image(self, x: Float[np.ndarray, "*dims h w C"]) -> Any:
         """As the VAE takes it."""

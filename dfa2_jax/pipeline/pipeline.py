@@ -134,6 +134,7 @@ class Pipeline(Loaded):
         plan: Plan | None = None,
         attend: Attend | None = None,
         callback_on_step_end: Callback | None = None,
+        vae_tiling: bool = False,
         callback_on_frames: FramesCallback | None = None,
         fps: int | None = None,
         output_type: str = "pil",
@@ -211,6 +212,7 @@ class Pipeline(Loaded):
         request = resolve(self._planned(options), self.family, self.sizes, self.scheduler)
         if request.output_type != "latent":
             self.check_vae()
+            self.tiles(options.vae_tiling)
         return request
 
     def _planned(self, options: Options) -> Options:

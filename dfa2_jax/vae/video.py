@@ -48,7 +48,7 @@ LATENT_CHUNK, VIDEO_CHUNK = 2, 8
 class VideoAutoencoderConfig:
     """diffusers' fields, with diffusers' defaults where a config.json may leave them out.
 
-    `invert_scale_latents` is ignored, as diffusers' text-to-video pipeline ignores it. So are the sizes of tiles.
+    `invert_scale_latents` is ignored, as diffusers' text-to-video pipeline ignores it.
     """
 
     block_out_channels: tuple[int, ...] = (128, 256, 256, 512)  # from the video's end to the latents'
@@ -59,6 +59,8 @@ class VideoAutoencoderConfig:
     norm_num_groups: int = 32
     temporal_compression_ratio: int = 4
     scaling_factor: float = 1.15258426
+    sample_height: int = 480  # of videos that are not cut: tiles are half as large (`vae.tiles`)
+    sample_width: int = 720
 
     def __post_init__(self):
         check_fields(self)
@@ -73,6 +75,11 @@ class VideoAutoencoderConfig:
             raise ValueError(
                 f"Video VAE config: {self.block_out_channels=} must be multiples of {self.norm_num_groups=}"
             )
+
+    @property
+    def scale(self) -> int:
+        """Pixels along a side of one latent pixel."""
+        return 2 ** (len(self.block_out_channels) - 1)
 
     @property
     def temporal_levels(self) -> int:

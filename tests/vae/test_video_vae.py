@@ -1,5 +1,4 @@
 import mmap
-import tempfile
 from copy import deepcopy
 from functools import cache
 from pathlib import Path
@@ -14,15 +13,15 @@ import torch
 from flax import nnx
 from lowering import assert_highest_precision, largest_intermediate, lower_for_cuda
 from torch_models import redraw, relative_error
+from video_models import loaded, shapes_of
 
 from dfa2_jax.pipeline.components import Component
 from dfa2_jax.vae import video_blocks
 from dfa2_jax.vae.spec import VIDEO_AUTOENCODER
 from dfa2_jax.vae.video import AutoencoderKLCogVideoX, VideoAutoencoderConfig, frame_chunks, video_chunks
 from dfa2_jax.vae.video_blocks import MAX_SEEN, CausalConv
-from dfa2_jax.weights.leaf import load_leaf
 from dfa2_jax.weights.rules import map_weights
-from dfa2_jax.weights.safetensors import Tensor, open_weights
+from dfa2_jax.weights.safetensors import Tensor
 
 MODELS: dict[str, dict[str, Any]] = {
     "four_levels": dict(block_out_channels=(8, 16, 16, 24), layers_per_block=1, scaling_factor=0.7),
@@ -40,23 +39,9 @@ def reference(name: str) -> torch.nn.Module:
     return redraw(vae, 0.08)
 
 
-def shapes_of(config: VideoAutoencoderConfig, dtype: Any) -> tuple[nnx.GraphDef, nnx.State, dict[str, Any]]:
-    graph, state = nnx.split(nnx.eval_shape(lambda: VIDEO_AUTOENCODER.build(config, dtype=dtype, rngs=nnx.Rngs(0))))
-    return graph, state, {".".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(state)}
-
-
 @cache
 def model(name: str, dtype: Any = jnp.float32) -> AutoencoderKLCogVideoX:
-    """From the folder that diffusers writes, by the rules that a pipeline loads it by."""
-    config = VIDEO_AUTOENCODER.config(dict(reference(name).config))
-    graph, state, variables = shapes_of(config, dtype)
-    with tempfile.TemporaryDirectory() as folder:
-        reference(name).save_pretrained(folder)
-        shapes = {path: tuple(variable.shape) for path, variable in variables.items()}
-        leaves = map_weights(open_weights(Path(folder)), VIDEO_AUTOENCODER.rules, shapes, "tiny")
-        for path, leaf in leaves.items():
-            variables[path].set_value(load_leaf(leaf, np.dtype(dtype), on_device=True))
-    return nnx.merge(graph, state)
+    return loaded(reference(name), dtype)
 
 
 def latents(frames: int) -> np.ndarray:

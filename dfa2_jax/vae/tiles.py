@@ -1,0 +1,100 @@
+"""Tiles of pixels that a video is decoded in, as those of diffusers' AutoencoderKLCogVideoX.
+
+A tile overlaps the one above and the one on its left, and is blended into them. Each tile is a video of its own: its
+norms see the tile alone, so that other frames come out than of the whole.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float
+
+from dfa2_jax.vae.video import VideoAutoencoderConfig
+
+OVERLAP = {"sample_height": 1 / 6, "sample_width": 1 / 5}
+"""Shares of a tile that are blended."""
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One direction. size: latents of a tile; step: latents from a tile to the next; blended: pixels of the overlap."""
+
+    size: int
+    step: int
+    blended: int
+
+    @classmethod
+    def of(cls, config: VideoAutoencoderConfig, name: str) -> "Axis":
+        pixels, overlap, scale = getattr(config, name) // 2, OVERLAP[name], config.scale
+        axis = cls(pixels // scale, int(pixels // scale * (1 - overlap)), int(pixels * overlap))
+        if axis.step < 1 or axis.step * scale + axis.blended != pixels:
+            raise ValueError(
+                f"vae_tiling: tiles of half of the VAE's {name}={getattr(config, name)} with {axis.blended} pixels of "
+                f"overlap do not meet at a multiple of {scale} pixels: leave vae_tiling out."
+            )
+        return axis
+
+    def parts(self, length: int) -> list[slice]:
+        """Latents of each tile; the last is as long as what is left."""
+        return [slice(start, min(start + self.size, length)) for start in range(0, length, self.step)]
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Where tiles lie, and how they are put together."""
+
+    rows: Axis
+    columns: Axis
+    scale: int
+
+    @classmethod
+    def of(cls, config: VideoAutoencoderConfig) -> "Tiles":
+        """The tiles of an autoencoder, half as high and wide as the videos that it was made for.
+
+        Raises:
+            ValueError: they do not meet.
+        """
+        return cls(Axis.of(config, "sample_height"), Axis.of(config, "sample_width"), config.scale)
+
+    def parts(self, height: int, width: int) -> list[tuple[slice, slice]]:
+        """Rows and columns of latents of each tile, in reading order; one tile of what fits in it."""
+        if height <= self.rows.size and width <= self.columns.size:
+            return [(slice(0, height), slice(0, width))]
+        return [(rows, columns) for rows in self.rows.parts(height) for columns in self.columns.parts(width)]
+
+
+class Canvas:
+    """Frames of a chunk, put together of tiles that come in reading order."""
+
+    def __init__(self, tiles: Tiles, frames: int, height: int, width: int):
+        """
+        Args:
+            height, width: of the latents.
+        """
+        self.tiles = tiles
+        self.pixels = np.empty((frames, height * tiles.scale, width * tiles.scale, 3), np.float32)
+        self._blended: dict[tuple[int, int], np.ndarray] = {}
+
+    def put(self, part: tuple[slice, slice], tile: Float[np.ndarray, "F y x 3"]) -> None:
+        """A tile, blended from the tile above it, then from the left one, both as they were blended."""
+        (rows, columns), (down, across), scale = part, (self.tiles.rows, self.tiles.columns), self.tiles.scale
+        top, left = rows.start, columns.start
+        if top:
+            tile = blend(self._blended.pop((top - down.step, left)), tile, down.blended, axis=1)
+        if left:
+            tile = blend(self._blended[top, left - across.step], tile, across.blended, axis=2)
+        self._blended[top, left] = tile
+        tile = tile[:, : down.step * scale, : across.step * scale]
+        self.pixels[:, top * scale :, left * scale :][:, : tile.shape[1], : tile.shape[2]] = tile
+
+
+def blend(
+    before: Float[np.ndarray, "F a b 3"], after: Float[np.ndarray, "F y x 3"], extent: int, *, axis: int
+) -> Float[np.ndarray, "F y x 3"]:
+    """A tile that begins as the end of the tile before, and goes over into itself within `extent` pixels."""
+    extent = min(before.shape[axis], after.shape[axis], extent)
+    weight = (np.arange(extent) / extent).astype(np.float32)
+    weight = np.expand_dims(weight, [other for other in range(4) if other != axis])
+    end = np.take(before, range(before.shape[axis] - extent, before.shape[axis]), axis)
+    begin, rest = np.split(after, [extent], axis)
+    return np.concatenate([end * (1 - weight) + begin * weight, rest], axis)

@@ -1,0 +1,33 @@
+"""Autoencoders of diffusers' CogVideoX class, as a pipeline would load them."""
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from dfa2_jax.vae.spec import VIDEO_AUTOENCODER
+from dfa2_jax.vae.video import AutoencoderKLCogVideoX, VideoAutoencoderConfig
+from dfa2_jax.weights.leaf import load_leaf
+from dfa2_jax.weights.rules import map_weights
+from dfa2_jax.weights.safetensors import open_weights
+
+
+def shapes_of(config: VideoAutoencoderConfig, dtype: Any) -> tuple[nnx.GraphDef, nnx.State, dict[str, Any]]:
+    graph, state = nnx.split(nnx.eval_shape(lambda: VIDEO_AUTOENCODER.build(config, dtype=dtype, rngs=nnx.Rngs(0))))
+    return graph, state, {".".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(state)}
+
+
+def loaded(reference: Any, dtype: Any = jnp.float32) -> AutoencoderKLCogVideoX:
+    """From the folder that diffusers writes, by the rules that a pipeline loads it by."""
+    config = VIDEO_AUTOENCODER.config(dict(reference.config))
+    graph, state, variables = shapes_of(config, dtype)
+    with tempfile.TemporaryDirectory() as folder:
+        reference.save_pretrained(folder)
+        shapes = {path: tuple(variable.shape) for path, variable in variables.items()}
+        leaves = map_weights(open_weights(Path(folder)), VIDEO_AUTOENCODER.rules, shapes, "tiny")
+        for path, leaf in leaves.items():
+            variables[path].set_value(load_leaf(leaf, np.dtype(dtype), on_device=True))
+    return nnx.merge(graph, state)
