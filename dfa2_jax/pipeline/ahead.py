@@ -1,27 +1,85 @@
-"""Compiles what a call will run, before its bar starts."""
+"""Compiles what a call will run, before its bar starts, and looks whether what it makes can be decoded."""
+
+import math
+from contextlib import suppress
 
 import jax
 import numpy as np
 
 from dfa2_jax.pipeline.call import Call
-from dfa2_jax.pipeline.decoding import compile_chunks
+from dfa2_jax.pipeline.decoding import compile_chunks, parts_of
+from dfa2_jax.vae.tiles import Tiles
+from dfa2_jax.weights.room import counted_bytes
 
 
 @jax.enable_x64(False)  # as the programs run
 def compile_ahead(call: Call) -> None:
-    """The loop and the decoder; `call.run` and `call.images` then compile nothing.
+    """The decoder and the loop; `call.run` and `call.images` then compile nothing.
 
     Raises:
-        MemoryError: what attention remembers does not fit.
+        MemoryError: what attention remembers does not fit, or what the decoder needs.
     """
+    if call.request.output_type != "latent":
+        compile_decoder(call)
     run, state = call.program(call.options.plan)
     jax.block_until_ready(run(state, 0, 0).latents)  # no step: the same program as all steps
-    if call.request.output_type != "latent":
+
+
+def check_decoder(call: Call) -> None:
+    """Compiles the decoder where its memory may be refused.
+
+    Raises:
+        MemoryError: what the decoder needs does not fit.
+    """
+    if call.request.output_type != "latent" and _free_bytes(call) is not None:
         compile_decoder(call)
 
 
 def compile_decoder(call: Call) -> None:
-    """`pipeline.decode` of the call's images then compiles nothing."""
-    (latents,), pipeline = call.latents(call.tokens[:1]).transpose(0, 2, 3, 4, 1), call.pipeline
+    """`pipeline.decode` of the call's images then compiles nothing.
+
+    Raises:
+        MemoryError: what the decoder needs does not fit; the message says what would.
+    """
+    pipeline, latents = call.pipeline, _latents(call)
     tiles = pipeline.tiles(call.options.vae_tiling)
-    compile_chunks(pipeline.networks["vae"], np.asarray(latents, np.float32), pipeline.put_image, tiles)
+    need = compile_chunks(pipeline.networks["vae"], latents, pipeline.put_image, tiles)
+    free, request = _free_bytes(call), call.request
+    if free is None or need <= free:
+        return
+    what = "an image" if request.num_frames is None else f"a video of {request.num_frames} frames"
+    raise MemoryError(
+        f"The VAE takes {need / 1e9:.1f} GB to decode {what} of {request.height} x {request.width} px, and "
+        f"{free / 1e9:.1f} GB are free: {_advice(call, need, free)}."
+    )
+
+
+def _free_bytes(call: Call) -> int | None:
+    mesh = call.pipeline.own_mesh
+    return counted_bytes(() if mesh is None else mesh.members)
+
+
+def _latents(call: Call) -> np.ndarray:
+    """[F, h, w, C] of one image or video."""
+    (latents,) = call.latents(call.tokens[:1]).transpose(0, 2, 3, 4, 1)
+    return np.asarray(latents, np.float32)
+
+
+def _advice(call: Call, need: int, free: int) -> str:
+    """What takes less: memory grows with the pixels that are decoded at once."""
+    pipeline, latents, is_tiled = call.pipeline, _latents(call), call.options.vae_tiling
+    at_once = _at_once(latents, pipeline.tiles(is_tiled))
+    if call.request.num_frames is not None and not is_tiled:
+        with suppress(ValueError):  # tiles that do not meet
+            tiled = need * math.prod(_at_once(latents, pipeline.tiles(True))) / math.prod(at_once)
+            if tiled <= free:
+                return f"vae_tiling=True takes about {tiled / 1e9:.1f} GB"
+    scale, multiple = pipeline.sizes.vae_scale, pipeline.sizes.multiple
+    sides = [int(side * scale * math.sqrt(free / need)) // multiple * multiple for side in at_once]
+    return f"about {sides[0]} x {sides[1]} px would fit" if min(sides) else "take a device with more memory"
+
+
+def _at_once(latents: np.ndarray, tiles: Tiles | None) -> tuple[int, int]:
+    """Height and width of what is decoded at once: no tile is larger than the first."""
+    rows, columns = parts_of(latents, tiles)[0]
+    return rows.stop, columns.stop

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from flax import nnx
@@ -26,6 +26,13 @@ def call_carrying(graph: nnx.GraphDef, params: Any, x: Any, carried: Any, *, met
     return getattr(nnx.merge(graph, params), method)(x, carried)
 
 
+class Program(NamedTuple):
+    """A compiled call. returned: shapes; nbytes: on a device, beside the arguments that the call keeps."""
+
+    returned: Any
+    nbytes: int
+
+
 class Component:
     """One network of a pipeline, split into its static graph and its parameters."""
 
@@ -43,16 +50,18 @@ class Component:
         return call_carrying(self.graph, self.params, x, carried, method=method)
 
     @jax.enable_x64(False)
-    def compile(self, *args: Any, method: str, carries: bool = False) -> Any:
-        """Shapes of what a call returns, which then compiles nothing.
+    def compile(self, *args: Any, method: str, carries: bool = False) -> Program:
+        """The program of a call, which then compiles nothing.
 
         Args:
             args: arrays, or their shapes.
             carries: for `carry`.
         """
         lowered = (call_carrying if carries else call).lower(self.graph, self.params, *args, method=method)
-        lowered.compile()
-        return lowered.out_info
+        memory = lowered.compile().memory_analysis()
+        # What is given away lies in what is returned.
+        size = 0 if memory is None else memory.temp_size_in_bytes + memory.output_size_in_bytes
+        return Program(lowered.out_info, size)
 
 
 class Networks:

@@ -92,15 +92,22 @@ def chunks_of(vae: Component, latents: Float[np.ndarray, "F h w C"]) -> list[Flo
     return [latents[part] for part in (frame_chunks(count) if is_of_video(vae) else np.arange(count)[:, None])]
 
 
-def compile_chunks(vae: Component, latents: Float[np.ndarray, "F h w C"], put: Put, tiles: Tiles | None = None) -> None:
-    """`frames_of` such latents then compiles nothing. Tiles of one size share their programs."""
+def compile_chunks(vae: Component, latents: Float[np.ndarray, "F h w C"], put: Put, tiles: Tiles | None = None) -> int:
+    """`frames_of` such latents then compiles nothing. Tiles of one size share their programs.
+
+    Returns:
+        Bytes that the largest program takes on a device, beside weights.
+    """
+    programs = []
     sizes = {(y.stop - y.start, x.stop - x.start): (y, x) for y, x in parts_of(latents, tiles)}
     for part in sizes.values():
         first, *later = chunks_of(vae, latents[:, *part])
         if not is_of_video(vae):
-            vae.compile(put(first), method="decode")
+            programs.append(vae.compile(put(first), method="decode"))
             continue
-        _, carried = vae.compile(put(first[None]), method="decode_first")
+        programs.append(vae.compile(put(first[None]), method="decode_first"))
         if later:
+            _, carried = programs[-1].returned
             shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), carried)
-            vae.compile(put(later[0][None]), shapes, method="decode_next", carries=True)
+            programs.append(vae.compile(put(later[0][None]), shapes, method="decode_next", carries=True))
+    return max(program.nbytes for program in programs)

@@ -15,7 +15,7 @@ from dfa2_jax.io.hub import find_model
 from dfa2_jax.io.names import check_names, names_of, suggests_names
 from dfa2_jax.nn.attention import Attend
 from dfa2_jax.options import Options, Prompt, described
-from dfa2_jax.pipeline.ahead import compile_ahead
+from dfa2_jax.pipeline.ahead import check_decoder, compile_ahead
 from dfa2_jax.pipeline.call import Call, prepare
 from dfa2_jax.pipeline.health import faults_of
 from dfa2_jax.pipeline.loaded import Loaded
@@ -147,7 +147,7 @@ class Pipeline(Loaded):
 
         Raises:
             ValueError: an argument that this model, this folder, the plan or another argument rules out.
-            MemoryError: what attention keeps from step to step does not fit.
+            MemoryError: what attention keeps from step to step does not fit, or what decoding takes; no step was run.
         """
         options = Options(**{name: value for name, value in locals().items() if name != "self"})
         return self.sample(options)
@@ -167,7 +167,9 @@ class Pipeline(Loaded):
         if options.progress:  # a bar starts after compilation
             with phase("compiling"):
                 compile_ahead(call)
-            clock.lap("compile")
+        else:
+            check_decoder(call)
+        clock.lap("compile")
         tokens = call.run()
         clock.lap("denoise")
         is_video = call.request.num_frames is not None  # whose decoder has a bar

@@ -60,7 +60,8 @@ def check_fits(memory: Any, *, images: int, devices: Collection[Any] = ()) -> No
     need, free = sum(x.size * x.dtype.itemsize for x in arrays) // max(1, len(devices)), free_bytes(devices)
     if need > free:
         fitting = int(free / need * images)
-        smaller = f"one image takes {need / images / 1e9:.1f} GB: take a smaller one, or dense attention"
+        smaller = "take a smaller one, fewer frames of a video, or dense attention"
+        smaller = f"one image takes {need / images / 1e9:.1f} GB: {smaller}"
         advice = f"a batch of {fitting} would fit" if fitting else smaller
         tokens = max(x.shape[2] for x in arrays)
         each = f" on each of {len(devices)} devices" if len(devices) > 1 else ""

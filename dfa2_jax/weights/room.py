@@ -31,18 +31,28 @@ def free_bytes(devices: Collection[Any] = ()) -> int:
 
     Of a CPU's memory: what programs can get without swapping. Of a GPU whose allocator counts nothing: no limit.
     """
+    if (counted := counted_bytes(devices)) is not None:
+        return counted
+    meminfo = Path("/proc/meminfo")  # Linux alone
+    has_host_memory = _own(devices)[0].platform == "cpu" and meminfo.is_file()
+    available = re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text()) if has_host_memory else None
+    return int(available[1]) * 1024 if available else sys.maxsize
+
+
+def counted_bytes(devices: Collection[Any] = ()) -> int | None:
+    """As `free_bytes`, of devices whose allocators count; None: none of them does, as on a CPU."""
+    stats = [device.memory_stats() or {} for device in _own(devices)]
+    counted = [each["bytes_limit"] - each["bytes_in_use"] for each in stats if "bytes_limit" in each]
+    return min(counted, default=None)
+
+
+def _own(devices: Collection[Any]) -> list[Any]:
+    """This process's devices among these, or the default device."""
     default = getattr(jax.config, "jax_default_device", None)  # a device, or a platform; pyright knows no such field
     here = [device for device in devices if device.process_index == jax.process_index()]
     if isinstance(default, str) or default is None:
         default = jax.local_devices(backend=default)[0]
-    fullest = here or [default]
-    stats = [device.memory_stats() or {} for device in fullest]
-    if counted := [each["bytes_limit"] - each["bytes_in_use"] for each in stats if "bytes_limit" in each]:
-        return min(counted)
-    meminfo = Path("/proc/meminfo")  # Linux alone
-    has_host_memory = fullest[0].platform == "cpu" and meminfo.is_file()
-    available = re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text()) if has_host_memory else None
-    return int(available[1]) * 1024 if available else sys.maxsize
+    return here or [default]
 
 
 def check_room(name: str, model: nnx.Module, places: Places | None) -> None:
