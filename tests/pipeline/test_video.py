@@ -274,7 +274,7 @@ def test_an_interrupted_decoder_can_be_used_again(pipelines, monkeypatch):
 
 
 FRAMES = {"num_frames": 25, "num_inference_steps": 5, "progress": False, "output_type": "np"}
-"""Of seven latent frames: chunks of 9, 8 and 8 frames."""
+"""Chunks are of 9, 8 and 8 frames."""
 
 
 def test_frames_are_handed_out_as_they_are_ready(pipelines, monkeypatch):
