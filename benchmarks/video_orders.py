@@ -38,11 +38,11 @@ KINDS: dict[str, dict[str, Any]] = {
 DELTAS = 0.1, 0.2, 0.4, 0.6, 0.8
 WINDOWS = 4, 8, 16, 32
 TILES = 8, 8
-"""Of queries and keys: those of a GPU's kernels would hold a band of these short sequences whole."""
+"""Queries and keys of a tile: a GPU's would hold a band of these short sequences whole."""
 
 
 def nearness(videos: np.ndarray, exact: np.ndarray) -> dict[str, Any]:
-    """Of each video, the mean over its frames, and the worst of them."""
+    """The mean over the frames of each video, and the worst of them."""
     pairs = list(zip(videos, exact, strict=True))
     by_frame = {
         name: np.array([[metric(a, b) for a, b in zip(*pair, strict=True)] for pair in pairs])

@@ -40,7 +40,7 @@ def cogvideox(layers: int, heads: int, grid: Grid, dtype: Any = jnp.bfloat16, **
 
 
 NEWER = {"patch_size_t": 2, "sample_height": 96, "sample_width": 170, "sample_frames": 81}
-"""Of CogVideoX 1.5."""
+"""Fields of CogVideoX 1.5."""
 GPU = {
     "CogVideoX-5B 49 x 480 x 720": cogvideox(42, 48, Grid(13, 30, 45)),
     "CogVideoX1.5-5B 81 x 768 x 1360": cogvideox(42, 48, Grid(11, 48, 85), **NEWER),

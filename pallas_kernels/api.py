@@ -1,7 +1,7 @@
 """`arrow_attention` and `nested_arrow_attention`: check their arguments and hand them to a backend."""
 
 from dataclasses import replace
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import jax
 import jax.experimental.pallas  # noqa: F401 adds to jit's key (jax 0.12): no program's first trace may be what imports it
@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.backends.base import Backend, ComputesArrows, ComputesDense, ComputesNested, Device, Problem
 from pallas_kernels.backends.registry import backend_named, interpretable_names
-from pallas_kernels.checks import check_cache, check_heads, check_int32, check_tokens, concrete
+from pallas_kernels.checks import check_cache, check_heads, check_int32, check_text_length, check_tokens, concrete
 from pallas_kernels.devices import PREFERENCE, choose, passes_are_faster
 from pallas_kernels.layout import Layout
 from pallas_kernels.mask import EVERYTHING
@@ -28,6 +28,7 @@ def arrow_attention(
     cache: Float[Array, "*L B T N H"] | None = None,
     layer: Int[Array, ""] | int | None = None,
     head_order: Int[Array, " N"] | None = None,
+    text_length: Int[Array, " B"] | None = None,
     implementation: str | None = None,
     interpret: bool = False,
 ) -> Float[Array, "*L B T N H"]:
@@ -47,6 +48,9 @@ def arrow_attention(
             cache, a cached head's output is NaN.
         head_order: a permutation of the heads, those with most work first: the order in which the kernels start
             them. The result does not depend on it. None: as they come.
+        text_length: of each sample, how many text tokens there are: the rest of `layout.num_text` pads, and no query
+            attends it. It is data: prompts of all lengths share a program and a plan. Outputs of padding are finite,
+            and of no use. None: there is no padding. 0 is for layouts with visual tokens.
         implementation: a backend's name. None: the best for the device (`devices.PREFERENCE`): for arrows "mosaic" on
             Hopper, "triton" on other NVIDIA GPUs and "blockwise" elsewhere. "jax_triton" is a kernel in Triton itself,
             an extra: JAX will drop Pallas's Triton. "reference" is for tests.
@@ -64,7 +68,9 @@ def arrow_attention(
     check_tokens(q, k, v, layout)
     check_heads(q, k, half_window, head_order)
     check_cache(q, half_window, cache, layer)
-    tokens, entry = {"q": q, "k": k, "v": v, "layout": layout}, _entry(cache, layer)
+    check_text_length(q, layout, text_length)
+    tokens: dict[str, Any] = {"q": q, "k": k, "v": v, "layout": layout, "text_length": text_length}
+    entry = _entry(cache, layer)
     if half_window is None:
         out = _dense(Problem(operation="dense", **tokens), implementation, interpret)
         return out if entry is None else jax.lax.dynamic_update_index_in_dim(cache, out, entry, 0)
@@ -81,13 +87,14 @@ def nested_arrow_attention(
     half_windows: Int[Array, " W"],
     *,
     layout: Layout,
+    text_length: Int[Array, " B"] | None = None,
     implementation: str | None = None,
     interpret: bool = False,
 ) -> Float[Array, "W+1 B T N H"]:
     """Every head's output under each of a list of windows, and dense: what calibration compares (section 3.3).
 
     Args:
-        q, k, v, layout, implementation, interpret: as in `arrow_attention`.
+        q, k, v, layout, text_length, implementation, interpret: as in `arrow_attention`.
         half_windows: visual tokens kept on each side of the diagonal, increasing, not negative. It is data. On a GPU
             one pass gives all outputs. The "triton" kernels take dense attention and a pass for each window where
             `cost` expects that to be faster. That is in float32, and for one window or two at FLUX's 2048 px.
@@ -107,7 +114,8 @@ def nested_arrow_attention(
     values = concrete(half_windows)
     if values is not None and (np.any(values < 0) or np.any(np.diff(values) <= 0)):
         raise ValueError(f"half_windows must be increasing and not negative, got {values.tolist()}.")
-    problem = Problem(operation="nested", q=q, k=k, v=v, layout=layout)
+    check_text_length(q, layout, text_length)
+    problem = Problem(operation="nested", q=q, k=k, v=v, layout=layout, text_length=text_length)
     backend = _backend(problem, implementation, interpret)
     assert isinstance(backend, ComputesNested)
     in_passes = implementation is None and passes_are_faster(problem, values, half_windows.size)
@@ -137,9 +145,9 @@ def _dense(problem: Problem[Array], implementation: str | None, interpret: bool)
 
 def _passes(problem: Problem[Array], half_windows: Int[Array, " W"]) -> Float[Array, "W+1 B T N H"]:
     """A call for each window, and a dense one."""
-    q, k, v, layout = problem.q, problem.k, problem.v, problem.layout
+    q, options = problem.q, {"layout": problem.layout, "text_length": problem.text_length}
     windows = [jnp.broadcast_to(window, q.shape[2]) for window in half_windows]
-    return jnp.stack([arrow_attention(q, k, v, window, layout=layout) for window in (*windows, None)])
+    return jnp.stack([arrow_attention(q, problem.k, problem.v, window, **options) for window in (*windows, None)])
 
 
 def _backend(problem: Problem[Array], implementation: str | None, interpret: bool) -> Backend:

@@ -76,3 +76,12 @@ def check_cache(q: Array, half_window: Array | None, cache: Array | None, layer:
     index = concrete(layer)
     if index is not None and not 0 <= index < cache.shape[0]:
         raise ValueError(f"layer={index.tolist()} is outside the cache stack of {cache.shape[0]} layers.")
+
+
+def check_text_length(q: Array, layout: Layout, text_length: Array | None) -> None:
+    if text_length is None:
+        return
+    check_int32("text_length", text_length, (q.shape[0],))
+    values, least = concrete(text_length), int(not layout.num_visual)
+    if values is not None and (values.min() < least or values.max() > layout.num_text):
+        raise ValueError(f"text_length must be from {least} to {layout.num_text=}, got {values.tolist()}.")

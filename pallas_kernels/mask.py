@@ -46,6 +46,12 @@ def rows_of_mask(half_window: Int[Array, " N"], layout: Layout, query: Int[Array
     return near | text[None] | (half_window == FULL)[:, None, None]
 
 
+def seen_keys(text_length: Int[Array, " B"], layout: Layout) -> Bool[Array, "B S"]:
+    """All keys but text's padding: text tokens from `text_length` on."""
+    of_text = jnp.arange(layout.length) - layout.text.start
+    return (of_text[None] < text_length[:, None]) | (of_text < 0)[None] | (of_text >= layout.num_text)[None]
+
+
 def kept_pairs(half_window: Int[np.ndarray, " N"], layout: Layout) -> Int[np.ndarray, " N"]:
     """Query-key pairs that `dense_mask` keeps, per head; none of a cached head."""
     text, visual = layout.num_text, layout.num_visual
@@ -118,6 +124,13 @@ class Segment(NamedTuple):
     first: Any
     """Position of the first key."""
     tiles: Any
+
+
+def cut_text(num_text: IntArray, keys: int) -> tuple[IntArray, IntArray]:
+    """Tiles that are text as a whole, and how many are in part: 0 or 1."""
+    whole = num_text // keys
+    ragged = num_text > whole * keys
+    return whole, int(ragged) if isinstance(ragged, bool) else ragged.astype(np.int32)
 
 
 def steps(segments: Sequence[Segment]) -> Any:

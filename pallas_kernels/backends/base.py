@@ -88,6 +88,8 @@ class Problem(Generic[A]):
     layer: Int[A, ""] | None = None
     """An entry of the cache, which is a stack then."""
     head_order: Int[A, " N"] | None = None
+    text_length: Int[A, " B"] | None = None
+    """None: all text is seen, and the kernels are those that know no other."""
 
     @property
     def windows(self) -> Int[A, " N"]:

@@ -61,7 +61,7 @@ def test_dense_attention(attend, small, length, dtype, monkeypatch):
     if attend is None:
         out = arrow_attention(q, k, v, layout=Layout(0, length, True), implementation="reference")
     else:
-        out = jax.jit(attend)(q, k, v)
+        out = jax.jit(partial(attend, Layout(0, length, True)))(q, k, v)
     assert out.dtype == dtype
     tolerance = {jnp.float32: 2e-6, jnp.bfloat16: 2e-2, jnp.float16: 2e-3}[dtype]
     np.testing.assert_allclose(np.asarray(out, np.float64), oracle(q, k, v), atol=tolerance)
@@ -103,7 +103,8 @@ def test_products_are_ieee_float32_and_chunked_on_a_gpu():
     q = draw((1, 40, 2, 16))
     layout, windows = Layout(8, 32, True), jnp.array([3, CACHED], jnp.int32)
     arrows = partial(arrow_attention, layout=layout, implementation="blockwise")
-    for lowered in (lower_for_cuda(blockwise.dense_attention, q, q, q), lower_for_cuda(arrows, q, q, q, windows)):
+    dense = partial(blockwise.dense_attention, layout)
+    for lowered in (lower_for_cuda(dense, q, q, q), lower_for_cuda(arrows, q, q, q, windows)):
         assert_highest_precision(lowered)
         assert "while" not in lowered.as_text(), "tiles are for CPUs"
 
@@ -111,14 +112,14 @@ def test_products_are_ieee_float32_and_chunked_on_a_gpu():
 def test_large_scores_do_not_overflow():
     q, k, v = (draw((1, 40, 2, 16), seed) * 60 for seed in range(3))
     for attend in (blockwise.tiled_attention, blockwise.chunked_attention):
-        np.testing.assert_allclose(attend(q, k, v), oracle(q, k, v), rtol=1e-3, atol=1e-2)
+        np.testing.assert_allclose(attend(Layout(0, 40, True), q, k, v), oracle(q, k, v), rtol=1e-3, atol=1e-2)
 
 
 @pytest.mark.parametrize("attend", [blockwise.tiled_attention, blockwise.chunked_attention])
 def test_dense_attention_never_holds_all_scores(attend):
     """At 65,536 tokens they would be 17 GB. (XLA's own account of CPU memory leaves fused loops out.)"""
     x = jax.ShapeDtypeStruct((1, 65536, 1, 64), jnp.float32)
-    assert largest_intermediate(attend, x, x, x) <= blockwise.SCORE_BYTES / 4
+    assert largest_intermediate(partial(attend, Layout(0, 65536, True)), x, x, x) <= blockwise.SCORE_BYTES / 4
 
 
 def test_arrow_heads_windows_and_cache():

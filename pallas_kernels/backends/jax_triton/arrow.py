@@ -43,6 +43,7 @@ def arrow_attention(problem: Problem[Array], tiles: Tiles, *, interpret: bool) -
         **{"NUM_TEXT": layout.num_text, "NUM_VISUAL": layout.num_visual, "TEXT_FIRST": layout.text_first},
         **{"BATCH": batch, "HEADS": heads, "DIM": dim, "SCALE": dim**-0.5 * math.log2(math.e)},
         **{"ROWS": tiles.rows, "KEYS": tiles.keys, "STACKED": layer is not None},
+        "PADDED": problem.text_length is not None,
     }
     row_tiles = -(-layout.num_text // tiles.rows) - (-layout.num_visual // tiles.rows)
     programs = row_tiles * batch * heads
@@ -61,13 +62,14 @@ def arrow_attention(problem: Problem[Array], tiles: Tiles, *, interpret: bool) -
             num_warps=tiles.warps,
             num_stages=tiles.stages,
             compute_capability=_capability(),
-            input_output_aliases={6: 0},
+            input_output_aliases={7: 0},
             **constants,
         )
 
     return launch(
         jnp.zeros((), jnp.int32) if layer is None else layer,
         *(problem.order, problem.windows),
+        problem.order if problem.text_length is None else problem.text_length,
         *(q, problem.k, problem.v),
         jnp.full(q.shape, jnp.nan, q.dtype) if cache is None else cache,
     )
@@ -85,6 +87,7 @@ def _arrow_attention(
     layer,
     order,
     half_window,
+    text_length,  # anything where not PADDED
     q,
     k,
     v,
@@ -100,6 +103,7 @@ def _arrow_attention(
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
     STACKED: tl.constexpr,
+    PADDED: tl.constexpr,
 ):
     TEXT: tl.constexpr = 0 if TEXT_FIRST else NUM_VISUAL
     VISUAL: tl.constexpr = NUM_TEXT if TEXT_FIRST else 0
@@ -118,6 +122,9 @@ def _arrow_attention(
     if window == CACHED:
         return
     window = tl.where(is_text | (window == FULL), EVERYTHING, window)
+    num_text = NUM_TEXT
+    if PADDED:
+        num_text = tl.load(text_length + b)
 
     base = (b.to(tl.int64) * LENGTH * HEADS + head) * DIM
     dims = tl.arange(0, DIM)[None, :]
@@ -142,13 +149,14 @@ def _arrow_attention(
     total = tl.full((ROWS,), 0.0, tl.float32)
     for masked in tl.static_range(2):
         if masked:
-            text_first = TEXT + NUM_TEXT // KEYS * KEYS
-            text_steps = 1 if NUM_TEXT % KEYS else 0
+            text_first = TEXT + num_text // KEYS * KEYS
+            text_steps = num_text // KEYS * KEYS < num_text
+            text_steps = tl.where(text_steps, 1, 0)
             steps = text_steps + stop - start - inside
             visual_tile = start
         else:
             text_first = TEXT
-            text_steps = NUM_TEXT // KEYS
+            text_steps = num_text // KEYS
             steps = text_steps + inside
             visual_tile = inner_start
         for step in range(steps):
@@ -159,7 +167,7 @@ def _arrow_attention(
             keys = tl.where(of_text, text_first + step * KEYS, VISUAL + tile * KEYS) + tl.arange(0, KEYS)
             at_keys = keys[:, None] * (HEADS * DIM) + dims
             if masked:
-                end = tl.where(of_text, TEXT + NUM_TEXT, VISUAL + NUM_VISUAL)
+                end = tl.where(of_text, TEXT + num_text, VISUAL + NUM_VISUAL)
                 k_tile = tl.load(k + base + at_keys, mask=(keys < end)[:, None], other=0.0)
                 v_tile = tl.load(v + base + at_keys, mask=(keys < end)[:, None], other=0.0)
             else:

@@ -10,6 +10,7 @@ first.
 import dataclasses
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,10 +22,10 @@ from jaxtyping import Array, Bool, Float, Int
 from pallas_kernels.backends.base import Problem
 from pallas_kernels.backends.kernel_types import Flag, Ref, Scalar
 from pallas_kernels.backends.mosaic import block
-from pallas_kernels.backends.mosaic.block import KEYS, ROWS, Running, Shared, Work, across
+from pallas_kernels.backends.mosaic.block import KEYS, ROWS, Running, Work, across
 from pallas_kernels.backends.mosaic.jobs import Jobs
 from pallas_kernels.layout import CACHED, FULL, Layout
-from pallas_kernels.mask import EVERYTHING, band
+from pallas_kernels.mask import EVERYTHING, band, cut_text
 
 
 def arrow_attention(problem: Problem[Array], *, interpret: bool) -> Float[Array, "*L B T N H"]:
@@ -33,9 +34,10 @@ def arrow_attention(problem: Problem[Array], *, interpret: bool) -> Float[Array,
     jobs = Jobs(problem.layout, block.warpgroups(dim, interpret) * ROWS, heads, batch)
     out = jax.new_ref(jnp.full(q.shape, jnp.nan, q.dtype) if cache is None else cache)
     entry = jnp.zeros(1, jnp.int32) if layer is None else layer[None]
-    body = partial(_attend, jobs=jobs, stacked=layer is not None, interpret=interpret)
+    lengths = [] if problem.text_length is None else [problem.text_length]
+    body = partial(_attend, jobs=jobs, stacked=layer is not None, is_padded=bool(lengths), interpret=interpret)
     call = block.kernel(body, jobs, q.dtype, dim, "arrow_attention_mosaic", interpret, out_type=())
-    call(entry, problem.order, problem.windows, q, problem.k, problem.v, out)
+    call(entry, problem.order, problem.windows, *lengths, q, problem.k, problem.v, out)
     return out[...]
 
 
@@ -43,7 +45,7 @@ class Walk:
     """The key tiles of one job: `whole` steps of text without masks, masks until `inner_start`, none until
     `inner_stop`, masks until `stop`."""
 
-    def __init__(self, layout: Layout, rows: int, first: Scalar, window: Scalar):
+    def __init__(self, layout: Layout, rows: int, first: Scalar, window: Scalar, num_text: Scalar | int):
         text, visual = layout.text, layout.visual
         last = first + rows - 1
         has_text = (first < text.stop) & (last >= text.start)
@@ -52,8 +54,9 @@ class Walk:
         seen = band(first - visual.start, last - visual.start, window, layout.num_visual, KEYS)
         is_mixed = has_text & jnp.logical_not(has_only_text)
         self.text_start, self.visual_start = text.start, visual.start
-        self.whole, ragged = divmod(layout.num_text, KEYS)
-        self.text_steps = self.whole + (ragged > 0)
+        self.text_stop = text.start + num_text
+        self.whole, ragged = cut_text(num_text, KEYS)
+        self.text_steps = self.whole + ragged
         self.skipped = seen.start
         inner_start, inner_stop = (jnp.where(is_mixed, seen.stop, edge) for edge in (seen.inner_start, seen.inner_stop))
         self.inner_start, self.inner_stop, self.stop = (
@@ -71,16 +74,13 @@ def _attend(
     entry: Ref,
     order: Ref,
     half_window: Ref,
-    q: Ref,
-    k: Ref,
-    v: Ref,
-    out: Ref,
-    shared: Shared,
-    *,
+    *refs: Any,
     jobs: Jobs,
     stacked: bool,
+    is_padded: bool,
     interpret: bool,
 ) -> tuple[Jobs, Work, Work]:
+    lengths, (q, k, v, out, shared) = refs[:is_padded], refs[is_padded:]
     target = out.at[entry[0]] if stacked else out
 
     def unless_cached(body: Callable[..., None]) -> Work:
@@ -89,7 +89,7 @@ def _attend(
             head = order[place]
             window = half_window[head]
             width = jnp.where(window == FULL, jnp.int32(EVERYTHING), window)
-            walk = Walk(jobs.layout, jobs.rows, first, width)
+            walk = Walk(jobs.layout, jobs.rows, first, width, lengths[0][b] if lengths else jobs.layout.num_text)
 
             @pl.when(window != CACHED)
             def run():
@@ -158,11 +158,11 @@ def _softmax(
         def kept() -> Bool[Array, "64 128"]:
             start = walk.visual_start + (step - walk.text_steps + walk.skipped) * KEYS
             low, high = least, most
-            if walk.text_steps > walk.whole:
+            if isinstance(walk.whole, jax.Array) or walk.text_steps > walk.whole:
                 of_text = step < walk.text_steps
                 start = jnp.where(of_text, walk.text_start + step * KEYS, start)
                 low = jnp.where(of_text, jnp.int32(0), least)
-                high = jnp.where(of_text, jnp.int32(layout.text.stop - 1), most)
+                high = jnp.where(of_text, jnp.int32(walk.text_stop - 1), most)
             offset = (block.key_index() - across(low - start, KEYS)).astype(jnp.uint32)
             return offset <= across((high - low).astype(jnp.uint32), KEYS)
 

@@ -80,30 +80,46 @@ class Mosaic:
         return quantized_matmul(product, interpret=interpret)
 
     def dense(self, problem: Problem[Array], *, interpret: bool) -> Float[Array, "B T N H"]:
-        return jnp.asarray(_dense_mosaic(problem.q, problem.k, problem.v, problem.layout, interpret))
+        arguments = problem.q, problem.k, problem.v, problem.text_length
+        return jnp.asarray(_dense_mosaic(*arguments, problem.layout, interpret))
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def _dense_mosaic(
-    q: Float[Array, "B T N H"], k: Float[Array, "B T N H"], v: Float[Array, "B T N H"], layout: Layout, interpret: bool
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T N H"],
+    v: Float[Array, "B T N H"],
+    text_length: Int[Array, " B"] | None,
+    layout: Layout,
+    interpret: bool,
 ) -> Float[Array, "B T N H"]:
-    full = jnp.full(q.shape[2], FULL, jnp.int32)
-    problem = Problem(operation="arrow", q=q, k=k, v=v, layout=layout, half_window=full)
+    full, arrays = jnp.full(q.shape[2], FULL, jnp.int32), {"q": q, "k": k, "v": v, "text_length": text_length}
+    problem = Problem(operation="arrow", **arrays, layout=layout, half_window=full)
     return Mosaic().arrow(problem, interpret=interpret)
 
 
 def _dense_forward(
-    q: Float[Array, "B T N H"], k: Float[Array, "B T N H"], v: Float[Array, "B T N H"], layout: Layout, interpret: bool
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T N H"],
+    v: Float[Array, "B T N H"],
+    text_length: Int[Array, " B"] | None,
+    layout: Layout,
+    interpret: bool,
 ) -> tuple[Float[Array, "B T N H"], Any]:
     """Where it is differentiated, another backend computes all of it."""
-    differentiable = backend_named("blockwise" if interpret else "cudnn")
+    name = "blockwise" if interpret or (text_length is not None and layout.text_first) else "cudnn"
+    differentiable = backend_named(name)
     assert isinstance(differentiable, ComputesDense)
 
     def attend(q: Array, k: Array, v: Array) -> Array:
-        problem = Problem(operation="dense", q=q, k=k, v=v, layout=layout)
+        problem = Problem(operation="dense", q=q, k=k, v=v, layout=layout, text_length=text_length)
         return differentiable.dense(problem, interpret=False)
 
     return jax.vjp(attend, q, k, v)
 
 
-_dense_mosaic.defvjp(_dense_forward, lambda layout, interpret, pull_back, cotangent: pull_back(cotangent))
+def _dense_backward(layout: Layout, interpret: bool, pull_back: Any, cotangent: Array) -> tuple[Any, ...]:
+    return *pull_back(cotangent), None
+
+
+_dense_mosaic.defvjp(_dense_forward, _dense_backward)

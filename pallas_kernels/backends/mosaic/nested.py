@@ -6,7 +6,7 @@ queries and visual ones walks the rings of the visual ones. Its text queries hav
 """
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,10 +18,10 @@ from jaxtyping import Array, Bool, Float, Int
 from pallas_kernels.backends.base import Problem
 from pallas_kernels.backends.kernel_types import Ref, Scalar
 from pallas_kernels.backends.mosaic import block
-from pallas_kernels.backends.mosaic.block import KEYS, ROWS, Running, Shared, Work, across
+from pallas_kernels.backends.mosaic.block import KEYS, ROWS, Running, Work, across
 from pallas_kernels.backends.mosaic.jobs import Jobs
 from pallas_kernels.layout import Layout
-from pallas_kernels.mask import EVERYTHING, Band, IntArray, Segment, band, ring, steps, tile_at
+from pallas_kernels.mask import EVERYTHING, Band, IntArray, Segment, band, cut_text, ring, steps, tile_at
 
 
 def nested_arrow_attention(
@@ -31,11 +31,12 @@ def nested_arrow_attention(
     batch, _, heads, dim = q.shape
     jobs = Jobs(layout, block.warpgroups(dim, interpret) * ROWS, heads, batch)
     windows = jnp.append(half_windows, jnp.int32(EVERYTHING))
-    body = partial(_attend, jobs=jobs, count=len(windows), interpret=interpret)
+    lengths = [] if problem.text_length is None else [problem.text_length]
+    body = partial(_attend, jobs=jobs, count=len(windows), is_padded=bool(lengths), interpret=interpret)
     outputs = jax.ShapeDtypeStruct((len(windows), *q.shape), q.dtype)
     name = "nested_arrow_attention_mosaic"
     call = block.kernel(body, jobs, q.dtype, dim, name, interpret, out_type=outputs)
-    out = call(windows, q, problem.k, problem.v)
+    out = call(windows, *lengths, q, problem.k, problem.v)
     text = layout.text
     mixed = (
         slice(text.stop // jobs.rows * jobs.rows, text.stop)
@@ -56,14 +57,16 @@ class Edges(NamedTuple):
     inner: IntArray
     """The inner window. -1: there is none, and the ring has one side, from edge to edge."""
     outer: IntArray
+    text_stop: IntArray
+    """Where text ends that is no padding."""
 
 
 class Rings:
     """The keys of one job, ring after ring; text comes with the first."""
 
-    def __init__(self, layout: Layout, rows: int, first: Scalar, windows: Ref):
+    def __init__(self, layout: Layout, rows: int, first: Scalar, windows: Ref, num_text: Scalar | int):
         last = first + rows - 1
-        self.layout, self.windows = layout, windows
+        self.layout, self.windows, self.num_text = layout, windows, num_text
         self.is_text = (last < layout.visual.start) | (first >= layout.visual.stop)
         self.first = first - layout.visual.start
         self.band = partial(band, self.first, last - layout.visual.start, num_visual=layout.num_visual, keys=KEYS)
@@ -78,9 +81,9 @@ class Rings:
         # Tiles that both inner edges cut count for both sides: an interval is one comparison, a ring would be two.
         right = jnp.clip((self.first + inner + 1) // KEYS, before.start, before.stop)
         masked = *here.masked[:2], (right, before.stop), here.masked[3]
-        whole, ragged = divmod(self.layout.num_text, KEYS)
+        whole, ragged = cut_text(self.num_text, KEYS)
         text = self.layout.text.start
-        whole_steps, ragged_steps = (jnp.where(index == 0, jnp.int32(n), 0) for n in (whole, int(ragged > 0)))
+        whole_steps, ragged_steps = (jnp.where(index == 0, jnp.int32(n), 0) for n in (whole, ragged))
         clean, masked = (
             (of_text, *(Segment(self.layout.visual.start + start * KEYS, stop - start) for start, stop in ranges))
             for of_text, ranges in (
@@ -89,20 +92,24 @@ class Rings:
             )
         )
         inner = jnp.where(index == 0, jnp.int32(-1), inner)
-        return clean, Edges(masked, ragged_steps, steps(masked[1:3]), inner, outer)
+        return clean, Edges(masked, ragged_steps, steps(masked[1:3]), inner, outer, text + self.num_text)
 
 
 def _attend(
-    windows: Ref, q: Ref, k: Ref, v: Ref, out: Ref, shared: Shared, *, jobs: Jobs, count: int, interpret: bool
+    windows: Ref, *refs: Any, jobs: Jobs, count: int, is_padded: bool, interpret: bool
 ) -> tuple[Jobs, Work, Work]:
+    lengths, (q, k, v, out, shared) = refs[:is_padded], refs[is_padded:]
     layout = jobs.layout
+
+    def rings_of(first: Scalar, b: Scalar) -> Rings:
+        return Rings(layout, jobs.rows, first, windows, lengths[0][b] if lengths else layout.num_text)
 
     def compute(number: Scalar, passed: Array) -> Array:
         warpgroup = lax.axis_index("warpgroup")
         head, b, first = jobs(number)
         first_row, queries = first + warpgroup * ROWS, shared.queries.tiles.at[warpgroup]
         plgpu.barrier_wait(shared.queries.filled.at[warpgroup])
-        rings = Rings(layout, jobs.rows, first, windows)
+        rings = rings_of(first, b)
         attend = partial(block.attend_tile, queries=queries, ring=shared.ring, interpret=interpret)
 
         def attend_ring(index: Scalar, carry: tuple[Running, Array]) -> tuple[Running, Array]:
@@ -127,7 +134,7 @@ def _attend(
 
     def fetch(number: Scalar, passed: Array) -> Array:
         head, b, first = jobs(number)
-        rings = Rings(layout, jobs.rows, first, windows)
+        rings = rings_of(first, b)
 
         def fetch_ring(index: Scalar, passed: Array) -> Array:
             clean, edges = rings(index)
@@ -153,10 +160,10 @@ def _kept(layout: Layout, first_row: Scalar, edges: Edges, step: Scalar) -> Bool
     is_left = step < edges.text_steps + edges.left_steps
     low = jnp.where(is_left | (inner < 0), -outer, inner + 1)
     high = jnp.where(is_left & (inner >= 0), -inner - 1, outer)
-    if layout.num_text % KEYS:
+    if isinstance(edges.text_stop, jax.Array) or layout.num_text % KEYS:
         of_text = step < edges.text_steps
         low, high = jnp.where(of_text, jnp.int32(-EVERYTHING), low), jnp.where(of_text, jnp.int32(EVERYTHING), high)
-        stop = jnp.where(of_text, jnp.int32(layout.text.stop), jnp.int32(stop))
+        stop = jnp.where(of_text, jnp.int32(edges.text_stop), jnp.int32(stop))
     rows = block.rows_from(first_row - first_key)
     least, most = rows + low, jnp.minimum(rows + high, stop - 1 - first_key)
     count = jnp.maximum(most - least + 1, 0).astype(jnp.uint32)

@@ -23,7 +23,7 @@ from pallas_kernels.backends.kernel_types import Ref, Scalar
 from pallas_kernels.backends.triton.softmax import Running, attend_tile, nothing, queries, within
 from pallas_kernels.backends.triton.tiles import Tiles
 from pallas_kernels.layout import CACHED, FULL, Layout
-from pallas_kernels.mask import EVERYTHING, IntArray, Segment, band, steps, tile_at
+from pallas_kernels.mask import EVERYTHING, IntArray, Segment, band, cut_text, steps, tile_at
 
 WHOLE = pl.BlockSpec(memory_space=pl.ANY)
 
@@ -31,18 +31,19 @@ WHOLE = pl.BlockSpec(memory_space=pl.ANY)
 def arrow_attention(problem: Problem[Array], tiles: Tiles, *, interpret: bool) -> Float[Array, "*L B T N H"]:
     q, cache, layer = problem.q, problem.cache, problem.layer
     batch, _, heads, dim = q.shape
-    cut = Cut(problem.layout, tiles)
+    cut = Cut(problem.layout, tiles, is_padded=problem.text_length is not None)
     out = jax.ShapeDtypeStruct(q.shape if cache is None else cache.shape, q.dtype)
-    scalars = jnp.zeros((), jnp.int32) if layer is None else layer, problem.order, problem.windows
+    lengths = [] if problem.text_length is None else [problem.text_length]
+    scalars = jnp.zeros((), jnp.int32) if layer is None else layer, problem.order, problem.windows, *lengths
     part = batch, heads, cut.parts, cut.text_tiles * tiles.rows
     parts = [jax.ShapeDtypeStruct((*part, dim), jnp.float32), jax.ShapeDtypeStruct(part, jnp.float32)]
     out, *parts = pl.pallas_call(
         partial(_attend, cut=cut, scale=dim**-0.5, stacked=layer is not None, inline_asm=not interpret),
         grid=(cut.programs, batch, heads),
-        in_specs=[WHOLE] * (6 if cache is None else 7),
+        in_specs=[WHOLE] * (len(scalars) + (3 if cache is None else 4)),
         out_specs=[WHOLE] * (1 + 2 * (cut.parts > 1)),
         out_shape=[out, *(parts if cut.parts > 1 else [])],
-        input_output_aliases={} if cache is None else {6: 0},
+        input_output_aliases={} if cache is None else {len(scalars) + 3: 0},
         compiler_params=plgpu.CompilerParams(num_warps=tiles.warps, num_stages=tiles.stages),
         interpret=interpret,
         name="arrow_attention",
@@ -64,10 +65,14 @@ def arrow_attention(problem: Problem[Array], tiles: Tiles, *, interpret: bool) -
 
 @dataclass(frozen=True)
 class Cut:
-    """A layout cut into tiles. Programs of one head: text tiles, each in parts, then visual tiles."""
+    """A layout cut into tiles. Programs of one head: text tiles, each in parts, then visual tiles.
+
+    is_padded: text ends where data says.
+    """
 
     layout: Layout
     tiles: Tiles
+    is_padded: bool = False
 
     @property
     def text_tiles(self) -> int:
@@ -76,7 +81,8 @@ class Cut:
     @property
     def parts(self) -> int:
         """Parts of a text query's keys. Each holds a whole tile at least: the mean of no values is not a number."""
-        whole = self.layout.num_text // self.tiles.keys + self.layout.num_visual // self.tiles.keys
+        text = 0 if self.is_padded else self.layout.num_text
+        whole = text // self.tiles.keys + self.layout.num_visual // self.tiles.keys
         return max(1, min(-(-self.layout.length // self.tiles.text_keys), whole)) if self.layout.num_text else 1
 
     @property
@@ -91,7 +97,7 @@ class Cut:
 class Program:
     """The work of one program: its rows, and the key tiles that it visits without and with a mask."""
 
-    def __init__(self, cut: Cut, program: Scalar, window: Scalar):
+    def __init__(self, cut: Cut, program: Scalar, window: Scalar, num_text: Scalar | int):
         layout, rows, keys = cut.layout, cut.tiles.rows, cut.tiles.keys
         is_text = program < cut.text_programs
         self.part = program % cut.parts
@@ -99,14 +105,14 @@ class Program:
         self.queries = queries(layout, is_text, tile, rows)
         self.window = jnp.where(is_text | (window == FULL), jnp.int32(EVERYTHING), window)
         visited = band(tile * rows, tile * rows + rows - 1, self.window, layout.num_visual, keys)
-        whole, ragged = divmod(layout.num_text, keys)
+        whole, ragged = cut_text(num_text, keys)
 
         def visual(start: IntArray, stop: IntArray) -> Segment:
             return Segment(layout.visual.start + start * keys, stop - start)
 
         self.clean = Segment(layout.text.start, whole), visual(visited.inner_start, visited.inner_stop)
         self.masked = (
-            Segment(layout.text.start + whole * keys, int(ragged > 0)),
+            Segment(layout.text.start + whole * keys, ragged),
             visual(visited.start, visited.inner_start),
             visual(visited.inner_stop, visited.stop),
         )
@@ -138,22 +144,21 @@ def _attend(
     layer: Ref,
     order: Ref,
     half_window: Ref,
-    q: Ref,
-    k: Ref,
-    v: Ref,
     *refs: Ref,
     cut: Cut,
     scale: float,
     stacked: bool,
     inline_asm: bool,
 ) -> None:
-    has_cache = len(refs) in (2, 4)  # it is the output's buffer
-    out, *parts = refs[has_cache:]
+    lengths, (q, k, v, *others) = refs[: cut.is_padded], refs[cut.is_padded :]
+    has_cache = len(others) in (2, 4)  # it is the output's buffer
+    out, *parts = others[has_cache:]
     entry = (layer[...],) if stacked else ()
     program, b = pl.program_id(0), pl.program_id(1)
     head = order[pl.program_id(2)]
     window = half_window[head]
-    here = Program(cut, program, window)
+    num_text = lengths[0][b] if lengths else cut.layout.num_text
+    here = Program(cut, program, window, num_text)
     mine = here.queries
     target = out.at[(*entry, b, pl.ds(mine.first, cut.tiles.rows), head, slice(None))]
 
@@ -172,7 +177,8 @@ def _attend(
         def masked(step: Scalar, running: Running) -> Running:
             first = tile_at(step, here.masked, cut.tiles.keys)
             of_text = step < here.masked[0].tiles
-            stop = jnp.where(of_text, jnp.int32(cut.layout.text.stop), jnp.int32(cut.layout.visual.stop))
+            text_stop = jnp.asarray(cut.layout.text.start + num_text, jnp.int32)
+            stop = jnp.where(of_text, text_stop, jnp.int32(cut.layout.visual.stop))
             width = jnp.where(of_text, jnp.int32(EVERYTHING), here.window)
             keys = first + jnp.arange(cut.tiles.keys, dtype=jnp.int32)
             least, most = mine.rows - width, jnp.minimum(mine.rows + width, stop - 1)

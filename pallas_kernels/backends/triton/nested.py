@@ -21,7 +21,7 @@ from pallas_kernels.backends.kernel_types import Ref, Scalar
 from pallas_kernels.backends.triton.softmax import Running, attend_tile, nothing, queries
 from pallas_kernels.backends.triton.tiles import Tiles
 from pallas_kernels.layout import Layout
-from pallas_kernels.mask import EVERYTHING, Band, IntArray, Segment, band, ring, steps, tile_at
+from pallas_kernels.mask import EVERYTHING, Band, IntArray, Segment, band, cut_text, ring, steps, tile_at
 
 WHOLE = pl.BlockSpec(memory_space=pl.ANY)
 
@@ -31,22 +31,30 @@ def nested_arrow_attention(
 ) -> Float[Array, "W+1 B T N H"]:
     q, layout = problem.q, problem.layout
     windows = jnp.append(half_windows, jnp.int32(EVERYTHING))
+    lengths = [] if problem.text_length is None else [problem.text_length]
     return pl.pallas_call(
-        partial(_attend, layout=layout, tiles=tiles, scale=q.shape[-1] ** -0.5, inline_asm=not interpret),
+        partial(
+            _attend,
+            layout=layout,
+            tiles=tiles,
+            scale=q.shape[-1] ** -0.5,
+            is_padded=bool(lengths),
+            inline_asm=not interpret,
+        ),
         grid=(pl.cdiv(layout.num_text, tiles.rows) + pl.cdiv(layout.num_visual, tiles.rows), q.shape[0], q.shape[2]),
-        in_specs=[WHOLE] * 4,
+        in_specs=[WHOLE] * (4 + len(lengths)),
         out_specs=WHOLE,
         out_shape=jax.ShapeDtypeStruct((len(windows), *q.shape), q.dtype),
         compiler_params=plgpu.CompilerParams(num_warps=tiles.warps, num_stages=tiles.stages),
         interpret=interpret,
         name="nested_arrow_attention",
-    )(windows, q, problem.k, problem.v)
+    )(windows, *lengths, q, problem.k, problem.v)
 
 
 def _attend(
-    windows: Ref, q: Ref, k: Ref, v: Ref, out: Ref,
-    *, layout: Layout, tiles: Tiles, scale: float, inline_asm: bool,
-) -> None:  # fmt: skip
+    windows: Ref, *refs: Ref, layout: Layout, tiles: Tiles, scale: float, is_padded: bool, inline_asm: bool
+) -> None:
+    lengths, (q, k, v, out) = refs[:is_padded], refs[is_padded:]
     text_tiles = pl.cdiv(layout.num_text, tiles.rows)
     program, b, head = pl.program_id(0), pl.program_id(1), pl.program_id(2)
     is_text = program < text_tiles
@@ -62,7 +70,7 @@ def _attend(
         return attend(running, k=plgpu.load(tile(k, first)), v=plgpu.load(tile(v, first)))
 
     def masked(
-        segments: tuple[Segment, ...], stop: int, inner: Scalar, outer: Scalar, step: Scalar, running: Running
+        segments: tuple[Segment, ...], stop: IntArray, inner: Scalar, outer: Scalar, step: Scalar, running: Running
     ) -> Running:
         first = tile_at(step, segments, tiles.keys)
         keys = first + jnp.arange(tiles.keys, dtype=jnp.int32)
@@ -94,10 +102,12 @@ def _attend(
         return running
 
     running = nothing(tiles.rows, q.shape[-1])
-    whole, ragged = divmod(layout.num_text, tiles.keys)
+    num_text = lengths[0][b] if lengths else layout.num_text
+    whole, ragged = cut_text(num_text, tiles.keys)
     text = (Segment(layout.text.start, whole),)
     running = lax.fori_loop(0, whole, partial(clean, text), running)
-    if ragged:
+    if lengths or ragged:
         text = (Segment(layout.text.start + whole * tiles.keys, 1),)
-        running = lax.fori_loop(0, 1, partial(masked, text, layout.text.stop, -1, EVERYTHING), running)
+        edge = partial(masked, text, layout.text.start + num_text, -1, EVERYTHING)
+        running = lax.fori_loop(0, ragged, edge, running)
     lax.fori_loop(0, len(windows), attend_ring, running)
