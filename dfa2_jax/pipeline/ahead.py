@@ -25,14 +25,16 @@ def compile_ahead(call: Call) -> None:
     jax.block_until_ready(run(state, 0, 0).latents)  # no step: the same program as all steps
 
 
-def check_decoder(call: Call) -> None:
-    """Compiles the decoder where its memory may be refused.
+def check_decoder(call: Call) -> bool:
+    """Compiles the decoder where its memory may be refused, and says whether.
 
     Raises:
         MemoryError: what the decoder needs does not fit.
     """
-    if call.request.output_type != "latent" and _free_bytes(call) is not None:
+    counts = call.request.output_type != "latent" and _free_bytes(call) is not None
+    if counts:
         compile_decoder(call)
+    return counts
 
 
 def compile_decoder(call: Call) -> None:

@@ -167,9 +167,8 @@ class Pipeline(Loaded):
         if options.progress:  # a bar starts after compilation
             with phase("compiling"):
                 compile_ahead(call)
-        else:
-            check_decoder(call)
-        clock.lap("compile")
+        if options.progress or check_decoder(call):
+            clock.lap("compile")
         tokens = call.run()
         clock.lap("denoise")
         is_video = call.request.num_frames is not None  # whose decoder has a bar
