@@ -148,9 +148,12 @@ def test_padding_of_text_is_not_seen(implementation, text_first):
         np.testing.assert_array_equal(out[:, :, ~computed], cache[:, :, ~computed])
         some = [x[:, :, computed] for x in (out, q, k, v)]
         assert_unpadded(*some, kept_pairs(half_window[computed], layout), layout)
+        again = call(q, k, v, jnp.asarray(half_window), cache=cache, text_length=lengths)
+        np.testing.assert_array_equal(again, out)
+        compiled = call._cache_size()  # of jax 0.11, whose interpret mode is another context at its second call
         every = jnp.array([150] * len(LENGTHS), jnp.int32)
         whole = call(q, k, v, jnp.asarray(half_window), cache=cache, text_length=every)
-        assert call._cache_size() == 1
+        assert call._cache_size() == compiled
         assert_close(
             whole, call(q, k, v, jnp.asarray(half_window), cache=cache), atol=1e-6 if dtype != jnp.bfloat16 else 1e-2
         )
