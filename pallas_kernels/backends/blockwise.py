@@ -6,6 +6,7 @@ tiles, every product is plain, and tiles out of a window are passed over.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -59,15 +60,23 @@ class Blockwise:
         return None
 
     def arrow(self, problem: Problem[Array], *, interpret: bool) -> Float[Array, "*L B T N H"]:
-        q, k, v, cache, layer = problem.q, problem.k, problem.v, problem.cache, problem.layer
-        return arrow_attention(q, k, v, problem.windows, problem.layout, cache, layer, problem.text_length)
+        layout, arrays = problem.layout, (problem.q, problem.k, problem.v, problem.windows)
+        chunked, arguments = (
+            partial(chunked_arrows, layout),
+            (*arrays, problem.cache, problem.layer, problem.text_length),
+        )
+        if layout.length <= SHORT:
+            return chunked(*arguments)
+        return jax.lax.platform_dependent(*arguments, cpu=partial(tiled_arrows, layout), default=chunked)
 
     def nested(
         self, problem: Problem[Array], half_windows: Int[Array, " W"], *, interpret: bool
     ) -> Float[Array, "W+1 B T N H"]:
-        return nested_arrow_attention(
-            problem.q, problem.k, problem.v, half_windows, problem.layout, problem.text_length
-        )
+        """One pass per window: masked tiles of rings would cost more than the sparse passes do."""
+        heads = problem.q.shape[2]
+        windows = [jnp.broadcast_to(window, heads) for window in half_windows]
+        arrows = [self.arrow(replace(problem, half_window=window), interpret=interpret) for window in windows]
+        return jnp.stack([*arrows, self.dense(problem, interpret=interpret)])
 
     def dense(self, problem: Problem[Array], *, interpret: bool) -> Float[Array, "B T N H"]:
         return dense_attention(problem.layout, problem.q, problem.k, problem.v, problem.text_length)
@@ -163,23 +172,6 @@ def tiled_attention(
         return _put(out, index, every.each(jnp.zeros_like(this.q), every.count, this.attend_all), q.dtype)
 
     return _values(jax.lax.fori_loop(0, q.shape[0] * heads, head, _bits(jnp.zeros_like(q))), q.dtype)
-
-
-def arrow_attention(
-    q: Float[Array, "B T N H"],
-    k: Float[Array, "B T N H"],
-    v: Float[Array, "B T N H"],
-    half_window: Int[Array, " N"],
-    layout: Layout,
-    cache: Float[Array, "*L B T N H"] | None,
-    layer: Int[Array, ""] | None,
-    text_length: Int[Array, " B"] | None = None,
-) -> Float[Array, "*L B T N H"]:
-    """`cache`, or nothing, with the outputs of heads that have a window."""
-    chunked, arguments = partial(chunked_arrows, layout), (q, k, v, half_window, cache, layer, text_length)
-    if layout.length <= SHORT:
-        return chunked(*arguments)
-    return jax.lax.platform_dependent(*arguments, cpu=partial(tiled_arrows, layout), default=chunked)
 
 
 def chunked_arrows(
@@ -368,22 +360,6 @@ def _cut(x: Float[Array, "T H"], start: Array | int, size: int) -> Float[Array, 
 
 def _fresh(rows: int, dim: int) -> Carry:
     return jnp.full(rows, -jnp.inf), jnp.zeros(rows), jnp.zeros((rows, dim))
-
-
-def nested_arrow_attention(
-    q: Float[Array, "B T N H"],
-    k: Float[Array, "B T N H"],
-    v: Float[Array, "B T N H"],
-    half_windows: Int[Array, " W"],
-    layout: Layout,
-    text_length: Int[Array, " B"] | None = None,
-) -> Float[Array, "W+1 B T N H"]:
-    """One pass per window: masked tiles of rings would cost more than the sparse passes do."""
-    arrows = [
-        arrow_attention(q, k, v, jnp.broadcast_to(window, q.shape[2]), layout, None, None, text_length)
-        for window in half_windows
-    ]
-    return jnp.stack([*arrows, dense_attention(layout, q, k, v, text_length)])
 
 
 def _even(total: int, size: int, together: int) -> tuple[int, int]:

@@ -31,8 +31,6 @@ from hypothesis import strategies as st
 from lowering import triton_kernels
 
 from pallas_kernels import CACHED, FULL, Layout, Problem, arrow_attention, mask, nested_arrow_attention
-from pallas_kernels.backends import registry
-from pallas_kernels.backends.base import ComputesDense, ComputesNested
 from pallas_kernels.backends.triton.backend import Triton
 from pallas_kernels.backends.triton.tiles import TABLE, Tiles
 from pallas_kernels.inspect import hlo
@@ -114,59 +112,6 @@ def check_arrows(implementation, call, seed):
     kept = kept_pairs(half_window, layout)[computed]
     if computed.any():
         assert_as_good_as_xla(*(np.asarray(x)[:, :, computed] for x in (out, q, k, v)), kept)
-
-
-LENGTHS = 150, 129, 64, 1, 0
-"""Of text, padded to 150: all of it, a ragged tile of every kernel, whole tiles, and none."""
-
-
-def assert_unpadded(out, q, k, v, kept, layout):
-    """Samples of all `LENGTHS` against attention whose keys are those of the sample, at rows that are no padding."""
-    for sample, length in enumerate(LENGTHS):
-        of_text = np.arange(layout.length) - layout.text.start
-        seen = (of_text < length) | (of_text >= layout.num_text)
-        here = (np.asarray(x)[sample : sample + 1] for x in (q, k, v))
-        want = attention(*here, kept & seen)
-        tolerance = 2e-5 if q.dtype == jnp.float32 else 2e-2
-        np.testing.assert_allclose(np.asarray(out, np.float64)[sample][seen], want[0][seen], atol=tolerance)
-
-
-@pytest.mark.parametrize("text_first", [True, False])
-@pytest.mark.parametrize("implementation", ["reference", *IMPLEMENTATIONS])
-def test_padding_of_text_is_not_seen(implementation, text_first):
-    """By any query, of arrows, full heads, dense calls and nested ones; and lengths are data."""
-    layout, half_window = Layout(150, 170, text_first), np.array([FULL, CACHED, 0, 40], np.int32)
-    dtype = dtype_for(implementation)
-    q, k, v, cache = (draw((len(LENGTHS), layout.length, 4, 64), seed, dtype) for seed in range(4))
-    k = k.at[:, layout.text.start + 150 - 1].set(30.0)  # what pads would show
-    lengths, options = jnp.array(LENGTHS, jnp.int32), {"layout": layout} | options_for(implementation)
-    computed = half_window != CACHED
-    with pytest.MonkeyPatch.context() as patch:
-        use_tiles(patch, Tiles(32, 32, 4, 2, 128))
-        call = jax.jit(partial(arrow_attention, **options))
-        out = call(q, k, v, jnp.asarray(half_window), cache=cache, text_length=lengths)
-        np.testing.assert_array_equal(out[:, :, ~computed], cache[:, :, ~computed])
-        some = [x[:, :, computed] for x in (out, q, k, v)]
-        assert_unpadded(*some, kept_pairs(half_window[computed], layout), layout)
-        again = call(q, k, v, jnp.asarray(half_window), cache=cache, text_length=lengths)
-        np.testing.assert_array_equal(again, out)
-        compiled = call._cache_size()  # of jax 0.11, whose interpret mode is another context at its second call
-        every = jnp.array([150] * len(LENGTHS), jnp.int32)
-        whole = call(q, k, v, jnp.asarray(half_window), cache=cache, text_length=every)
-        assert call._cache_size() == compiled
-        assert_close(
-            whole, call(q, k, v, jnp.asarray(half_window), cache=cache), atol=1e-6 if dtype != jnp.bfloat16 else 1e-2
-        )
-        q, k, v = (x[:, :, :1] for x in (q, k, v))
-        backend = registry.backend_named(implementation)
-        if isinstance(backend, ComputesDense):
-            out = jax.jit(partial(arrow_attention, **options))(q, k, v, text_length=lengths)
-            assert_unpadded(out, q, k, v, kept_pairs([FULL], layout), layout)
-        if isinstance(backend, ComputesNested):
-            nested = jax.jit(partial(nested_arrow_attention, **options))
-            outs = nested(q, k, v, jnp.array([0, 40], jnp.int32), text_length=lengths)
-            for window, out in zip([0, 40, FULL], outs, strict=True):
-                assert_unpadded(out, q, k, v, kept_pairs([window], layout), layout)
 
 
 FILES = {
