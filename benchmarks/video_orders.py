@@ -35,7 +35,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "native, reuse": {"orders": (NATIVE,)},
     "both, reuse": {"orders": ORDERS},
 }
-DELTAS = 0.1, 0.2, 0.4, 0.6, 0.8
+DELTAS = 0.02, 0.05, 0.1, 0.2, 0.4, 0.8
 WINDOWS = 4, 8, 16, 32
 TILES = 8, 8
 """Queries and keys of a tile: a GPU's would hold a band of these short sequences whole."""
