@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from dfa2_jax.calibration.search import choose
 from dfa2_jax.nn.attention import Heads, LayerPlan, Project, arrow_attention, nested_arrow_attention
@@ -15,7 +15,7 @@ from dfa2_jax.nn.carrier import carrier
 from dfa2_jax.nn.orders import to_native, to_orders, transposed
 from dfa2_jax.plan.method import ORDERS, Method
 from pallas_kernels.layout import CACHED, FULL, Layout
-from pallas_kernels.mask import count_tiles
+from pallas_kernels.mask import count_tiles, seen_keys
 
 
 @carrier
@@ -65,6 +65,12 @@ class Moments:
     """The dense output's mean."""
     spread: Float[Array, "*parts N"]
     """The mean of the dense output's squared distances from that mean."""
+    tokens: Float[Array, "*parts"] | None = None
+    """How many there are, where text is padded; None: parts have as many."""
+
+
+Tokens = tuple[Heads, Heads, Heads, Int[Array, " B"] | None]
+"""Queries, keys and values, and how long text is (`LayerPlan.text_length`)."""
 
 
 @dataclass(frozen=True)
@@ -99,17 +105,18 @@ class TryEverything:
         windows = np.array([method.half_window(layout.num_visual) for method in self.candidates], np.int32)
         saved = saved_tiles(windows, layout, self.tiles)
         strategy = self._select if self.chunk is None else self._recompute
-        caches, picks, errors = strategy(windows, saved, layout, (q, k, v), memory.caches, plan.place)
+        tokens = q, k, v, plan.text_length
+        caches, picks, errors = strategy(windows, saved, layout, tokens, memory.caches, plan.place)
         picked = memory.picks.at[plan.place].set(picks), memory.errors.at[plan.place].set(errors)
         return caches[plan.place], Trials(caches, *picked)
 
     def _select(
         self, windows: Int[np.ndarray, " M"], saved: tuple[int, ...], layout: Layout,
-        qkv: tuple[Heads, Heads, Heads], caches: Float[Array, "L B T N H"], place: Int[Array, ""],
+        tokens: Tokens, caches: Float[Array, "L B T N H"], place: Int[Array, ""],
     ) -> tuple[Float[Array, "L B T N H"], Int[Array, " N"], Float[Array, "N M"]]:  # fmt: skip
         """Hold every candidate's output, and take the chosen ones."""
-        candidates, out = self._outputs(windows, layout, *qkv, caches[place])
-        errors = self._errors(jax.tree.map(lambda x: x[None], moments(candidates, out)))
+        candidates, out, seen = self._outputs(windows, layout, *tokens, caches[place])
+        errors = self._errors(jax.tree.map(lambda x: x[None], moments(candidates, out, seen)))
         picks = choose(errors, saved, self.budget.delta, self.budget.bound)
         for number, candidate in enumerate(candidates):
             out = jnp.where((picks == number)[None, None, :, None], candidate, out)
@@ -117,19 +124,20 @@ class TryEverything:
 
     def _recompute(
         self, windows: Int[np.ndarray, " M"], saved: tuple[int, ...], layout: Layout,
-        qkv: tuple[Heads, Heads, Heads], caches: Float[Array, "L B T N H"], place: Int[Array, ""],
+        tokens: Tokens, caches: Float[Array, "L B T N H"], place: Int[Array, ""],
     ) -> tuple[Float[Array, "L B T N H"], Int[Array, " N"], Float[Array, "N M"]]:  # fmt: skip
         """Drop each chunk's candidates after their errors, and compute the chosen ones again."""
-        chunk = gcd(len(qkv[0]), self.chunk or 1)
-        parts = tuple(x.reshape(-1, chunk, *x.shape[1:]) for x in (*qkv, caches[place]))
+        q, k, v, text_length = tokens
+        chunk = gcd(len(q), self.chunk or 1)
+        parts = jax.tree.map(lambda x: x.reshape(-1, chunk, *x.shape[1:]), (*tokens, caches[place]))
         errors = self._errors(jax.lax.map(lambda part: moments(*self._outputs(windows, layout, *part)), parts))
         picks = choose(errors, saved, self.budget.delta, self.budget.bound)
         half_window = jnp.append(jnp.asarray(windows), jnp.int32(FULL))[picks]
-        options = {"layout": layout, "implementation": self.implementation}
+        options = {"layout": layout, "text_length": text_length, "implementation": self.implementation}
         if not self.orders.any():
-            return arrow_attention(*qkv, half_window, cache=caches, layer=place, **options), picks, errors
+            return arrow_attention(q, k, v, half_window, cache=caches, layer=place, **options), picks, errors
         order = jnp.append(jnp.asarray(self.orders), 0)[picks]
-        q, k, v = (to_orders(x, order, layout, self.frames) for x in qkv)
+        q, k, v = (to_orders(x, order, layout, self.frames) for x in (q, k, v))
         caches = arrow_attention(q, k, v, half_window, cache=caches, layer=place, **options)
         native = to_native(caches[place], order, layout, self.frames)  # what was reused lay so
         return jax.lax.dynamic_update_index_in_dim(caches, native, place, 0), picks, errors
@@ -141,10 +149,17 @@ class TryEverything:
         return relative_errors(parts)
 
     def _outputs(
-        self, windows: Int[np.ndarray, " M"], layout: Layout, q: Heads, k: Heads, v: Heads, previous: Heads
-    ) -> tuple[list[Heads], Heads]:
-        """Every head under every candidate, and dense; all in the native order."""
-        options = {"layout": layout, "implementation": self.implementation}
+        self,
+        windows: Int[np.ndarray, " M"],
+        layout: Layout,
+        q: Heads,
+        k: Heads,
+        v: Heads,
+        text_length: Int[Array, " B"] | None,
+        previous: Heads,
+    ) -> tuple[list[Heads], Heads, Bool[Array, "B T"] | None]:
+        """Every head under every candidate, and dense, all in the native order; and which tokens are no padding."""
+        options = {"layout": layout, "text_length": text_length, "implementation": self.implementation}
         outputs: dict[Any, Heads] = {(0, CACHED): previous}
         dense = None
         for order in np.unique(self.orders[windows >= 0]):
@@ -157,7 +172,8 @@ class TryEverything:
             dense = made[-1] if dense is None else dense
         if dense is None:
             dense = arrow_attention(q, k, v, jnp.full(q.shape[2], FULL, jnp.int32), **options)
-        return [outputs[key] for key in zip(self.orders, windows, strict=True)], dense
+        seen = None if text_length is None else seen_keys(text_length, layout)
+        return [outputs[key] for key in zip(self.orders, windows, strict=True)], dense, seen
 
 
 def saved_tiles(windows: Int[np.ndarray, " M"], layout: Layout, tiles: tuple[int, int]) -> tuple[int, ...]:
@@ -166,18 +182,31 @@ def saved_tiles(windows: Int[np.ndarray, " M"], layout: Layout, tiles: tuple[int
     return tuple(int(count.total - visited) for visited in count.visited)
 
 
-def moments(candidates: list[Heads], dense: Heads) -> Moments:
-    """Over batch, tokens (those of text too, as in the paper) and channels."""
+def moments(candidates: list[Heads], dense: Heads, seen: Bool[Array, "B T"] | None = None) -> Moments:
+    """Over batch, tokens (those of text too, as in the paper) and channels.
+
+    Args:
+        seen: tokens that are no padding; None: all.
+    """
     axes, exact = (0, 1, 3), dense.astype(jnp.float32)
-    mean = exact.mean(axes, keepdims=True)
-    squares = [jnp.square(candidate.astype(jnp.float32) - exact).mean(axes) for candidate in candidates]
-    return Moments(jnp.stack(squares, axis=1), mean[0, 0, :, 0], jnp.square(exact - mean).mean(axes))
+    count = None if seen is None else seen.sum(dtype=jnp.float32)
+    where = None if seen is None else seen[:, :, None, None]
+    mean = exact.mean(axes, keepdims=True, where=where)
+    squares = [jnp.square(candidate.astype(jnp.float32) - exact).mean(axes, where=where) for candidate in candidates]
+    spread = jnp.square(exact - mean).mean(axes, where=where)
+    return Moments(jnp.stack(squares, axis=1), mean[0, 0, :, 0], spread, count)
 
 
 def relative_errors(parts: Moments) -> Float[Array, "N M"]:
-    """Relative squared error of each head under each candidate, from equal parts of the batch on the first axis.
+    """Relative squared error of each head under each candidate, from parts of the batch on the first axis.
 
     `mean((o' - o)^2) / mean((o - mean(o))^2)` (section 3.2). The mean of the parts' errors would be another number.
     """
-    squares, mean, spread = (x.mean(0) for x in (parts.squares, parts.mean, parts.spread))
-    return squares / (spread + jnp.square(parts.mean - mean[None]).mean(0))[:, None]
+
+    def average(x: Float[Array, "parts ..."]) -> Float[Array, "..."]:
+        if parts.tokens is None:
+            return x.mean(0)
+        return jnp.tensordot(parts.tokens / parts.tokens.sum(), x, axes=1, precision="highest")
+
+    squares, mean, spread = (average(x) for x in (parts.squares, parts.mean, parts.spread))
+    return squares / (spread + average(jnp.square(parts.mean - mean[None])))[:, None]

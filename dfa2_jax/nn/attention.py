@@ -1,6 +1,6 @@
 """The one place where models call attention kernels: what a layer's attention does, and what it remembers."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
@@ -63,6 +63,8 @@ class LayerPlan:
     """In which each band runs over the tokens (`nn.orders`); None: all in the native one."""
     lies: Int[Array, "*layers N"] | None = None
     """In which each output is remembered after the step, where `order` is given."""
+    text_length: Int[Array, " B"] | None = None
+    """As in `arrow_attention`; None: text has no padding. `BlockAttention` says it to layers that see text."""
 
     @classmethod
     def of_stack(cls, count: int, step: Int[Array, ""] | int, **heads: Int[Array, "L N"] | None) -> "LayerPlan":
@@ -99,17 +101,34 @@ class BlockAttention:
 
     Args:
         prefix: of the block's stacks ("segments.0."); a layer's name in the block follows it.
+        text_length: of each sample; None: text has no padding.
     """
 
-    def __init__(self, attend: Attend, prefix: str, memory: dict[str, Any], plans: dict[str, Any]):
+    def __init__(
+        self,
+        attend: Attend,
+        prefix: str,
+        memory: dict[str, Any],
+        plans: dict[str, Any],
+        text_length: Int[Array, " B"] | None = None,
+    ):
         self.attend, self.prefix, self.memory, self.plans = attend, prefix, dict(memory), plans
+        self.text_length = text_length
 
     def __call__(self, name: str, project: Project, layout: Layout) -> Heads:
         stack = self.prefix + name
-        out, remembered = self.attend(project, layout, self.memory.get(stack), self.plans[stack])
+        out, remembered = self.attend(project, layout, self.memory.get(stack), self._plan(stack, layout))
         if stack in self.memory:
             self.memory[stack] = remembered
         return out
+
+    def _plan(self, stack: str, layout: Layout) -> Any:
+        plan = self.plans[stack]
+        if self.text_length is None or not layout.num_text:
+            return plan
+        if not isinstance(plan, LayerPlan):
+            raise NotImplementedError(f"{type(self.attend).__name__} sees all text, and this text is padded.")
+        return replace(plan, text_length=self.text_length)
 
 
 @dataclass(frozen=True)
@@ -122,7 +141,8 @@ class Dense:
         return None
 
     def __call__(self, project: Project, layout: Layout, memory: None, plan: LayerPlan) -> tuple[Heads, None]:
-        return arrow_attention(*project(), layout=layout, implementation=self.implementation), None
+        options = {"layout": layout, "text_length": plan.text_length, "implementation": self.implementation}
+        return arrow_attention(*project(), **options), None
 
 
 @dataclass(frozen=True)
@@ -220,6 +240,7 @@ class Planned:
             cache=memory,
             layer=plan.place,
             head_order=plan.head_order,
+            text_length=plan.text_length,
             implementation=self.implementation,
         )
         out = memory[plan.place]

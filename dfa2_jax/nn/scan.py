@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 from flax import nnx
-from jaxtyping import Array, Bool
+from jaxtyping import Array, Bool, Int
 
 from dfa2_jax.nn.attention import Attend, BlockAttention
 from dfa2_jax.weights.quantized import Stacked
@@ -47,6 +47,7 @@ def run_segment(
     memory: dict[str, Any],
     plans: dict[str, Any],
     *,
+    text_length: Int[Array, " B"] | None = None,
     skipped: Bool[Array, " L"] | None = None,
     unroll: int | bool = 1,
 ) -> tuple[Any, dict[str, Any]]:
@@ -56,6 +57,7 @@ def run_segment(
         name: of the stack of blocks; those of its attention layers start with it (`nn.attention.AttentionCall.stack`).
         step: `step(block, streams, attention)` gives the next streams.
         memory, plans: by stack; the entries of this segment's layers are used, a layer at a time.
+        text_length: of each sample; None: text has no padding.
         skipped: blocks to leave out; traced, so that another choice compiles nothing.
     """
     ours = name + "."
@@ -67,7 +69,7 @@ def run_segment(
 
         def run(carry: Any) -> Any:
             streams, memory = carry
-            attention = BlockAttention(attend, ours, memory, plan)
+            attention = BlockAttention(attend, ours, memory, plan, text_length)
             streams = step(block, streams, attention)
             return streams, attention.memory
 

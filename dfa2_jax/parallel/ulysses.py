@@ -98,25 +98,31 @@ class Ulysses:
         whole = Layout(self.num_text if layout.num_text else 0, self.num_visual, layout.text_first)
         exchange = Exchange(self.mesh.tokens, whole, layout)
         if memory is None or plan.half_window is None or plan.head_order is None:
-            out = self._of_all(project(), exchange)
+            out = self._of_all(project(), exchange, plan.text_length)
         else:
-            some = self._of_some(project, exchange, plan.half_window, plan.head_order)
+            some = self._of_some(project, exchange, plan.half_window, plan.head_order, plan.text_length)
             is_cached = plan.half_window[: some.shape[2], None] == CACHED
             out = jnp.where(is_cached, memory[plan.place], some)
         if memory is None:
             return out, None
         return out, lax.dynamic_update_index_in_dim(memory, out, plan.place, 0)
 
-    def _of_all(self, qkv: QKV, exchange: Exchange) -> Heads:
+    def _of_all(self, qkv: QKV, exchange: Exchange, text_length: Int[Array, " B"] | None) -> Heads:
         """Every head in full."""
         num_heads = qkv[0].shape[2]
         padding = (0, 0), (0, 0), (0, -num_heads % exchange.parts), (0, 0)
         q, k, v = exchange.to_heads(*(jnp.pad(x, padding) for x in qkv))
-        out = arrow_attention(q, k, v, layout=exchange.whole, implementation=self.implementation)
+        options = {"layout": exchange.whole, "text_length": text_length, "implementation": self.implementation}
+        out = arrow_attention(q, k, v, **options)
         return exchange.to_tokens(out)[:, :, :num_heads]
 
     def _of_some(
-        self, project: Project, exchange: Exchange, half_window: Int[Array, " padded"], order: Int[Array, " padded"]
+        self,
+        project: Project,
+        exchange: Exchange,
+        half_window: Int[Array, " padded"],
+        order: Int[Array, " padded"],
+        text_length: Int[Array, " B"] | None,
     ) -> Heads:
         """Heads that are not cached, as `order` deals them; anything at the places of others.
 
@@ -125,6 +131,7 @@ class Ulysses:
         """
         shapes = jax.eval_shape(project)[0]
         num_heads, counts = shapes.shape[2], hands(len(order) // exchange.parts)
+        options = {"layout": exchange.whole, "text_length": text_length, "implementation": self.implementation}
 
         def made(count: int) -> Heads:
             """As many on every device."""
@@ -138,7 +145,7 @@ class Ulysses:
                 qkv = tuple(take_heads(x, which) for x in qkv)
             q, k, v = exchange.to_heads(*qkv)
             own = lax.dynamic_slice_in_dim(half_window[dealt], lax.axis_index(TOKENS) * count, count)
-            out = arrow_attention(q, k, v, own, layout=exchange.whole, implementation=self.implementation)
+            out = arrow_attention(q, k, v, own, **options)
             place = jnp.zeros(num_heads, jnp.int32).at[dealt].set(jnp.arange(len(dealt), dtype=jnp.int32), mode="drop")
             return take_heads(exchange.to_tokens(out), place)
 

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 from tqdm import trange
 
 from dfa2_jax.io.errors import printable
@@ -19,6 +19,7 @@ from dfa2_jax.plan.canvas import new_figure
 from dfa2_jax.plan.plan import Plan
 from dfa2_jax.plan.view import ranked
 from pallas_kernels.layout import Layout
+from pallas_kernels.mask import seen_keys
 
 WEIGHT_BYTES = 2**26
 """Float32 weights held at once, of a chunk of one head's queries. FLUX at 2048 px has 27 GB of them in a layer."""
@@ -43,7 +44,13 @@ class Masses:
         return self.near[-1] / np.maximum(1 - self.text, 1e-6)
 
 
-def masses(q: Heads, k: Heads, half_windows: tuple[int, ...], layout: Layout) -> Float[Array, "N masses"]:
+def masses(
+    q: Heads,
+    k: Heads,
+    half_windows: tuple[int, ...],
+    layout: Layout,
+    text_length: Int[Array, " B"] | None = None,
+) -> Float[Array, "N masses"]:
     """Per head, over batch and visual queries: the mean weight on text keys, then on visual keys in each half-window.
 
     One head and one chunk of its queries at a time: the weights never exist as a whole.
@@ -53,6 +60,7 @@ def masses(q: Heads, k: Heads, half_windows: tuple[int, ...], layout: Layout) ->
     chunks = -(-visual // rows)
     places = jnp.arange(chunks * rows).reshape(chunks, rows)
     keys = jnp.arange(visual)
+    seen = None if text_length is None else seen_keys(text_length, layout)[:, None]
 
     def of_head(qk: tuple[Array, Array]) -> Float[Array, " masses"]:
         queries, keys_of_head = (x.astype(jnp.float32) for x in qk)  # [B, V, H] and [B, S, H]
@@ -61,7 +69,7 @@ def masses(q: Heads, k: Heads, half_windows: tuple[int, ...], layout: Layout) ->
         def add(total: Array, chunk: tuple[Array, Array]) -> tuple[Array, None]:
             part, positions = chunk
             scores = jnp.einsum("BTH,BSH->BTS", part, keys_of_head, precision="highest") * part.shape[-1] ** -0.5
-            weights = jax.nn.softmax(scores, axis=-1)
+            weights = jax.nn.softmax(scores if seen is None else jnp.where(seen, scores, -jnp.inf), axis=-1)
             distance = jnp.abs(positions[:, None] - keys[None, :])
             on_visual = weights[:, :, layout.visual]
             kept = [weights[:, :, layout.text].sum(-1)]
@@ -89,8 +97,9 @@ class Watching:
         self, project: Project, layout: Layout, memory: Float[Array, "L N masses"], plan: LayerPlan
     ) -> tuple[Heads, Float[Array, "L N masses"]]:
         q, k, v = project()
-        out = arrow_attention(q, k, v, layout=layout, implementation=self.implementation)
-        return out, memory.at[plan.place].set(masses(q, k, self.half_windows, layout))
+        options = {"layout": layout, "text_length": plan.text_length, "implementation": self.implementation}
+        of_heads = masses(q, k, self.half_windows, layout, plan.text_length)
+        return arrow_attention(q, k, v, **options), memory.at[plan.place].set(of_heads)
 
 
 def watch(call: Call, half_windows: Sequence[int], *, progress: bool = True) -> Masses:

@@ -120,9 +120,9 @@ def test_a_loop_over_devices_compiles_once(tiny_sd35, bars):
 def test_each_device_tries_every_method_on_its_own_prompts(sd35, monkeypatch):
     seen = []
 
-    def watched(candidates, dense):
+    def watched(candidates, dense, unpadded):
         seen.append(len(dense))
-        return moments(candidates, dense)
+        return moments(candidates, dense, unpadded)
 
     monkeypatch.setattr("dfa2_jax.calibration.attends.moments", watched)
     calibrate(sd35[1], CALL["prompt"], **CALIBRATION, delta=0.4, windows=(2,), tiles=(8, 8))  # traced here alone
