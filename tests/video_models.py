@@ -1,5 +1,6 @@
-"""Autoencoders of diffusers' CogVideoX class, as a pipeline would load them."""
+"""Video networks of diffusers, as a pipeline would load them."""
 
+import mmap
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,11 @@ import numpy as np
 from flax import nnx
 
 from dfa2_jax.vae.spec import VIDEO_AUTOENCODER
-from dfa2_jax.vae.video import AutoencoderKLCogVideoX, VideoAutoencoderConfig
+from dfa2_jax.vae.video import VideoAutoencoderConfig
 from dfa2_jax.weights.leaf import load_leaf
 from dfa2_jax.weights.rules import map_weights
-from dfa2_jax.weights.safetensors import open_weights
+from dfa2_jax.weights.safetensors import Tensor, open_weights
+from dfa2_jax.weights.spec import ComponentSpec
 
 
 def shapes_of(config: VideoAutoencoderConfig, dtype: Any) -> tuple[nnx.GraphDef, nnx.State, dict[str, Any]]:
@@ -20,14 +22,24 @@ def shapes_of(config: VideoAutoencoderConfig, dtype: Any) -> tuple[nnx.GraphDef,
     return graph, state, {".".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(state)}
 
 
-def loaded(reference: Any, dtype: Any = jnp.float32) -> AutoencoderKLCogVideoX:
+def loaded(reference: Any, dtype: Any = jnp.float32, spec: ComponentSpec = VIDEO_AUTOENCODER) -> Any:
     """From the folder that diffusers writes, by the rules that a pipeline loads it by."""
-    config = VIDEO_AUTOENCODER.config(dict(reference.config))
-    graph, state, variables = shapes_of(config, dtype)
+    config = spec.config(dict(reference.config))
+    graph, state = nnx.split(nnx.eval_shape(lambda: spec.build(config, dtype=dtype, rngs=nnx.Rngs(0))))
+    variables = {".".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(state)}
     with tempfile.TemporaryDirectory() as folder:
         reference.save_pretrained(folder)
         shapes = {path: tuple(variable.shape) for path, variable in variables.items()}
-        leaves = map_weights(open_weights(Path(folder)), VIDEO_AUTOENCODER.rules, shapes, "tiny")
+        leaves = map_weights(open_weights(Path(folder)), spec.rules, shapes, "tiny")
         for path, leaf in leaves.items():
             variables[path].set_value(load_leaf(leaf, np.dtype(dtype), on_device=True))
     return nnx.merge(graph, state)
+
+
+def tensors_of(model: Any) -> dict[str, Tensor]:
+    """The files' tensors of a network, of whose values there are none."""
+    no_bytes = mmap.mmap(-1, 1)
+    return {
+        key: Tensor(Path("meta"), key, "BF16", tuple(value.shape), 0, 0, no_bytes)
+        for key, value in model.state_dict().items()
+    }

@@ -1,7 +1,5 @@
-import mmap
 from copy import deepcopy
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -13,7 +11,7 @@ import torch
 from flax import nnx
 from lowering import assert_highest_precision, largest_intermediate, lower_for_cuda
 from torch_models import redraw, relative_error
-from video_models import loaded, shapes_of
+from video_models import loaded, shapes_of, tensors_of
 
 from dfa2_jax.pipeline.components import Component
 from dfa2_jax.vae import video_blocks
@@ -21,7 +19,6 @@ from dfa2_jax.vae.spec import VIDEO_AUTOENCODER
 from dfa2_jax.vae.video import AutoencoderKLCogVideoX, VideoAutoencoderConfig, frame_chunks, video_chunks
 from dfa2_jax.vae.video_blocks import MAX_SEEN, CausalConv
 from dfa2_jax.weights.rules import map_weights
-from dfa2_jax.weights.safetensors import Tensor
 
 MODELS: dict[str, dict[str, Any]] = {
     "four_levels": dict(block_out_channels=(8, 16, 16, 24), layers_per_block=1, scaling_factor=0.7),
@@ -234,11 +231,7 @@ def test_a_convolution_of_some_frames_at_a_time(monkeypatch, frames, together):
 def test_all_published_keys_are_known():
     with torch.device("meta"):
         vae = diffusers.AutoencoderKLCogVideoX()
-    no_bytes = mmap.mmap(-1, 1)
-    tensors = {
-        key: Tensor(Path("meta"), key, "BF16", tuple(value.shape), 0, 0, no_bytes)
-        for key, value in vae.state_dict().items()
-    }
+    tensors = tensors_of(vae)
     config = VIDEO_AUTOENCODER.config(dict(vae.config))
     assert config == VideoAutoencoderConfig()
     _, _, variables = shapes_of(config, jnp.bfloat16)

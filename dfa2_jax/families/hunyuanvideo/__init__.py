@@ -1,0 +1,1 @@
+"""HunyuanVideo (arXiv 2412.03603): text to video, text last."""
