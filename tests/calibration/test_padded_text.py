@@ -61,7 +61,7 @@ def test_outputs_are_those_of_cut_text(layout, window):
 @LAYOUTS
 @pytest.mark.parametrize("chunk", [None, 1, 2])
 def test_errors_are_over_tokens_that_are_no_padding(layout, chunk):
-    """Of all samples together, however they are cut into chunks whose texts differ in length."""
+    """All samples count together, however they are cut into chunks whose texts differ in length."""
     *qkv, before = drawn(layout)
     attend = TryEverything(CANDIDATES, Budget.of(1.0, None, HEADS), (2, 2), chunk, frames=4)
     start = Trials.of_caches(before[None], len(CANDIDATES))
