@@ -1,10 +1,11 @@
 """Tokenizers of a few merges, in the files of both libraries and ages."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import transformers
-from tokenizers import Regex, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as Backend
 
 CORPUS = [f"a {size} {colour} circle on the left" for size in ("small", "large") for colour in ("red", "blue", "green")]
@@ -67,3 +68,35 @@ def write_t5(folder: Path) -> None:
     backend.train_from_iterator(CORPUS, trainer)
     vocab = [tuple(piece) for piece in json.loads(backend.to_str())["model"]["vocab"]]
     transformers.T5TokenizerFast(vocab=vocab, extra_ids=2, model_max_length=512).save_pretrained(folder)
+
+
+# Meta's pattern (meta-llama/llama3, tokenizer.py): contractions, words with what is before them, up to three digits.
+LLAMA_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+LLAMA_NAMES = "begin_of_text", "end_of_text", "start_header_id", "end_header_id", "eot_id"
+LLAMA_SPECIAL = [*(f"<|{name}|>" for name in LLAMA_NAMES), "<pad>"]
+
+
+def write_llama(folder: Path, texts: Sequence[str] = CORPUS) -> None:
+    """Llama 3's kind of tokenizer.json, which has the words of `texts` as tokens and puts a begin before each text."""
+    backend = Backend(models.BPE(ignore_merges=True))
+    words = pre_tokenizers.Split(Regex(LLAMA_WORDS), behavior="isolated")
+    whole = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.Sequence([words, whole]), decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(vocab_size=2000, initial_alphabet=alphabet, min_frequency=1, show_progress=False)
+    backend.train_from_iterator(texts, trainer)
+    backend.add_special_tokens(LLAMA_SPECIAL)
+    begin = LLAMA_SPECIAL[0]
+    template = processors.TemplateProcessing(
+        single=f"{begin} $A",
+        pair=f"{begin} $A {begin}:1 $B:1",
+        special_tokens=[(begin, backend.token_to_id(begin))],
+    )
+    backend.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=False), template])
+    backend.save(str(folder / "tokenizer.json"))
+    names = {"bos_token": begin, "eos_token": "<|end_of_text|>", "pad_token": "<pad>"}
+    config = names | {"tokenizer_class": "LlamaTokenizer", "model_max_length": 10**30, "padding_side": "right"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))

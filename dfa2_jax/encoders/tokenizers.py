@@ -1,4 +1,4 @@
-"""CLIP and T5 tokenizers of a diffusers folder, on the `tokenizers` library alone: no torch, no transformers.
+"""CLIP, T5 and Llama tokenizers of a diffusers folder, on the `tokenizers` library alone: no torch, no transformers.
 
 Ids equal those of transformers' tokenizers called as the diffusers pipelines call them (`padding="max_length"`,
 `truncation=True`).
@@ -68,22 +68,37 @@ class Tokenizer:
         Raises:
             ValueError: neither the call nor the model gives a length, or the tokenizer fails or does not end.
         """
+        return self.encode_counted(prompts, max_length)[0]
+
+    def encode_counted(
+        self, prompts: Sequence[str], max_length: int | None = None
+    ) -> tuple[Int[np.ndarray, "B T"], Int[np.ndarray, " B"]]:
+        """Ids as of `encode`, and how many of each prompt's are no padding.
+
+        An end token stays where a prompt is cut if the tokenizer itself puts it there (CLIP, T5). Llama's tokenizer
+        puts none, and an end that a prompt's text brings is cut off with the text.
+
+        Raises:
+            ValueError: as `encode`.
+        """
         max_length = max_length or self.model_max_length
         if max_length > NO_LIMIT:
             raise ValueError(f"{self.name}: model_max_length={max_length:.3g} in tokenizer_config.json is no limit")
         with blame(f"{self.name} could not read the prompts"):
             encodings = within_time(lambda: self.backend.encode_batch(list(prompts)))
         ids = np.full((len(prompts), max_length), self.pad_id, np.int32)
-        for row, encoding in zip(ids, encodings, strict=True):
+        lengths = np.zeros(len(prompts), np.int32)
+        for number, encoding in enumerate(encodings):
             given = encoding.ids
             if len(given) > max_length:
-                self.warn_cut(given, max_length)
-                given = given[: max_length - 1] + given[-1:]  # the end token stays
-            row[: len(given)] = given
-        return ids
+                kept = encoding.special_tokens_mask[-1]  # 1 for what the tokenizer puts there, 0 for text
+                self.warn_cut(given, slice(max_length - kept, len(given) - kept), max_length)
+                given = given[: max_length - kept] + given[len(given) - kept :]
+            ids[number, : len(given)], lengths[number] = given, len(given)
+        return ids, lengths
 
-    def warn_cut(self, ids: Sequence[int], max_length: int) -> None:
-        cut = self.backend.decode(ids[max_length - 1 : -1], skip_special_tokens=False)
+    def warn_cut(self, ids: Sequence[int], removed: slice, max_length: int) -> None:
+        cut = self.backend.decode(ids[removed], skip_special_tokens=False)
         suffix = getattr(self.backend.model, "end_of_word_suffix", None)
         cut = cut.replace(suffix, " ").strip() if suffix else cut
         logger.warning(
