@@ -1,4 +1,4 @@
-"""The keys of transformers' CLIP and T5 text encoders."""
+"""The keys of transformers' CLIP, T5 and Llama text encoders."""
 
 from dfa2_jax.weights.rules import Rule, dense, norm
 
@@ -32,4 +32,19 @@ T5 = [
     *dense(T5_LAYER + r"1\.DenseReluDense\.(?P<name>wi_[01]|wo)", r"layers.\g<name>"),
     *norm(T5_LAYER + r"1\.layer_norm", "layers.ff_norm"),
     *norm(r"encoder\.final_layer_norm", "final_layer_norm"),
+]
+
+LLAMA_LAYER = r"layers\.(?P<layer>\d+)\."
+LLAMA_BODY = [
+    Rule(r"embed_tokens\.weight", "embed_tokens"),
+    *norm(LLAMA_LAYER + r"(?P<name>(input|post_attention)_layernorm)", r"layers.\g<name>"),
+    *dense(LLAMA_LAYER + r"self_attn\.(?P<name>[qkvo]_proj)", r"layers.self_attn.\g<name>"),
+    *dense(LLAMA_LAYER + r"mlp\.(?P<name>(gate|up|down)_proj)", r"layers.mlp.\g<name>"),
+    Rule(r"layers\.\d+\.self_attn\.rotary_emb\.inv_freq", None),  # older files have the frequencies
+    Rule(r"norm\.weight", None),  # after the last layer, which no pipeline reads
+]
+# Keys of a LlamaForCausalLM have the prefix. transformers passes over its head.
+LLAMA = [
+    *(Rule(r"(model\.)?" + rule.key, rule.target, rule.turn) for rule in LLAMA_BODY),
+    Rule(r"lm_head\.weight", None),
 ]

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from dfa2_jax.encoders.llama import LlamaConfig
 from dfa2_jax.encoders.specs import CLIP, CLIP_PROJECTED
 from dfa2_jax.encoders.t5 import T5Config
 from dfa2_jax.encoders.tokenizers import Tokenizer
@@ -31,8 +32,10 @@ def check_fit(checkpoint: Checkpoint) -> None:
             faults += differ(f"{name}: latent_channels", config.latent_channels, "latent channels", channels)
             if config.out_channels != 3:
                 faults.append(f"{name}: out_channels={config.out_channels}, but images have 3")
-        if isinstance(config, T5Config):
-            faults += differ(f"{name}: d_model", config.d_model, "joint_attention_dim", transformer.joint_attention_dim)
+        if isinstance(config, (T5Config, LlamaConfig)):
+            field = "d_model" if isinstance(config, T5Config) else "hidden_size"
+            width = getattr(config, field)
+            faults += differ(f"{name}: {field}", width, "joint_attention_dim", transformer.joint_attention_dim)
     wanted = [name for name, spec in components.items() if spec in (CLIP, CLIP_PROJECTED)]
     clips = {name: configs[name] for name in wanted if name in configs}
     if clips and len(clips) == len(wanted):

@@ -18,8 +18,8 @@ from dfa2_jax.weights.safetensors import DTYPES, Tensor
 
 Turn = Callable[[np.ndarray], np.ndarray]
 
-Place = Callable[[str, int], tuple[str, int]]
-"""`(path, block)` to the parameter's path and the block's place in its leading axis.
+Place = Callable[[str, int], tuple[str, int] | None]
+"""`(path, block)` to the parameter's path and the block's place in its leading axis; None: the block is left out.
 
 Raises ValueError where the model has no such block.
 """
@@ -101,8 +101,9 @@ def pieces_of(key: str, tensor: Tensor, rules: Sequence[Rule], place: Place) -> 
             if rule.target is None:
                 continue
             path, block = match.expand(rule.target), match.groupdict().get("layer")
-            path, index = (path, None) if block is None else place(path, int(block))
-            pieces.append(Piece(path, index, tensor, rule))
+            target = (path, None) if block is None else place(path, int(block))
+            if target is not None:
+                pieces.append(Piece(*target, tensor, rule))
     return pieces if known else None
 
 

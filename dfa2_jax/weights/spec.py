@@ -26,6 +26,7 @@ class ComponentSpec:
     build: `build(config, dtype=..., rngs=...)`.
     rules: from the keys of its torch state dict to our parameters.
     place: where a block's parameters lie: `place(config)(path, block)` is the path and the place in its leading axis.
+        A block without a place is not read.
     library: whose rules say which weight files of its folder are read.
     float16_becomes: the dtype that the network takes where float16 would overflow; None: float16 is fine.
     quantize: gives an abstract model's blocks weights of 8 bits (`nn.quantize`); None: it has none to give.
