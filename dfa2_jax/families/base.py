@@ -22,7 +22,9 @@ from dfa2_jax.sampling.tokens import Grid, Tokens
 from dfa2_jax.weights.spec import ComponentSpec
 
 Encode = Callable[..., Any]
-"""`encode(encoder, tokenizer, prompts, length, *args)`: the encoder's output, None if the folder has none."""
+"""`encode(encoder, tokenizer, prompts, length, *args)`: the encoder's output, None if the folder has none.
+
+With `counted=True`, the output and how many tokens each prompt has without padding."""
 
 
 @carrier

@@ -104,13 +104,19 @@ class Networks:
         can_be = not as_precision(dtype) or self._checkpoint.spec.components[name].quantize is not None
         return dtype if can_be else self._dtype
 
-    def encode(self, encoder: str, tokenizer: str, prompts: list[str], length: int | None, *args: Any) -> Any:
-        """States of prompts, cut or padded to `length` tokens; None if the folder has no such encoder."""
+    def encode(
+        self, encoder: str, tokenizer: str, prompts: list[str], length: int | None, *args: Any, counted: bool = False
+    ) -> Any:
+        """States of prompts, cut or padded to `length` tokens; None if the folder has no such encoder.
+
+        counted: for a pair of states and each prompt's number of tokens, without padding.
+        """
         if encoder not in self:
             return None
-        ids = self.tokenizer(tokenizer).encode(prompts, length)
+        ids, lengths = self.tokenizer(tokenizer).encode_counted(prompts, length)
         check_ids(ids, self.tokenizer(tokenizer), encoder, self.config(encoder))
-        return self[encoder](ids, *args)
+        states = self[encoder](ids, *args)
+        return (states, lengths) if counted else states
 
     def tokenizer(self, name: str) -> Tokenizer:
         """
