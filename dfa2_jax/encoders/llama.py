@@ -70,7 +70,7 @@ class LlamaConfig:
 
     @property
     def size(self) -> int:
-        """Of a head."""
+        """Values of a head, of queries and keys alike."""
         return self.hidden_size // self.num_attention_heads if self.head_dim is None else self.head_dim
 
 
