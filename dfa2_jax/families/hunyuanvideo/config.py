@@ -59,6 +59,10 @@ class HunyuanVideoConfig:
         return self.num_attention_heads * self.attention_head_dim
 
     @property
+    def joint_attention_dim(self) -> int:
+        return self.text_embed_dim
+
+    @property
     def token_channels(self) -> int:
         return self.in_channels * self.patch_size_t * self.patch_size**2
 
