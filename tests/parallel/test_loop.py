@@ -103,7 +103,7 @@ def test_any_dealing_gives_the_same_bits_and_compiles_nothing():
     plans = HeadPlans(
         *(by_stack(many.calls, pad_steps(x), axis=1) for x in (windows, order)), first=np.zeros((), np.int32)
     )
-    options = {"mesh": many.mesh}
+    options = {"mesh": many.mesh, "frames": many.grid.frames}  # as `Loop.planned` names them
     state = denoise_planned(many.graph, many.params, many.start(many.caches()), many.inputs, plans, 0, STEPS, **options)
     np.testing.assert_array_equal(state.latents, wanted)
     many.planned(many.caches(), mixed(one, seed=1), 0, STEPS)
