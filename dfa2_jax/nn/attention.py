@@ -247,6 +247,19 @@ class Planned:
         return out if plan.lies is None else to_native(out, plan.lies, layout, self.frames), memory
 
 
+def double_and_single(layout: Layout, num_double: int, num_single: int) -> tuple[AttentionCall, ...]:
+    """The layers of FLUX's arrangement in order of execution: double-stream blocks, then single-stream ones."""
+    stacks = (
+        ("double", "transformer_blocks.attn", num_double),
+        ("single", "single_transformer_blocks.attn", num_single),
+    )
+    return tuple(
+        AttentionCall(f"{name}.{place}", place + (name == "single") * num_double, stack, place, layout)
+        for name, stack, count in stacks
+        for place in range(count)
+    )
+
+
 def stacks(layers: tuple[AttentionCall, ...]) -> dict[str, np.ndarray]:
     """By stack, the numbers of its layers in order of execution."""
     names = dict.fromkeys(layer.stack for layer in layers)

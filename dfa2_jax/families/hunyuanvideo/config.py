@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dfa2_jax.nn.attention import AttentionCall
+from dfa2_jax.nn.attention import AttentionCall, double_and_single
 from dfa2_jax.nn.config import config_from_json
 from pallas_kernels.layout import Layout
 
@@ -69,15 +69,7 @@ class HunyuanVideoConfig:
     def calls(self, num_text: int, num_visual: int) -> tuple[AttentionCall, ...]:
         """Every joint attention layer in order of execution: double-stream blocks, then single-stream ones."""
         layout = Layout(num_text, num_visual, text_first=False)
-        stacks = (
-            ("double", "transformer_blocks.attn", self.num_layers),
-            ("single", "single_transformer_blocks.attn", self.num_single_layers),
-        )
-        return tuple(
-            AttentionCall(f"{name}.{place}", place + (name == "single") * self.num_layers, stack, place, layout)
-            for name, stack, count in stacks
-            for place in range(count)
-        )
+        return double_and_single(layout, self.num_layers, self.num_single_layers)
 
 
 SIZES = "num_layers", "num_single_layers", "num_refiner_layers", "num_attention_heads", "patch_size", "patch_size_t"
