@@ -35,11 +35,11 @@ class Travel(NamedTuple):
 
 
 SPEEDS = {"slowly": Travel(0.17, 0.03, 0.12), "quickly": Travel(0.44, 0.04, 0.02)}
-LANES, LANE_JITTER = (0.27, 0.73), 0.02
+LANES, LANE_JITTER = (0.25, 0.75), 0.01
 """Where the paths of two objects lie across their axis."""
 SINGLE_JITTER = 0.16
 """How far from the middle a single object's path lies, at most."""
-RADII = ((0.15, 0.02), (0.15, 0.02))
+RADII = ((0.18, 0.02), (0.18, 0.015))
 """Middle and jitter of the radius of a single object, and of two."""
 
 NUMBERS = 10

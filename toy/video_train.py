@@ -47,9 +47,9 @@ def whole_training(batch: int, steps: int) -> tuple[Stage, ...]:
     vae = Part("vae", 64, max(1, batch // 8), steps, frames=FRAMES)
     at_64, at_96 = (Part("flow", side, max(1, batch // s), steps, frames=FRAMES) for side, s in ((64, 1), (96, 2)))
     return (
-        Stage("vae", 0.1, (vae,)),
+        Stage("vae", 0.05, (vae,)),
         Stage("320 tokens", 0.6, (at_64,)),
-        Stage("720 tokens", 0.3, (at_96, at_64)),
+        Stage("720 tokens", 0.35, (at_96, at_64)),
     )
 
 
