@@ -24,7 +24,7 @@ from dfa2_jax.options import CALL, CalibrationOptions, Options, ReportOptions
 from dfa2_jax.weights.dtypes import FLOAT_DTYPES, PRECISIONS, TEXT_ENCODER_DTYPES
 
 DEMO = (
-    "Sample with the small model that is installed with this package, dense and by its plan, and draw both side by "
+    "Sample with a small model that is installed with this package, dense and by its plan, and draw both side by "
     "side. Nothing is downloaded. Every run makes its images anew, and replaces those of an earlier run."
 )
 
@@ -216,6 +216,7 @@ def _add_plan(plan: argparse.ArgumentParser) -> None:
 def _add_demo(demo: argparse.ArgumentParser) -> None:
     demo.set_defaults(run=("demo", "run"))
     demo.epilog = "stdout holds the images' paths, one per line, as they are made; the last one is the picture's."
+    demo.add_argument("--video", action="store_true", help="videos of moving shapes, by a small CogVideoX")
     demo.add_argument(
         "--prompt", action="append", metavar="TEXT", help="may be repeated (default: four that it never saw)"
     )

@@ -41,3 +41,17 @@ def large_stacks(data: Any) -> Iterator[list[str]]:
         equal = [layer for layer, same in one["equal"].items() if same]
         share = f"{', '.join(equal)}: {len(equal)} of {len(one['equal'])}"
         yield [f"`{name}`", f"{one['numbers']:.2g}", share, "yes" if one["others_untouched"] else "no"]
+
+
+@table(
+    "video-checkpoint",
+    "video_checkpoint.json",
+    "size | captions | background, colours | shapes | directions, speeds | all of a video",
+    "python -m toy.video_evaluate",
+)
+def video_checkpoint(data: Any) -> Iterator[list[str]]:
+    for one in data:
+        right = one["all"]
+        pairs = ("background", "colour"), ("shape",), ("direction", "speed"), ("exact",)
+        cells = (f"{min(right[name] for name in names):.1%}" for names in pairs)
+        yield [f"{one['size']} px", str(right["captions"]), *cells]

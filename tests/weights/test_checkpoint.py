@@ -9,7 +9,7 @@ from checkout import ROOT
 from safetensors import safe_open
 
 from dfa2_jax import Pipeline, calibrate
-from dfa2_jax.demo.box import FOLDER, PROMPTS
+from dfa2_jax.demo.box import IMAGES
 
 pytest.importorskip("toy", reason="toy/ is beside the tests in a checkout alone")
 scenes = import_module("toy.scenes")
@@ -24,14 +24,14 @@ OPTIONS = {"height": 128, "width": 128, "num_inference_steps": 14, "guidance_sca
 
 @pytest.fixture(scope="module")
 def pipeline():
-    return Pipeline.from_pretrained(FOLDER)
+    return Pipeline.from_pretrained(IMAGES.folder)
 
 
 def test_it_is_whole_and_small():
-    files = [path for path in FOLDER.rglob("*") if path.is_file()]
+    files = [path for path in IMAGES.folder.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) <= 12e6
     assert {path.suffix for path in files} == {".json", ".safetensors"}
-    for path in FOLDER.rglob("*.safetensors"):
+    for path in IMAGES.folder.rglob("*.safetensors"):
         with safe_open(path, "numpy") as file:
             assert {file.get_slice(key).get_dtype() for key in file.keys()} == {"F16"}, path  # noqa: SIM118
 
@@ -39,7 +39,7 @@ def test_it_is_whole_and_small():
 def test_prompts_of_the_demo_are_held_out():
     held_out = [scene.caption for scene in scenes.held_out()]
     every = {scene.caption for scene in scenes.scenes()}
-    shown = PROMPTS.read_text().splitlines()
+    shown = IMAGES.prompts.read_text().splitlines()
     learned = (ASSETS / "calibration_prompts.txt").read_text().splitlines()
     assert set(shown) <= set(held_out) and set(learned) <= every - set(held_out)
     both = (ASSETS.parent / "benchmarks" / "prompts.txt").read_text().splitlines()
@@ -81,10 +81,10 @@ def test_diffusers_reads_it_and_draws_the_same():
 
     arguments = OPTIONS | {"height": 64, "width": 64, "num_inference_steps": 6}
     prompt = "a large red circle on the left of a blue background"
-    theirs = StableDiffusion3Pipeline.from_pretrained(FOLDER, local_files_only=True).to(torch.float32)
+    theirs = StableDiffusion3Pipeline.from_pretrained(IMAGES.folder, local_files_only=True).to(torch.float32)
     theirs.set_progress_bar_config(disable=True)
     want = theirs(prompt, generator=torch.Generator().manual_seed(3), output_type="np", **arguments).images
-    ours = Pipeline.from_pretrained(FOLDER)(prompt, seed=3, output_type="np", progress=False, **arguments).images
+    ours = Pipeline.from_pretrained(IMAGES.folder)(prompt, seed=3, output_type="np", progress=False, **arguments).images
     assert np.std(want) > 0.1
     np.testing.assert_allclose(ours, want, atol=1e-3)
 
@@ -95,7 +95,7 @@ def test_it_is_what_the_script_would_export():
     from transformers import AutoTokenizer
 
     for name, (class_name, fields) in model.configs().items():
-        config = json.loads((FOLDER / name / "config.json").read_text())
+        config = json.loads((IMAGES.folder / name / "config.json").read_text())
         assert class_name in (config.get("_class_name"), *config.get("architectures", []))
         fields = {
             field: value for field, value in fields.items() if field != "tie_word_embeddings"
@@ -104,6 +104,6 @@ def test_it_is_what_the_script_would_export():
         assert not differ, name
     prompts = [scene.caption for scene in scenes.held_out()[:20]]
     for encoder, ours in model.token_ids(prompts).items():
-        theirs = AutoTokenizer.from_pretrained(FOLDER / encoder.replace("text_encoder", "tokenizer"))
+        theirs = AutoTokenizer.from_pretrained(IMAGES.folder / encoder.replace("text_encoder", "tokenizer"))
         want = theirs(prompts, padding="max_length", truncation=True, max_length=ours.shape[1]).input_ids
         np.testing.assert_array_equal(ours, want, err_msg=encoder)
