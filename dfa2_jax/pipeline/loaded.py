@@ -154,6 +154,8 @@ class Loaded:
     ) -> Embeddings:
         """Embeddings of prompts, one list per text encoder, to be passed as `prompt_embeds` and `pooled_prompt_embeds`.
 
+        Where the model masks padding, `attention_mask` of them is the call's `prompt_attention_mask`.
+
         Raises:
             ValueError: the folder lacks an encoder that this model cannot do without.
         """

@@ -125,6 +125,8 @@ class Pipeline(Loaded):
         pooled_prompt_embeds: Any = None,
         negative_prompt_embeds: Any = None,
         negative_pooled_prompt_embeds: Any = None,
+        prompt_attention_mask: Any = None,
+        negative_prompt_attention_mask: Any = None,
         max_sequence_length: int | None = None,
         clip_skip: int | None = None,
         skip_guidance_layers: list[int] | None = None,
