@@ -80,6 +80,7 @@ class Schedule:
     timesteps: the scheduler's own, as diffusers hands them to callbacks.
     times: their sinusoids are what the transformer takes.
     time_features: sines and cosines of one time.
+    rounds_noise: torch draws noise in the model's dtype. False: in float32, and rounds latents after the first step.
     """
 
     sigmas: Float[np.ndarray, " levels"]
@@ -87,6 +88,7 @@ class Schedule:
     times: Float[np.ndarray, " steps"]
     solver: Solver
     time_features: int = 256
+    rounds_noise: bool = True
 
     def embedded(self, times: Float[np.ndarray, " steps"]) -> Float[np.ndarray, "padded_steps E"]:
         """Times as the transformer takes them."""

@@ -137,7 +137,7 @@ class Call:
             MemoryError: what `attend` remembers does not fit.
         """
         rounding, latents = self.pipeline.rounding, self.tokens
-        if rounding is not None:
+        if rounding is not None and self.schedule.rounds_noise:
             latents = latents.astype(rounding).astype(np.float32)
         latents, solver = self.put_state((latents, self.inputs.solver.init(latents)))
         if attend is None:

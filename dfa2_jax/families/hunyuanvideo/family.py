@@ -137,10 +137,12 @@ class HunyuanVideo:
         num_visual: int,
         dtype: DTypeLike,
     ) -> Schedule:
-        """Times are timesteps in float32, whatever the model's dtype is."""
+        """diffusers rounds times as latents: these are float32 at first, and of the model's dtype after a step."""
         default = np.linspace(1.0, 0.0, steps + 1)[:-1]
         levels, timesteps, solver = flow_steps(scheduler, sigmas, default, num_visual)
-        return Schedule(levels, timesteps, timesteps.astype(np.float32), solver)
+        times = timesteps.astype(np.float32)
+        times[1:] = times[1:].astype(dtype)
+        return Schedule(levels, timesteps, times, solver, rounds_noise=False)
 
     def output_latents(self, tokens: np.ndarray, grid: Grid) -> np.ndarray:
         """[B, C, F, h, w]."""
