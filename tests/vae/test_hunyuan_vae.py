@@ -124,7 +124,7 @@ def test_published_tiles():
 
 @pytest.mark.parametrize("latent_frames", range(1, 40))
 def test_windows_cover_a_video(latent_frames):
-    """Of what is beyond a window's own frames, there is as much as the next one blends."""
+    """A window has as many frames beyond its own as the next one blends."""
     config = HunyuanAutoencoderConfig()
     chunks = config.chunks(latent_frames)
     assert sum(chunk.num_frames for chunk in chunks) == config.num_frames(latent_frames)
@@ -139,7 +139,7 @@ def test_no_video_without_frames():
 
 
 def test_compiles_a_program_of_each_size(monkeypatch):
-    """Of two sizes of windows: the first and the second share a program. The decoding that follows compiles nothing."""
+    """Windows here have two sizes: the first and the second share a program."""
     compiled, compile = [], Component.compile
 
     def watched(self, z, **options):
