@@ -186,7 +186,7 @@ class Loaded:
         Devices of this process share lines of pixels.
 
         Args:
-            tiling: decode a video in tiles (`vae.tiles`).
+            tiling: decode a video in tiles, as its autoencoder has them (`vae.tiles`).
             progress: show a bar of frames, or of frames of tiles.
             on_frames: called with the frames of each chunk. What it raises ends the decoding, and leaves nothing.
         """
@@ -215,7 +215,7 @@ class Loaded:
         Raises:
             ValueError: the autoencoder's do not meet.
         """
-        return Tiles.of(self.networks.config("vae")) if tiling else None
+        return self.networks.config("vae").tiles() if tiling else None
 
     def put_image(self, x: Float[np.ndarray, "*dims h w C"]) -> Any:
         """As the VAE takes it."""
