@@ -8,7 +8,8 @@ import pytest
 from damage import copy_model, edit_json, refuses
 from pipeline_cases import PROMPTS, check_planned, error, load_theirs, run_theirs
 
-from dfa2_jax import Pipeline, Plan
+from dfa2_jax import Pipeline, Plan, calibrate, cli
+from dfa2_jax.io.images import read_metadata
 from dfa2_jax.options import Options
 from dfa2_jax.sampling.noise import torch_randn
 
@@ -55,6 +56,48 @@ def test_latents_equal_diffusers(case, ours, theirs):
     assert latents.shape == want.shape and latents.dtype == np.float32
     assert latents.shape == (np.size(arguments["prompt"]), 4, (arguments["num_frames"] + 3) // 4, 4, 6)
     assert error(latents, want) < 1e-4
+
+
+@pytest.mark.torch
+def test_frames_equal_diffusers(ours, theirs):
+    """Of two windows of latent frames, which are blended."""
+    arguments = CALL | {"prompt": PROMPTS[0], "num_frames": 25, "num_inference_steps": 2}
+    output = ours(**arguments, output_type="np", progress=False)
+    want = run_theirs(theirs(), **arguments, output_type="np")
+    assert output.images is None and output.frames.shape == want.shape == (1, 25, 32, 48, 3)
+    assert np.abs(output.frames - want).max() <= 1 / 255
+    assert output.frames.std() > 0.05, "the video is flat: the comparison shows nothing"
+
+
+@pytest.mark.parametrize(
+    "budget", [{"delta": 0.5, "windows": (2,), "tiles": (8, 8)}, {"speedup": 2.0, "heads": "full"}]
+)
+def test_plans_are_calibrated_with_texts_of_any_length(budget, ours, tmp_path):
+    call = CALL | {"progress": False}
+    plan = calibrate(ours, PROMPTS, **call, **budget)
+    assert plan.setting.num_frames == 9 and plan.setting.layers[0].num_text == 24
+    assert plan.choices[1:].any() or len(plan.nodes) == 3
+    plan.save(tmp_path / "plan.json")
+    output = ours(LONG, plan=Plan.load(tmp_path / "plan.json"), **LATENT)
+    assert output.frames.shape == (1, 4, 3, 4, 6) and output.metadata["max_sequence_length"] == 24
+
+
+@pytest.mark.parametrize("precision", ["int8", "int8_weights"])
+def test_blocks_of_8_bits_make_nearly_the_same(precision, ours, tiny_hunyuanvideo):
+    want = ours(PROMPTS, **CALL, **LATENT).frames
+    quantised = Pipeline.from_pretrained(tiny_hunyuanvideo, dtype=precision)
+    assert 1e-4 < error(quantised(PROMPTS, **CALL, **LATENT).frames, want) < 0.02
+
+
+def test_the_command_samples(ours, tiny_hunyuanvideo, monkeypatch, tmp_path):
+    monkeypatch.setattr(Pipeline, "from_pretrained", lambda folder, **options: ours)
+    words = ["--height", "32", "--width", "48", "--num-frames", "5", "--steps", "2", "--max-sequence-length", "24"]
+    words += ["--true-cfg-scale", "2.5", "--negative-prompt", "blurry", "--prompt", "a star", "--quiet"]
+    assert cli.main(["sample", str(tiny_hunyuanvideo), *words, "--out", str(tmp_path)]) == 0
+    (path,) = tmp_path.iterdir()
+    made = read_metadata(path)
+    assert made["num_frames"] == 5 and made["fps"] == 24 and made["cfg_scale"] == 2.5
+    assert made["pipeline"] == "HunyuanVideoPipeline" and made["embedded_guidance"] == 6.0
 
 
 def test_defaults_are_those_of_diffusers(ours):

@@ -30,6 +30,7 @@ from dfa2_jax.sampling.guidance import ClassifierFree, Guidance, NoGuidance
 from dfa2_jax.sampling.sinusoid import embedded_scalar, sinusoid
 from dfa2_jax.sampling.solvers.schedulers import FLOW_SCHEDULERS, check_flow_scheduler, flow_steps
 from dfa2_jax.sampling.tokens import Grid, VideoPatches
+from dfa2_jax.vae.spec import HUNYUAN_AUTOENCODER
 from dfa2_jax.weights.spec import ComponentSpec
 
 logger = logging.getLogger("dfa2_jax")
@@ -51,7 +52,12 @@ class HunyuanVideo:
 
     pipeline_class = "HunyuanVideoPipeline"
     scheduler_classes = tuple(FLOW_SCHEDULERS)
-    components = {"transformer": TRANSFORMER, "text_encoder": LLAMA, "text_encoder_2": CLIP}
+    components = {
+        "transformer": TRANSFORMER,
+        "text_encoder": LLAMA,
+        "text_encoder_2": CLIP,
+        "vae": HUNYUAN_AUTOENCODER,
+    }
     check_scheduler = staticmethod(check_flow_scheduler)
     num_prompts = 2
 
