@@ -67,10 +67,15 @@ class Options:
     height: int | None = option(None, "pixels; None: the model's own size", flag=True, metavar="PX")
     width: int | None = option(None, "pixels; None: the model's own size", flag=True, metavar="PX")
     num_frames: int | None = option(
-        None, "frames of a video; None: the model's own number (CogVideoX 49, 1.5: 81)", flag=True, metavar="FRAMES"
+        None,
+        "frames of a video; None: the model's own number (CogVideoX 49, 1.5: 81, HunyuanVideo 129)",
+        flag=True,
+        metavar="FRAMES",
     )
     num_inference_steps: int | None = option(
-        None, "steps of the sampling loop; None: 28, or 4 for FLUX.1-schnell, 50 for CogVideoX", flag="--steps"
+        None,
+        "steps of the sampling loop; None: 28, 4 for FLUX.1-schnell, 50 for CogVideoX and HunyuanVideo",
+        flag="--steps",
     )
     sigmas: Sequence[float] | Any | None = option(
         None,
@@ -89,12 +94,14 @@ class Options:
         metavar="NAME|FILE.json",
     )
     guidance_scale: float | None = option(
-        None, "SD3, CogVideoX: classifier-free; FLUX.1-dev: embedded. None: 7, 6, 3.5", flag=True
+        None, "SD3, CogVideoX: classifier-free; FLUX.1-dev, HunyuanVideo: embedded. None: 7, 6, 3.5, 6", flag=True
     )
     use_dynamic_cfg: bool = option(
         False, "another guidance scale at each step, as CogVideoX's model cards have it", flag=True, action="store_true"
     )
-    true_cfg_scale: float = option(1.0, "classifier-free guidance for FLUX.1; needs a negative prompt", flag=True)
+    true_cfg_scale: float = option(
+        1.0, "classifier-free guidance for FLUX.1 and HunyuanVideo; needs a negative prompt", flag=True
+    )
     num_images_per_prompt: int = option(
         1, "images of each prompt", flag=True, help="images of each prompt, of as many seeds from --seed on"
     )
@@ -110,9 +117,13 @@ class Options:
     pooled_prompt_embeds: Any = option(None, "pooled text [B, P], together with `prompt_embeds`")
     negative_prompt_embeds: Any = option(None, "text states [B, T, E] in place of `negative_prompt`")
     negative_pooled_prompt_embeds: Any = option(None, "pooled text [B, P], together with `negative_prompt_embeds`")
+    prompt_attention_mask: Any = option(
+        None, "[B, T], 1 for tokens of `prompt_embeds` and 0 for the padding after them (HunyuanVideo)"
+    )
+    negative_prompt_attention_mask: Any = option(None, "[B, T], as `prompt_attention_mask`")
     max_sequence_length: int | None = option(
         None,
-        "tokens of T5, at most 512; None: 256 (SD3, schnell), 512 (dev) or 226 (CogVideoX)",
+        "tokens of T5, or of Llama, at most 512; None: 256 (SD3, schnell, HunyuanVideo), 512 (dev) or 226 (CogVideoX)",
         flag=True,
         metavar="TOKENS",
     )
@@ -150,7 +161,9 @@ class Options:
         "number of its first new frame, and the new frames, uint8 [F, H, W, 3]",
     )
     fps: int | None = option(
-        None, "frames a second of a video's file; None: the model's own (CogVideoX 8, 1.5: 16)", flag=True
+        None,
+        "frames a second of a video's file; None: the model's own (CogVideoX 8, 1.5: 16, HunyuanVideo 24)",
+        flag=True,
     )
     output_type: str = option("pil", '"pil", "np" or "latent"')
     progress: bool = option(True, "show a bar, one step at a time; the numbers are those of the whole loop")

@@ -1,4 +1,4 @@
-"""Tiny but complete SD3, SD3.5, FLUX.1 and CogVideoX folders, built offline with diffusers.
+"""Tiny but complete SD3, SD3.5, FLUX.1, CogVideoX and HunyuanVideo folders, built offline with diffusers.
 
     python tests/tiny.py DIR
 
@@ -20,21 +20,29 @@ import transformers
 from diffusers import (
     AutoencoderKL,
     AutoencoderKLCogVideoX,
+    AutoencoderKLHunyuanVideo,
     CogVideoXDDIMScheduler,
     CogVideoXPipeline,
     CogVideoXTransformer3DModel,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
+    HunyuanVideoPipeline,
+    HunyuanVideoTransformer3DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
 )
+from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PROMPT_TEMPLATE
+from tokenizer_cases import LLAMA_SPECIAL, llama_backend
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    LlamaConfig,
+    LlamaModel,
+    PreTrainedTokenizerFast,
     T5Config,
     T5EncoderModel,
     T5TokenizerFast,
@@ -243,6 +251,56 @@ def cogvideox_pipeline(snr_shift_scale: float, scaling_factor: float, **transfor
     )
 
 
+@cache
+def llama_tokenizer() -> PreTrainedTokenizerFast:
+    """As tokenizer.json says: transformers reads one of a `LlamaTokenizerFast` otherwise."""
+    backend = llama_backend([DEFAULT_PROMPT_TEMPLATE["template"], *CAPTIONS])
+    names = {"bos_token": LLAMA_SPECIAL[0], "eos_token": "<|end_of_text|>", "pad_token": "<pad>"}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, padding_side="right", **names)
+
+
+def llama_encoder(seed: int) -> torch.nn.Module:
+    config = LlamaConfig(
+        vocab_size=len(llama_tokenizer()),
+        hidden_size=48,
+        intermediate_size=96,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        pad_token_id=None,
+    )
+    return redraw(LlamaModel(config), seed)
+
+
+def hunyuanvideo_pipeline() -> HunyuanVideoPipeline:
+    transformer = HunyuanVideoTransformer3DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=4,
+        attention_head_dim=16,
+        num_layers=2,
+        num_single_layers=3,
+        text_embed_dim=48,
+        pooled_projection_dim=32,
+        rope_axes_dim=(4, 6, 6),
+    )
+    vae = AutoencoderKLHunyuanVideo(
+        block_out_channels=(8, 8, 16, 16), layers_per_block=1, latent_channels=4, norm_num_groups=4
+    )
+    redraw(vae, 1)
+    with torch.no_grad():
+        vae.decoder.conv_out.conv.weight *= 0.4
+    return HunyuanVideoPipeline(
+        transformer=redraw(transformer, 0),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0),
+        vae=vae,
+        text_encoder=llama_encoder(4),
+        tokenizer=llama_tokenizer(),
+        text_encoder_2=clip_encoder(32, 2, "quick_gelu", 2, projection=False),
+        tokenizer_2=clip_tokenizer("<|endoftext|>"),
+    )
+
+
 ROTARY = {"use_rotary_positional_embeddings": True}
 
 DYNAMIC_SHIFT = {
@@ -262,6 +320,7 @@ PIPELINES: dict[str, Callable[[], Any]] = {
     "cogvideox-2b": lambda: cogvideox_pipeline(3.0, 1.15258426),
     "cogvideox-5b": lambda: cogvideox_pipeline(1.0, 0.7, **ROTARY),
     "cogvideox-15": lambda: cogvideox_pipeline(1.0, 0.7, **ROTARY, patch_size_t=2, patch_bias=False),
+    "hunyuanvideo": hunyuanvideo_pipeline,
 }
 
 

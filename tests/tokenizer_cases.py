@@ -79,8 +79,8 @@ LLAMA_NAMES = "begin_of_text", "end_of_text", "start_header_id", "end_header_id"
 LLAMA_SPECIAL = [*(f"<|{name}|>" for name in LLAMA_NAMES), "<pad>"]
 
 
-def write_llama(folder: Path, texts: Sequence[str] = CORPUS) -> None:
-    """Llama 3's kind of tokenizer.json, which has the words of `texts` as tokens and puts a begin before each text."""
+def llama_backend(texts: Sequence[str]) -> Backend:
+    """Llama 3's kind, which has the words of `texts` as tokens and puts a begin before each text."""
     backend = Backend(models.BPE(ignore_merges=True))
     words = pre_tokenizers.Split(Regex(LLAMA_WORDS), behavior="isolated")
     whole = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -96,7 +96,12 @@ def write_llama(folder: Path, texts: Sequence[str] = CORPUS) -> None:
         special_tokens=[(begin, backend.token_to_id(begin))],
     )
     backend.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=False), template])
-    backend.save(str(folder / "tokenizer.json"))
-    names = {"bos_token": begin, "eos_token": "<|end_of_text|>", "pad_token": "<pad>"}
+    return backend
+
+
+def write_llama(folder: Path, texts: Sequence[str] = CORPUS) -> None:
+    """The files of such a tokenizer."""
+    llama_backend(texts).save(str(folder / "tokenizer.json"))
+    names = {"bos_token": LLAMA_SPECIAL[0], "eos_token": "<|end_of_text|>", "pad_token": "<pad>"}
     config = names | {"tokenizer_class": "LlamaTokenizer", "model_max_length": 10**30, "padding_side": "right"}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))

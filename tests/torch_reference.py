@@ -43,7 +43,7 @@ class PlannedProcessor:
         with patch.object(functional, "scaled_dot_product_attention", self.attend):
             return self.inner(*args, **kwargs)
 
-    def attend(self, query, key, value, *args, **kwargs):  # [B, N, T, H]
+    def attend(self, query, key, value, attn_mask=None, **kwargs):  # [B, N, T, H]
         half_window = self.run.half_windows[self.run.step, self.layer]
         is_text = torch.zeros(key.shape[2], dtype=torch.bool)
         is_text[self.text] = True
@@ -54,6 +54,8 @@ class PlannedProcessor:
         position[:, ~is_text] = torch.where(is_over_time[:, None], over_time, visual)
         near = (position[:, :, None] - position[:, None]).abs() <= half_window[:, None, None]
         kept = near | is_text[:, None] | is_text | (half_window == FULL)[:, None, None]
+        if attn_mask is not None:  # of text's padding, which is no key
+            kept = kept & attn_mask
         out = self.attention(query, key, value, attn_mask=kept)
         if self.run.step > 0:
             out = torch.where((half_window == CACHED)[:, None, None], self.previous, out)
@@ -62,7 +64,7 @@ class PlannedProcessor:
 
 
 def follow_plan(pipeline, half_windows, layouts, over_time=None, frames=1):
-    """Make a diffusers SD3, FLUX or CogVideoX pipeline follow a plan.
+    """Make a diffusers SD3, FLUX, CogVideoX or HunyuanVideo pipeline follow a plan.
 
     Args:
         half_windows: int [steps, layers, heads].

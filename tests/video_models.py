@@ -10,23 +10,23 @@ import numpy as np
 from flax import nnx
 
 from dfa2_jax.vae.spec import VIDEO_AUTOENCODER
-from dfa2_jax.vae.video import VideoAutoencoderConfig
 from dfa2_jax.weights.leaf import load_leaf
 from dfa2_jax.weights.rules import map_weights
 from dfa2_jax.weights.safetensors import Tensor, open_weights
 from dfa2_jax.weights.spec import ComponentSpec
 
 
-def shapes_of(config: VideoAutoencoderConfig, dtype: Any) -> tuple[nnx.GraphDef, nnx.State, dict[str, Any]]:
-    graph, state = nnx.split(nnx.eval_shape(lambda: VIDEO_AUTOENCODER.build(config, dtype=dtype, rngs=nnx.Rngs(0))))
+def shapes_of(
+    config: Any, dtype: Any, spec: ComponentSpec = VIDEO_AUTOENCODER
+) -> tuple[nnx.GraphDef, nnx.State, dict[str, Any]]:
+    graph, state = nnx.split(nnx.eval_shape(lambda: spec.build(config, dtype=dtype, rngs=nnx.Rngs(0))))
     return graph, state, {".".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(state)}
 
 
 def loaded(reference: Any, dtype: Any = jnp.float32, spec: ComponentSpec = VIDEO_AUTOENCODER) -> Any:
     """From the folder that diffusers writes, by the rules that a pipeline loads it by."""
     config = spec.config(dict(reference.config))
-    graph, state = nnx.split(nnx.eval_shape(lambda: spec.build(config, dtype=dtype, rngs=nnx.Rngs(0))))
-    variables = {".".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(state)}
+    graph, state, variables = shapes_of(config, dtype, spec)
     with tempfile.TemporaryDirectory() as folder:
         reference.save_pretrained(folder)
         shapes = {path: tuple(variable.shape) for path, variable in variables.items()}

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from dfa2_jax.calibration.journal import Journal
 from dfa2_jax.parallel.processes import of_first
-from dfa2_jax.pipeline.ahead import compile_decoder
+from dfa2_jax.pipeline.ahead import check_decoder, compile_decoder
 from dfa2_jax.pipeline.call import Call
 from dfa2_jax.pipeline.timing import told
 from dfa2_jax.plan.plan import Plan
@@ -75,9 +75,11 @@ class StepRuns:
         if progress:
             with told("compiling"):
                 self._run(np.asarray(call.start().latents), 0, 0)
-                compile_decoder(call)
+                self.call = compile_decoder(call)
                 for compiler in compilers:
                     compiler()
+        else:
+            self.call = check_decoder(call)
         self.bar = tqdm(desc="calibrate", unit="step", disable=not progress)
 
     def _inputs(self, part: int) -> Inputs:
@@ -114,7 +116,7 @@ class StepRuns:
     def pixels(self, x: Latents) -> Iterator[Float[np.ndarray, "F H W 3"]]:
         """Frames in [0, 1] of each image or video of latents after the last step: all at once may not fit."""
         for latents in self.call.latents(self.scales[-1] * x):
-            (frames,) = self.call.pipeline.decode(latents[None])
+            (frames,) = self.call.pipeline.decode(latents[None], tiling=self.call.options.vae_tiling)
             yield frames
 
     def _run(self, x: Latents, start: int, stop: int, part: int = 0) -> State:

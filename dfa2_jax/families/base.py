@@ -9,7 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Real
+from jaxtyping import Array, Bool, Float, Int, Real
 
 from dfa2_jax.nn.attention import Attend, AttentionCall
 from dfa2_jax.nn.carrier import carrier
@@ -29,10 +29,18 @@ With `counted=True`, the output and how many tokens each prompt has without padd
 
 @carrier
 class Embeddings:
-    """Text states [B, T, E], and pooled text [B, P] where the family has it."""
+    """Text states [B, T, E]; pooled text [B, P] and tokens without padding [B], where the family has them."""
 
     text: Float[np.ndarray, "B T E"]
     pooled: Float[np.ndarray, "B P"] | None = None
+    lengths: Int[np.ndarray, " B"] | None = None
+
+    @property
+    def attention_mask(self) -> Int[np.ndarray, "B T"] | None:
+        """1 for tokens, 0 for padding: the `prompt_attention_mask` of a call. None: there is no padding."""
+        if self.lengths is None:
+            return None
+        return (np.arange(self.text.shape[1]) < self.lengths[:, None]).astype(np.int32)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +80,7 @@ class Schedule:
     timesteps: the scheduler's own, as diffusers hands them to callbacks.
     times: their sinusoids are what the transformer takes.
     time_features: sines and cosines of one time.
+    rounds_noise: torch draws noise in the model's dtype. False: in float32, and rounds latents after the first step.
     """
 
     sigmas: Float[np.ndarray, " levels"]
@@ -79,6 +88,7 @@ class Schedule:
     times: Float[np.ndarray, " steps"]
     solver: Solver
     time_features: int = 256
+    rounds_noise: bool = True
 
     def embedded(self, times: Float[np.ndarray, " steps"]) -> Float[np.ndarray, "padded_steps E"]:
         """Times as the transformer takes them."""
@@ -227,6 +237,37 @@ def one_frame(num_frames: int | None) -> int:
     if num_frames is not None:
         raise ValueError(f"num_frames={num_frames!r} is for video models: this one makes images.")
     return 1
+
+
+def video_latent_frames(num_frames: int, ratio: int) -> int:
+    """Latent frames of a video whose first frame is a latent one of its own.
+
+    Raises:
+        ValueError: the others do not fill latent frames.
+    """
+    if num_frames % ratio != 1 % ratio:
+        near = max(num_frames // ratio * ratio, 0) + 1
+        raise ValueError(f"{num_frames=} must be 1 more than a multiple of {ratio}: try {near} or {near + ratio}.")
+    return (num_frames - 1) // ratio + 1
+
+
+def check_multiples(height: int, width: int, multiple: int) -> None:
+    """
+    Raises:
+        ValueError: a side has no whole number of tokens.
+    """
+    if height % multiple or width % multiple:
+        down = f"{height // multiple * multiple} x {width // multiple * multiple}"
+        raise ValueError(f"height x width = {height} x {width} must be multiples of {multiple}: try {down}.")
+
+
+def refuse_mask(options: Options) -> None:
+    """
+    Raises:
+        ValueError: a call masks text, which this family attends whole.
+    """
+    if options.prompt_attention_mask is not None or options.negative_prompt_attention_mask is not None:
+        raise ValueError("prompt_attention_mask is for HunyuanVideo only: this model attends all text, padded or not.")
 
 
 def expect_shape(name: str, x: np.ndarray, want: tuple[int | None, ...]) -> None:

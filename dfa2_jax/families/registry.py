@@ -6,6 +6,7 @@ from typing import Any
 from dfa2_jax.families.base import Family
 from dfa2_jax.families.cogvideox.family import CogVideoX
 from dfa2_jax.families.flux.family import Flux
+from dfa2_jax.families.hunyuanvideo.family import HunyuanVideo
 from dfa2_jax.families.sd3.family import SD3
 from dfa2_jax.weights.checkpoint import Checkpoint
 from dfa2_jax.weights.open import open_folder
@@ -30,7 +31,7 @@ def register(family: type[Any]) -> None:
     FAMILIES[family.pipeline_class] = family
 
 
-for known in (SD3, Flux, CogVideoX):
+for known in (SD3, Flux, CogVideoX, HunyuanVideo):
     register(known)
 
 

@@ -1,7 +1,9 @@
 """Compiles what a call will run, before its bar starts, and looks whether what it makes can be decoded."""
 
+import logging
 import math
 from contextlib import suppress
+from dataclasses import replace
 
 import jax
 import numpy as np
@@ -11,49 +13,62 @@ from dfa2_jax.pipeline.decoding import compile_chunks, parts_of
 from dfa2_jax.vae.tiles import Tiles
 from dfa2_jax.weights.room import counted_bytes
 
+logger = logging.getLogger("dfa2_jax")
+
 
 @jax.enable_x64(False)  # as the programs run
-def compile_ahead(call: Call) -> None:
-    """The decoder and the loop; `call.run` and `call.images` then compile nothing.
+def compile_ahead(call: Call) -> Call:
+    """The decoder and the loop; `run` and `images` of the call that is returned then compile nothing.
 
     Raises:
         MemoryError: what attention remembers does not fit, or what the decoder needs.
     """
     if call.request.output_type != "latent":
-        compile_decoder(call)
+        call = compile_decoder(call)
     run, state = call.program(call.options.plan)
     jax.block_until_ready(run(state, 0, 0).latents)  # no step: the same program as all steps
+    return call
 
 
-def check_decoder(call: Call) -> bool:
-    """Compiles the decoder where its memory may be refused, and says whether.
+def check_decoder(call: Call) -> Call:
+    """As `compile_decoder` where memory may be refused; elsewhere nothing is compiled.
 
     Raises:
         MemoryError: what the decoder needs does not fit.
     """
     counts = call.request.output_type != "latent" and _free_bytes(call) is not None
-    if counts:
-        compile_decoder(call)
-    return counts
+    return compile_decoder(call) if counts else call
 
 
-def compile_decoder(call: Call) -> None:
-    """`pipeline.decode` of the call's images then compiles nothing.
+def compile_decoder(call: Call) -> Call:
+    """`images` of the call that is returned then compiles nothing; it may have tiles, unasked for (`Decodes`).
 
     Raises:
         MemoryError: what the decoder needs does not fit; the message says what would.
     """
-    pipeline, latents = call.pipeline, _latents(call)
-    tiles = pipeline.tiles(call.options.vae_tiling)
-    need = compile_chunks(pipeline.networks["vae"], latents, pipeline.put_image, tiles)
-    free, request = _free_bytes(call), call.request
+    need, free, request = _need(call), _free_bytes(call), call.request
     if free is None or need <= free:
-        return
+        return call
     what = "an image" if request.num_frames is None else f"a video of {request.num_frames} frames"
-    raise MemoryError(
+    said = (
         f"The VAE takes {need / 1e9:.1f} GB to decode {what} of {request.height} x {request.width} px, and "
-        f"{free / 1e9:.1f} GB are free: {_advice(call, need, free)}."
+        f"{free / 1e9:.1f} GB are free"
     )
+    if call.pipeline.networks.config("vae").tiles_itself and not call.options.vae_tiling:
+        tiled = replace(call, options=replace(call.options, vae_tiling=True))
+        less = _need(tiled)
+        if less <= free:
+            logger.warning("%s: it decodes in tiles, as with vae_tiling=True, which take %.1f GB", said, less / 1e9)
+            return tiled
+        call, need = tiled, less
+    raise MemoryError(f"{said}: {_advice(call, need, free)}.")
+
+
+def _need(call: Call) -> int:
+    """Bytes that decoding takes, once it is compiled."""
+    pipeline = call.pipeline
+    tiles = pipeline.tiles(call.options.vae_tiling)
+    return compile_chunks(pipeline.networks["vae"], _latents(call), pipeline.put_image, tiles)
 
 
 def _free_bytes(call: Call) -> int | None:

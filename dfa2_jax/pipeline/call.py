@@ -137,7 +137,7 @@ class Call:
             MemoryError: what `attend` remembers does not fit.
         """
         rounding, latents = self.pipeline.rounding, self.tokens
-        if rounding is not None:
+        if rounding is not None and self.schedule.rounds_noise:
             latents = latents.astype(rounding).astype(np.float32)
         latents, solver = self.put_state((latents, self.inputs.solver.init(latents)))
         if attend is None:
@@ -320,7 +320,8 @@ def embed(pipeline: Loaded, request: Request) -> Embeddings:
     shapes = [side.text.shape for side in embedded]
     if len(set(shapes)) > 1:
         raise ValueError(f"Negative and positive prompt embeddings differ in shape: {shapes[0]} and {shapes[1]}.")
-    return jax.tree.map(lambda *x: np.concatenate(x).astype(pipeline.dtype), *embedded)
+    both = jax.tree.map(lambda *x: np.concatenate(x), *embedded)
+    return jax.tree.map(lambda x: x if np.issubdtype(x.dtype, np.integer) else x.astype(pipeline.dtype), both)
 
 
 def prepare(pipeline: Loaded, options: Options, request: Request) -> Call:

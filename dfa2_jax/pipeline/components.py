@@ -37,7 +37,7 @@ class Component:
     """One network of a pipeline, split into its static graph and its parameters."""
 
     def __init__(self, module: nnx.Module):
-        self.kind = type(module)
+        self.config: Any = getattr(module, "config", None)
         self.graph, self.params = nnx.split(module)
 
     @jax.enable_x64(False)  # a program of 32 bits, whatever the user's setting is

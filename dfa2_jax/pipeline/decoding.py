@@ -1,6 +1,10 @@
-"""Latents to pixels: a picture at a time, a video chunk by chunk."""
+"""Latents to pixels: a picture at a time, a video chunk by chunk.
+
+The autoencoder's config says what a chunk is, and how chunks are joined (`vae.chunks`).
+"""
 
 from collections.abc import Callable, Iterator
+from itertools import product
 from typing import Any
 
 import jax
@@ -8,8 +12,8 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from dfa2_jax.pipeline.components import Component
+from dfa2_jax.vae.chunks import Chunk, Decodes
 from dfa2_jax.vae.tiles import Canvas, Tiles
-from dfa2_jax.vae.video import AutoencoderKLCogVideoX, VideoAutoencoderConfig, frame_chunks
 
 Put = Callable[[np.ndarray], Any]
 """Puts latents where the devices want them."""
@@ -17,9 +21,8 @@ Put = Callable[[np.ndarray], Any]
 OnFrames = Callable[[int, int, np.ndarray], Any]
 """Called with the number of a video, the number of a frame in it, and the frames [f, H, W, 3] from there on."""
 
-
-def is_of_video(vae: Component) -> bool:
-    return vae.kind is AutoencoderKLCogVideoX
+Part = tuple[slice, slice]
+"""Rows and columns of latents."""
 
 
 def frames_of(
@@ -31,83 +34,86 @@ def frames_of(
 ) -> Iterator[Float[np.ndarray, "f H W 3"]]:
     """Frames in [0, 1], as they are ready.
 
-    Tiles are decoded one after the other, so that the memory of one is held: frames are ready with the last tile.
+    Tiles are decoded one after the other, so that the memory of one is held. Where chunks share a cache, frames are
+    ready with the last tile.
 
     Args:
-        decoded: told of how many frames a part of a video has been decoded.
+        decoded: told, with each tile of a chunk, how many frames it is of.
     """
-    height, width = latents.shape[1:3]
-    parts = parts_of(latents, tiles)
-    canvases: list[Canvas] = []
-    for part in parts:
-        for number, pixels in enumerate(pixels_of(vae, latents[:, *part], put)):
-            if tiles is not None and len(parts) > 1:
-                if part is parts[0]:
-                    canvases.append(Canvas(tiles, len(pixels), height, width))
-                canvases[number].put(part, pixels)
-                pixels = canvases[number].pixels
-            decoded(len(pixels))
-            if part is parts[-1]:
-                yield np.clip(pixels / 2 + 0.5, 0, 1)
+    chunks, parts, canvases, before = chunks_of(vae, latents), parts_of(latents, tiles), {}, None
+    for number, part, pixels in pixels_of(vae, latents, put, parts):
+        if tiles is not None and len(parts) > 1:
+            if part is parts[0]:
+                canvases[number] = Canvas(tiles, len(pixels), *latents.shape[1:3])
+            canvases[number].put(part, pixels)
+            pixels = canvases[number].pixels
+        decoded(chunks[number].num_frames)
+        if part is parts[-1]:
+            canvases.pop(number, None)
+            frames, before = chunks[number].join(pixels, before)
+            yield np.clip(frames / 2 + 0.5, 0, 1)
 
 
 def pixels_of(
-    vae: Component, latents: Float[np.ndarray, "F h w C"], put: Put
-) -> Iterator[Float[np.ndarray, "f H W 3"]]:
-    """Frames, about -1 to 1, as they are ready.
+    vae: Component, latents: Float[np.ndarray, "F h w C"], put: Put, parts: list[Part]
+) -> Iterator[tuple[int, Part, Float[np.ndarray, "f y x 3"]]]:
+    """Numbers of chunks, and parts, with their frames, about -1 to 1, as they are ready.
 
-    One picture at a time: another batch size compiles nothing, and activations stay those of one. A video's chunks are
-    part of its model. What one hands to the next is given away, so that the memory of one is held.
+    A part whose chunks share a cache is decoded to its end. The cache is given away with each call, so that the memory
+    of one is held.
     """
-    carried = None
-    for chunk in chunks_of(vae, latents):
-        if not is_of_video(vae):
-            frames = vae(put(chunk), method="decode")
-        elif carried is None:
-            frames, carried = vae(put(chunk[None]), method="decode_first")
-        else:
-            frames, carried = vae.carry(put(chunk[None]), carried, method="decode_next")
+    chunks, cache = chunks_of(vae, latents), None
+    order = list(product(range(len(chunks)), parts))
+    if any(chunk.takes_cache for chunk in chunks):
+        order = [(number, part) for part, number in product(parts, range(len(chunks)))]
+    for number, part in order:
+        chunk = chunks[number]
+        z = put(seen_by(chunk, latents, part))
+        returned = vae.carry(z, cache, method=chunk.method) if chunk.takes_cache else vae(z, method=chunk.method)
+        frames, cache = returned if chunk.gives_cache else (returned, None)
         pixels = np.asarray(frames, np.float32)
-        yield pixels.reshape(-1, *pixels.shape[-3:])
+        yield number, part, pixels.reshape(-1, *pixels.shape[-3:])
 
 
-def parts_of(latents: Float[np.ndarray, "F h w C"], tiles: Tiles | None) -> list[tuple[slice, slice]]:
-    """Rows and columns of latents that are decoded at once."""
+def chunks_of(vae: Component, latents: Float[np.ndarray, "F h w C"]) -> list[Chunk]:
+    return vae.config.chunks(len(latents))
+
+
+def parts_of(latents: Float[np.ndarray, "F h w C"], tiles: Tiles | None) -> list[Part]:
+    """What is decoded at once of a frame."""
     height, width = latents.shape[1:3]
     return [(slice(0, height), slice(0, width))] if tiles is None else tiles.parts(height, width)
+
+
+def seen_by(chunk: Chunk, latents: Float[np.ndarray, "F h w C"], part: Part) -> Float[np.ndarray, "1 *f y x C"]:
+    """What the chunk's method takes: a batch of one."""
+    return latents[:, *part][chunk.latents][None]
 
 
 def in_bytes(frames: Float[np.ndarray, "*F H W 3"]) -> UInt8[np.ndarray, "*F H W 3"]:
     return (np.nan_to_num(frames) * 255).round().astype(np.uint8)
 
 
-def num_frames(config: Any, latent_frames: int) -> int:
+def num_frames(config: Decodes, latent_frames: int) -> int:
     """Frames that latent ones decode to, by the autoencoder's config."""
-    return config.num_frames(latent_frames) if isinstance(config, VideoAutoencoderConfig) else latent_frames
-
-
-def chunks_of(vae: Component, latents: Float[np.ndarray, "F h w C"]) -> list[Float[np.ndarray, "f h w C"]]:
-    """Latent frames that the autoencoder decodes at once."""
-    count = len(latents)
-    return [latents[part] for part in (frame_chunks(count) if is_of_video(vae) else np.arange(count)[:, None])]
+    return config.num_frames(latent_frames)
 
 
 def compile_chunks(vae: Component, latents: Float[np.ndarray, "F h w C"], put: Put, tiles: Tiles | None = None) -> int:
-    """`frames_of` such latents then compiles nothing. Tiles of one size share their programs.
+    """`frames_of` such latents then compiles nothing. Chunks, or tiles, of one size share their programs.
 
     Returns:
         Bytes that the largest program takes on a device, beside weights.
     """
-    programs = []
-    sizes = {(y.stop - y.start, x.stop - x.start): (y, x) for y, x in parts_of(latents, tiles)}
-    for part in sizes.values():
-        first, *later = chunks_of(vae, latents[:, *part])
-        if not is_of_video(vae):
-            programs.append(vae.compile(put(first), method="decode"))
-            continue
-        programs.append(vae.compile(put(first[None]), method="decode_first"))
-        if later:
-            _, carried = programs[-1].returned
-            shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), carried)
-            programs.append(vae.compile(put(later[0][None]), shapes, method="decode_next", carries=True))
-    return max(program.nbytes for program in programs)
+    programs, cache = {}, None
+    for part in parts_of(latents, tiles):
+        for chunk in chunks_of(vae, latents):
+            z = seen_by(chunk, latents, part)
+            key = chunk.method, z.shape
+            if key not in programs:
+                caches = [cache] if chunk.takes_cache else []
+                programs[key] = vae.compile(put(z), *caches, method=chunk.method, carries=chunk.takes_cache)
+            if chunk.gives_cache:
+                _, cache = programs[key].returned
+                cache = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), cache)
+    return max(program.nbytes for program in programs.values())

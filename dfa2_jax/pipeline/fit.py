@@ -10,9 +10,13 @@ from dfa2_jax.encoders.specs import CLIP, CLIP_PROJECTED
 from dfa2_jax.encoders.t5 import T5Config
 from dfa2_jax.encoders.tokenizers import Tokenizer
 from dfa2_jax.io.errors import CheckpointError, raise_faults
+from dfa2_jax.vae.hunyuan import HunyuanAutoencoderConfig
 from dfa2_jax.vae.image import AutoencoderConfig
 from dfa2_jax.vae.video import VideoAutoencoderConfig
 from dfa2_jax.weights.checkpoint import Checkpoint
+
+VIDEO = VideoAutoencoderConfig, HunyuanAutoencoderConfig
+"""Configs of autoencoders of videos."""
 
 
 def check_fit(checkpoint: Checkpoint) -> None:
@@ -24,11 +28,12 @@ def check_fit(checkpoint: Checkpoint) -> None:
     configs = {name: checkpoint.config(name) for name in components if name in checkpoint.classes}
     faults = []
     for name, config in configs.items():
-        if isinstance(config, (AutoencoderConfig, VideoAutoencoderConfig)):
+        if isinstance(config, (AutoencoderConfig, *VIDEO)):
             channels = transformer.token_channels // transformer.patch_size**2
-            if isinstance(config, VideoAutoencoderConfig):
+            if isinstance(config, VIDEO):
                 channels, ratio = transformer.in_channels, "temporal_compression_ratio"
-                faults += differ(f"{name}: {ratio}", getattr(config, ratio), ratio, getattr(transformer, ratio))
+                if hasattr(transformer, ratio):  # CogVideoX's says it, HunyuanVideo's does not
+                    faults += differ(f"{name}: {ratio}", getattr(config, ratio), ratio, getattr(transformer, ratio))
             faults += differ(f"{name}: latent_channels", config.latent_channels, "latent channels", channels)
             if config.out_channels != 3:
                 faults.append(f"{name}: out_channels={config.out_channels}, but images have 3")

@@ -154,6 +154,8 @@ class Loaded:
     ) -> Embeddings:
         """Embeddings of prompts, one list per text encoder, to be passed as `prompt_embeds` and `pooled_prompt_embeds`.
 
+        Where the model masks padding, `attention_mask` of them is the call's `prompt_attention_mask`.
+
         Raises:
             ValueError: the folder lacks an encoder that this model cannot do without.
         """
@@ -184,7 +186,7 @@ class Loaded:
         Devices of this process share lines of pixels.
 
         Args:
-            tiling: decode a video in tiles (`vae.tiles`).
+            tiling: decode a video in tiles, as its autoencoder has them (`vae.tiles`).
             progress: show a bar of frames, or of frames of tiles.
             on_frames: called with the frames of each chunk. What it raises ends the decoding, and leaves nothing.
         """
@@ -213,7 +215,7 @@ class Loaded:
         Raises:
             ValueError: the autoencoder's do not meet.
         """
-        return Tiles.of(self.networks.config("vae")) if tiling else None
+        return self.networks.config("vae").tiles() if tiling else None
 
     def put_image(self, x: Float[np.ndarray, "*dims h w C"]) -> Any:
         """As the VAE takes it."""

@@ -34,6 +34,8 @@ UNWRITABLE = (
 """Suffixes that ask for a file, and for one that we do not write."""
 
 TEXTS = tuple(f"{side}prompt{n}" for side in ("", "negative_") for n in ("", "_2", "_3"))
+ARRAYS = "embeds", "latents", "attention_mask"
+"""Ends of the names of arguments that are arrays."""
 CODE = ("attend", "callback_on_step_end")
 """Arguments that are the caller's own code."""
 
@@ -209,7 +211,7 @@ def metadata(pipeline: Loaded, options: Options, request: Request) -> dict[str, 
     """What a call says of itself: options as resolved; arrays only by their shape, code only by its name."""
     values = {argument.name: getattr(options, argument.name) for argument in fields(options)}
     given = {
-        name: f"array{list(np.shape(value))}" if name.endswith(("embeds", "latents")) else plain(value)
+        name: f"array{list(np.shape(value))}" if name.endswith(ARRAYS) else plain(value)
         for name, value in values.items()
         if value is not None and name not in LEFT_OUT
     }
@@ -293,7 +295,7 @@ def options_again(made: Mapping[str, Any], plan: Plan | None) -> Options:
     known = {argument.name for argument in fields(Options)} - {"plan"}
     arguments = {name: value for name, value in {**made, **made.get("batch", {})}.items() if name in known}
     for name, value in arguments.items():
-        if name in CODE or name.endswith(("embeds", "latents")):
+        if name in CODE or name.endswith(ARRAYS):
             raise ValueError(f"the image was made with {name}={value}, which its metadata does not hold.")
     return of_names(Options, arguments | {"plan": plan})
 

@@ -125,6 +125,8 @@ class Pipeline(Loaded):
         pooled_prompt_embeds: Any = None,
         negative_prompt_embeds: Any = None,
         negative_pooled_prompt_embeds: Any = None,
+        prompt_attention_mask: Any = None,
+        negative_prompt_attention_mask: Any = None,
         max_sequence_length: int | None = None,
         clip_skip: int | None = None,
         skip_guidance_layers: list[int] | None = None,
@@ -166,9 +168,10 @@ class Pipeline(Loaded):
         clock.lap("encode")
         if options.progress:  # a bar starts after compilation
             with phase("compiling"):
-                compile_ahead(call)
-        if options.progress or check_decoder(call):
-            clock.lap("compile")
+                call = compile_ahead(call)
+        else:
+            call = check_decoder(call)
+        clock.lap("compile")
         tokens = call.run()
         clock.lap("denoise")
         is_video = call.request.num_frames is not None  # whose decoder has a bar
@@ -179,6 +182,7 @@ class Pipeline(Loaded):
         faults = faults_of(call, tokens, images)
         for fault in faults:
             logger.warning("%s", fault)
+        options = replace(options, vae_tiling=call.options.vae_tiling)  # which the decoder may have chosen
         made = metadata(self, options, call.request) | {"density": density(call)}
         if faults:
             made["faults"] = [*faults]

@@ -328,7 +328,11 @@ def _negative(options: Options, family: Family, sizes: ModelSizes, positive: Pro
 def _embeddings(options: Options, sizes: ModelSizes, prefix: str) -> Embeddings | None:
     names = f"{prefix}prompt_embeds", f"{prefix}pooled_prompt_embeds"
     given = [getattr(options, name) is not None for name in names]
+    mask_name = f"{prefix}prompt_attention_mask"
+    mask = getattr(options, mask_name)
     if not any(given):
+        if mask is not None:
+            raise ValueError(f"{mask_name} goes with {names[0]}, which is None.")
         return None
     if sizes.pooled_projection_dim is None and given[1]:
         raise ValueError(f"{names[1]} is not None, but this model takes no pooled text.")
@@ -337,9 +341,21 @@ def _embeddings(options: Options, sizes: ModelSizes, prefix: str) -> Embeddings 
     text = host_array(names[0], getattr(options, names[0]))
     if text.ndim != 3 or text.shape[2] != sizes.joint_attention_dim or not text.size:
         raise ValueError(f"{names[0]} must be [batch, tokens, {sizes.joint_attention_dim}], got {list(text.shape)}.")
+    lengths = None if mask is None else _lengths(mask_name, mask, text)
     if sizes.pooled_projection_dim is None:
-        return Embeddings(text)
+        return Embeddings(text, lengths=lengths)
     pooled, want = host_array(names[1], getattr(options, names[1])), [len(text), sizes.pooled_projection_dim]
     if [*pooled.shape] != want:
         raise ValueError(f"{names[1]} must be {want}, got {list(pooled.shape)}.")
-    return Embeddings(text, pooled)
+    return Embeddings(text, pooled, lengths)
+
+
+def _lengths(name: str, mask: Any, text: np.ndarray) -> np.ndarray:
+    """Tokens of each text, by a mask of its tokens."""
+    mask = host_array(name, mask)
+    if mask.shape != text.shape[:2]:
+        raise ValueError(f"{name} must be {list(text.shape[:2])}, as its text has tokens, got {list(mask.shape)}.")
+    lengths = (mask != 0).sum(1)
+    if not lengths.all() or not np.array_equal(mask, np.arange(mask.shape[1]) < lengths[:, None]):
+        raise ValueError(f"{name} must be 1 for the tokens of a text, one at least, and 0 for padding after them.")
+    return lengths.astype(np.int32)

@@ -102,7 +102,9 @@ class ReportTable:
         """
         own = sampler.pipeline.dtype.name == self.dtype
         with told("compiling", self.progress):
-            compile_decoder(call)
+            call = compile_decoder(call)
+            if call.options.vae_tiling:  # its own choice: those that follow are decoded alike
+                sampler.arguments["vae_tiling"] = True
             (self.compile_own if own else self.compile_other)(sampler, call)
         total, off = len(self.batches) * len(self.lines), not self.progress
         with tqdm(desc="report", total=total, initial=self.done, disable=off) as bar:

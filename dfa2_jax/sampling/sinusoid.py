@@ -1,6 +1,7 @@
 """Scalars as the transformers take them."""
 
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Float
 
 
@@ -17,3 +18,12 @@ def sinusoid(x: Float[np.ndarray, " steps"], dim: int = 256) -> Float[np.ndarray
     frequencies = np.exp(exponents.astype(np.float64)).astype(np.float32)
     angles = (x.astype(np.float32)[:, None] * frequencies[None]).astype(np.float64)
     return np.concatenate([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
+
+
+def embedded_scalar(x: Float[np.ndarray, " steps"], dtype: DTypeLike = np.float32) -> Float[np.ndarray, " steps"]:
+    """`x * 1000` as torch rounds it before its sinusoid, in `dtype`.
+
+    torch multiplies in the model's dtype: in bfloat16 guidance 3.5 becomes 3504. XLA drops such roundings inside jit,
+    so whoever wants bfloat16 diffusers' numbers asks for them here, on the host.
+    """
+    return (x.astype(dtype) * np.asarray(1000, dtype)).astype(np.float32)

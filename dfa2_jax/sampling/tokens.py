@@ -72,20 +72,23 @@ class VideoPatches:
     """Boxes of `frames` latent frames, `patch` rows and as many columns; inside a token channels come first.
 
     Tokens run over frames, rows and columns. Frames are as many as the boxes of a grid hold.
+
+    frames_first: diffusers draws noise with frames before channels.
     """
 
     patch: int
     frames: int = 1
+    frames_first: bool = True
 
     def grid(self, frames: int, height: int, width: int) -> Grid:
         return Grid(-(-frames // self.frames), height // self.patch, width // self.patch)
 
     def noise_shape(self, channels: int, grid: Grid) -> tuple[int, ...]:
-        """Frames come before channels."""
-        return grid.frames * self.frames, channels, grid.rows * self.patch, grid.columns * self.patch
+        frames, sides = grid.frames * self.frames, (grid.rows * self.patch, grid.columns * self.patch)
+        return (frames, channels, *sides) if self.frames_first else (channels, frames, *sides)
 
-    def pack_noise(self, noise: Float[np.ndarray, "B F C h w"]) -> Float[np.ndarray, "B V P"]:
-        return self.pack(noise.swapaxes(1, 2))
+    def pack_noise(self, noise: Float[np.ndarray, "B _ _ h w"]) -> Float[np.ndarray, "B V P"]:
+        return self.pack(noise.swapaxes(1, 2) if self.frames_first else noise)
 
     def pack(self, latents: Float[np.ndarray, "B C F h w"]) -> Float[np.ndarray, "B V P"]:
         (batch, channels, frames, height, width), p, t = latents.shape, self.patch, self.frames

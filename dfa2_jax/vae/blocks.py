@@ -79,7 +79,7 @@ class ResnetBlock(nnx.Module):
 
 
 def chunked_attention(
-    q: Float[Array, "B T D"], k: Float[Array, "B T D"], v: Float[Array, "B T D"], *, max_scores: int = MAX_SCORES
+    q: Float[Array, "B T D"], k: Float[Array, "B S D"], v: Float[Array, "B S D"], *, max_scores: int = MAX_SCORES
 ) -> Float[Array, "B T D"]:
     """One-head attention that holds about `max_scores` scores at once: a scan over chunks of queries.
 
@@ -87,7 +87,7 @@ def chunked_attention(
     """
     batch, num_tokens, width = q.shape
     precision = matmul_precision(q.dtype)
-    num_chunks = min(num_tokens, -(-batch * num_tokens * num_tokens // max_scores))
+    num_chunks = min(num_tokens, -(-batch * num_tokens * k.shape[1] // max_scores))
     chunk = -(-num_tokens // num_chunks)
 
     def attend(queries: Float[Array, "B t D"]) -> Float[Array, "B t D"]:

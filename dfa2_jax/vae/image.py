@@ -5,7 +5,7 @@ Runs in its parameters' dtype. diffusers' `force_upcast` is ignored, as its SD3 
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,8 @@ from jaxtyping import Array, Float
 from dfa2_jax.io.errors import check_fields
 from dfa2_jax.nn.config import config_from_json
 from dfa2_jax.vae.blocks import DownBlock, GroupNorm, MidBlock, UpBlock, conv
+from dfa2_jax.vae.chunks import Chunk
+from dfa2_jax.vae.tiles import Tiles
 
 # config.json fields with one value that is implemented, which is also diffusers' default: SD3's and FLUX.1's.
 IMPLEMENTED = {"act_fn": "silu", "mid_block_add_attention": True, "latents_mean": None, "latents_std": None}
@@ -24,6 +26,8 @@ IMPLEMENTED = {"act_fn": "silu", "mid_block_add_attention": True, "latents_mean"
 @dataclass(frozen=True, kw_only=True)
 class AutoencoderConfig:
     """diffusers' fields, with diffusers' defaults where a config.json may leave them out."""
+
+    tiles_itself: ClassVar[bool] = False
 
     block_out_channels: tuple[int, ...]  # from the image's end to the latents'
     layers_per_block: int = 1  # of the encoder; the decoder has one more
@@ -45,6 +49,21 @@ class AutoencoderConfig:
         bad = [channels for channels in self.block_out_channels if channels % self.norm_num_groups]
         if bad:
             raise ValueError(f"VAE config: {self.block_out_channels=} must be multiples of {self.norm_num_groups=}")
+
+    def chunks(self, latent_frames: int) -> list[Chunk]:
+        """One picture at a time: another batch size compiles nothing, and activations stay those of one."""
+        return [Chunk(number, 1) for number in range(latent_frames)]
+
+    def num_frames(self, latent_frames: int) -> int:
+        """Each is a picture."""
+        return latent_frames
+
+    def tiles(self) -> Tiles:
+        """
+        Raises:
+            ValueError: pictures are decoded whole.
+        """
+        raise ValueError("vae_tiling=True is for video models: this VAE makes images.")
 
     @classmethod
     def from_json(cls, json: Mapping[str, Any]) -> "AutoencoderConfig":

@@ -1,5 +1,7 @@
 """The autoencoders as components of a pipeline."""
 
+from dfa2_jax.vae.hunyuan import AutoencoderKLHunyuanVideo, HunyuanAutoencoderConfig
+from dfa2_jax.vae.hunyuan_rules import HUNYUAN_RULES
 from dfa2_jax.vae.image import AutoencoderConfig, AutoencoderKL
 from dfa2_jax.vae.rules import RULES
 from dfa2_jax.vae.video import AutoencoderKLCogVideoX, VideoAutoencoderConfig
@@ -19,4 +21,11 @@ VIDEO_AUTOENCODER = ComponentSpec(
     config=VideoAutoencoderConfig.from_json,
     build=AutoencoderKLCogVideoX,
     rules=VIDEO_RULES,
+)
+
+HUNYUAN_AUTOENCODER = ComponentSpec(
+    class_name="AutoencoderKLHunyuanVideo",
+    config=HunyuanAutoencoderConfig.from_json,
+    build=AutoencoderKLHunyuanVideo,
+    rules=HUNYUAN_RULES,
 )

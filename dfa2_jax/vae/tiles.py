@@ -1,4 +1,4 @@
-"""Tiles of pixels that a video is decoded in, as those of diffusers' AutoencoderKLCogVideoX.
+"""Tiles of pixels that a video is decoded in, as those of diffusers' video autoencoders.
 
 A tile overlaps the one above and the one on its left, and is blended into them. Each tile is a video of its own: its
 norms see the tile alone, so that other frames come out than of the whole.
@@ -9,11 +9,6 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float
 
-from dfa2_jax.vae.video import VideoAutoencoderConfig
-
-OVERLAP = {"sample_height": 1 / 6, "sample_width": 1 / 5}
-"""Shares of a tile that are blended."""
-
 
 @dataclass(frozen=True)
 class Axis:
@@ -23,17 +18,6 @@ class Axis:
     step: int
     blended: int
 
-    @classmethod
-    def of(cls, config: VideoAutoencoderConfig, name: str) -> "Axis":
-        pixels, overlap, scale = getattr(config, name) // 2, OVERLAP[name], config.scale
-        axis = cls(pixels // scale, int(pixels // scale * (1 - overlap)), int(pixels * overlap))
-        if axis.step < 1 or axis.step * scale + axis.blended != pixels:
-            raise ValueError(
-                f"vae_tiling: tiles of half of the VAE's {name}={getattr(config, name)} with {axis.blended} pixels of "
-                f"overlap do not meet at a multiple of {scale} pixels: leave vae_tiling out."
-            )
-        return axis
-
     def parts(self, length: int) -> list[slice]:
         """Latents of each tile; the last is as long as what is left."""
         return [slice(start, min(start + self.size, length)) for start in range(0, length, self.step)]
@@ -41,20 +25,11 @@ class Axis:
 
 @dataclass(frozen=True)
 class Tiles:
-    """Where tiles lie, and how they are put together."""
+    """Where tiles lie, and how they are put together. scale: pixels along a side of one latent pixel."""
 
     rows: Axis
     columns: Axis
     scale: int
-
-    @classmethod
-    def of(cls, config: VideoAutoencoderConfig) -> "Tiles":
-        """The tiles of an autoencoder, half as high and wide as the videos that it was made for.
-
-        Raises:
-            ValueError: they do not meet.
-        """
-        return cls(Axis.of(config, "sample_height"), Axis.of(config, "sample_width"), config.scale)
 
     def parts(self, height: int, width: int) -> list[tuple[slice, slice]]:
         """Rows and columns of latents of each tile, in reading order; one tile of what fits in it."""
@@ -89,9 +64,9 @@ class Canvas:
 
 
 def blend(
-    before: Float[np.ndarray, "F a b 3"], after: Float[np.ndarray, "F y x 3"], extent: int, *, axis: int
+    before: Float[np.ndarray, "E a b 3"], after: Float[np.ndarray, "F y x 3"], extent: int, *, axis: int
 ) -> Float[np.ndarray, "F y x 3"]:
-    """A tile that begins as the end of the tile before, and goes over into itself within `extent` pixels."""
+    """A tile that begins as the end of the tile before, and goes over into itself within `extent` pixels, or frames."""
     extent = min(before.shape[axis], after.shape[axis], extent)
     weight = (np.arange(extent) / extent).astype(np.float32)
     weight = np.expand_dims(weight, [other for other in range(4) if other != axis])

@@ -8,7 +8,7 @@ the convolutions carry two frames of it to the next chunk. Runs in its parameter
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 from flax import nnx
@@ -17,6 +17,8 @@ from jaxtyping import Array, Float
 
 from dfa2_jax.io.errors import check_fields
 from dfa2_jax.nn.config import config_from_json
+from dfa2_jax.vae.chunks import Chunk
+from dfa2_jax.vae.tiles import Axis, Tiles
 from dfa2_jax.vae.video_blocks import (
     CausalConv,
     ChunkCache,
@@ -40,6 +42,9 @@ IMPLEMENTED = {
     "use_post_quant_conv": False,
 }
 
+OVERLAP = {"sample_height": 1 / 6, "sample_width": 1 / 5}
+"""Shares of a tile that are blended."""
+
 LATENT_CHUNK, VIDEO_CHUNK = 2, 8
 """Frames of a chunk after the first, of latents and of a video. The first chunk takes what is left over, too."""
 
@@ -51,6 +56,8 @@ class VideoAutoencoderConfig:
     `invert_scale_latents` is ignored, as diffusers' text-to-video pipeline ignores it.
     """
 
+    tiles_itself: ClassVar[bool] = False
+
     block_out_channels: tuple[int, ...] = (128, 256, 256, 512)  # from the video's end to the latents'
     layers_per_block: int = 3  # of the encoder; the decoder has one more
     latent_channels: int = 16
@@ -59,7 +66,7 @@ class VideoAutoencoderConfig:
     norm_num_groups: int = 32
     temporal_compression_ratio: int = 4
     scaling_factor: float = 1.15258426
-    sample_height: int = 480  # of videos that are not cut: tiles are half as large (`vae.tiles`)
+    sample_height: int = 480  # of videos that are not cut: tiles are half as large
     sample_width: int = 720
 
     def __post_init__(self):
@@ -90,6 +97,30 @@ class VideoAutoencoderConfig:
         """Frames that latent frames are decoded to: 4F - 3 for an odd number F, but 4F for an even one."""
         ratio = self.temporal_compression_ratio
         return latent_frames * ratio - (ratio - 1 if latent_frames % 2 else 0)
+
+    def chunks(self, latent_frames: int) -> list[Chunk]:
+        """A first call of `decode_first`, and calls of `decode_next`, by `frame_chunks`."""
+        first, *later = [(part, self.num_frames(part.stop - part.start)) for part in frame_chunks(latent_frames)]
+        following = [Chunk(*part, "decode_next", gives_cache=True, takes_cache=True) for part in later]
+        return [Chunk(*first, "decode_first", gives_cache=True), *following]
+
+    def tiles(self) -> Tiles:
+        """Half as high and wide as the videos that the autoencoder was made for.
+
+        Raises:
+            ValueError: they do not meet.
+        """
+        return Tiles(self._axis("sample_height"), self._axis("sample_width"), self.scale)
+
+    def _axis(self, name: str) -> Axis:
+        pixels, overlap, scale = getattr(self, name) // 2, OVERLAP[name], self.scale
+        axis = Axis(pixels // scale, int(pixels // scale * (1 - overlap)), int(pixels * overlap))
+        if axis.step < 1 or axis.step * scale + axis.blended != pixels:
+            raise ValueError(
+                f"vae_tiling: tiles of half of the VAE's {name}={getattr(self, name)} with {axis.blended} pixels of "
+                f"overlap do not meet at a multiple of {scale} pixels: leave vae_tiling out."
+            )
+        return axis
 
     @classmethod
     def from_json(cls, json: Mapping[str, Any]) -> "VideoAutoencoderConfig":

@@ -12,14 +12,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
-from dfa2_jax.nn.weights import matmul_precision
 from dfa2_jax.vae.blocks import GroupNorm, conv
-
-MAX_SEEN = 2**30
-"""Numbers of the neighbourhoods in time that a convolution reads at once; of bfloat16 they take 2 GiB. A chunk of 480 x
-720 has twice as many in its widest convolution, and one of 768 x 1360 has six times as many."""
+from dfa2_jax.vae.causal import FrameConv, PixelConv, after_first, chunk_norm, repeat_pixels
 
 
 class ResnetCache(NamedTuple):
@@ -40,19 +36,8 @@ class ChunkCache(NamedTuple):
     conv_out: Float[Array, "B 2 y x E"]
 
 
-class CausalConv(nnx.Module):
-    """A convolution over 3 x 3 pixels of three frames, the last of which is the frame that it computes.
-
-    Kernel [frames, height, width, in, out]; zeros stand around each frame. It runs over pixels, with the channels of
-    the three frames side by side. On an H200 that takes 0.5 to 0.8 of the time of cuDNN's convolution over frames. At
-    60 x 90 both take 0.6 ms.
-    """
-
-    def __init__(self, in_channels: int, out_channels: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
-        shape = 3, 3, 3, in_channels, out_channels
-        self.kernel = nnx.Param(nnx.initializers.lecun_normal()(rngs.params(), shape, dtype))
-        self.bias = nnx.Param(jnp.zeros((out_channels,), dtype))
-        self.precision = matmul_precision(dtype)
+class CausalConv(FrameConv):
+    """A convolution over frames, with zeros around each, that goes on where the last chunk ended."""
 
     def __call__(
         self, x: Float[Array, "B F h w C"], before: Float[Array, "B 2 h w C"] | None
@@ -63,52 +48,8 @@ class CausalConv(nnx.Module):
             before: what the last chunk's call returned; None: there was none, and the first frame stands twice before
                 x.
         """
-        x = jnp.concatenate([jnp.repeat(x[:, :1], 2, axis=1) if before is None else before, x], axis=1)
-        frames, count = x.shape[1] - 2, x.size // x.shape[1]
-        most = max(1, MAX_SEEN // (3 * count))
-        together = max(n for n in range(1, min(most, frames) + 1) if frames % n == 0)
-
-        def some(first: Int[Array, ""] | int) -> Float[Array, "B G h w E"]:
-            return self.convolve(jax.lax.dynamic_slice_in_dim(x, first, together + 2, axis=1))
-
-        if together == frames:
-            return some(0), x[:, -2:]
-        out = jnp.moveaxis(jax.lax.map(some, jnp.arange(0, frames, together)), 0, 1)
-        return out.reshape(x.shape[0], frames, *out.shape[3:]), x[:, -2:]
-
-    def convolve(self, x: Float[Array, "B G h w C"]) -> Float[Array, "B F h w E"]:
-        """All but the first two frames."""
-        batch, frames, *pixels, channels = x.shape
-        seen = jnp.concatenate([x[:, t : t + frames - 2] for t in range(3)], axis=-1)
-        out = jax.lax.conv_general_dilated(
-            seen.reshape(-1, *pixels, 3 * channels),
-            jnp.moveaxis(self.kernel[...], 0, 2).reshape(3, 3, 3 * channels, -1),
-            (1, 1),
-            "SAME",
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-            precision=self.precision,
-        )
-        return (out + self.bias[...][None, None, None]).reshape(batch, frames - 2, *pixels, -1)
-
-
-class PixelConv(nnx.Module):
-    """A product at each pixel, kernel [1, 1, 1, in, out]."""
-
-    def __init__(self, in_channels: int, out_channels: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
-        shape = 1, 1, 1, in_channels, out_channels
-        self.kernel = nnx.Param(nnx.initializers.lecun_normal()(rngs.params(), shape, dtype))
-        self.bias = nnx.Param(jnp.zeros((out_channels,), dtype))
-        self.precision = matmul_precision(dtype)
-
-    def __call__(self, x: Float[Array, "B F h w C"]) -> Float[Array, "B F h w E"]:
-        product = jnp.matmul(x, self.kernel[...][0, 0, 0], precision=self.precision)
-        return product + self.bias[...][None, None, None, None]
-
-
-def chunk_norm(norm: GroupNorm, x: Float[Array, "B F h w C"]) -> Float[Array, "B F h w C"]:
-    """A group norm whose statistics are over all frames of the chunk."""
-    batch, frames, height, width, channels = x.shape
-    return norm(x.reshape(batch, frames * height, width, channels)).reshape(x.shape)
+        x = after_first(x) if before is None else jnp.concatenate([before, x], axis=1)
+        return self.convolve(x), x[:, -2:]
 
 
 def repeat_frames(x: Float[Array, "B F h w C"], times: int = 2) -> Float[Array, "B G h w C"]:
@@ -124,11 +65,6 @@ def halve_frames(x: Float[Array, "B F h w C"]) -> Float[Array, "B G h w C"]:
     first, others = x[:, : frames % 2], x[:, frames % 2 :]
     means = others.reshape(batch, frames // 2, 2, *rest).astype(jnp.float32).mean(2).astype(x.dtype)
     return jnp.concatenate([first, means], axis=1)
-
-
-def repeat_pixels(x: Float[Array, "B F h w C"], times: int = 2) -> Float[Array, "B F y x C"]:
-    """Each pixel `times` times in both directions: nearest-neighbour upsampling."""
-    return jnp.repeat(jnp.repeat(x, times, axis=2), times, axis=3)
 
 
 class SpatialNorm(nnx.Module):

@@ -8,14 +8,12 @@ import numpy as np
 import pytest
 from damage import copy_model, edit_json, refuses
 from PIL import Image, ImageSequence, features
-from pipeline_cases import PROMPTS, error, load_theirs, run_theirs
+from pipeline_cases import PROMPTS, check_planned, error, load_theirs, run_theirs
 
-from dfa2_jax import Method, Pipeline, Plan, PlanError
+from dfa2_jax import Pipeline, Plan, PlanError
 from dfa2_jax.io.images import read_metadata
 from dfa2_jax.options import Options
 from dfa2_jax.pipeline.components import Component
-from dfa2_jax.plan.orders import lies, orders
-from pallas_kernels import CACHED
 
 SIZE = {"height": 32, "width": 48}
 DPM = "CogVideoXDPMScheduler"
@@ -107,17 +105,6 @@ def test_given_latents_start_the_call(pipelines):
         ours(**arguments, latents=noise.swapaxes(1, 2))
 
 
-METHODS = tuple(map(Method, ("full", "cached", "arrow(1/4)", "arrow(1/2)", "arrow(1/4, time)")))
-
-
-def random_plan(setting, seed):
-    generator = np.random.default_rng(seed)
-    size = setting.num_inference_steps, len(setting.layers), setting.num_heads
-    choices = generator.integers(len(METHODS), size=size).astype(np.uint8)
-    choices[0] = 0
-    return Plan(setting, METHODS, choices)
-
-
 @pytest.mark.torch
 @pytest.mark.parametrize("seeds", [range(1), pytest.param(range(1, 21), marks=pytest.mark.long)], ids=["one", "twenty"])
 @pytest.mark.parametrize(
@@ -126,27 +113,9 @@ def random_plan(setting, seed):
     ids=["5b", "1.5, dpm"],
 )
 def test_a_planned_call_equals_diffusers_with_masks(name, arguments, seeds, pipelines, request):
-    """By random plans of every method, most of them with heads that are cached after another order."""
-    from torch_reference import follow_plan
-
     ours, reference = pipelines(name), load_theirs(request.getfixturevalue(name))  # whose processors change
     arguments = {"prompt": PROMPTS[0], "num_inference_steps": 6, "seed": 7} | SIZE | arguments
-    setting, errors, written = ours.setting(**arguments), [], []
-    frames = ours.family.tokens.grid((arguments["num_frames"] + 3) // 4, 4, 6).frames
-    layouts = [layer.layout for layer in setting.layers]
-    options = diffusers_arguments(reference, arguments)
-    dense = ours(**arguments, output_type="latent", progress=False).frames
-    for seed in seeds:
-        plan = random_plan(setting, seed)
-        assert {*plan.choices.ravel()} == {*range(len(METHODS))}
-        latents = ours(**arguments, plan=plan, output_type="latent", progress=False).frames
-        run = follow_plan(reference, plan.half_windows(), layouts, orders(plan) == 1, frames)
-        want = run_theirs(reference, **options, callback_on_step_end=run.next_step, output_type="latent")
-        errors.append(error(latents, want))
-        written.append(lies(plan)[plan.half_windows() == CACHED])
-        assert error(latents, dense) > 1e-2, "the plan is idle"
-    assert all(number < 1e-4 for number in errors), errors  # `max` would pass over a NaN
-    assert {*np.concatenate(written)} == {0, 1}, "cached heads lie in one order alone"
+    check_planned(ours, reference, arguments, diffusers_arguments(reference, arguments), seeds)
 
 
 def test_a_plan_of_another_number_of_frames_is_refused(pipelines):

@@ -11,6 +11,7 @@ from dfa2_jax.options import Options
 from dfa2_jax.pipeline import ahead
 from dfa2_jax.pipeline.call import Call
 from dfa2_jax.pipeline.components import Component
+from dfa2_jax.vae.video import VideoAutoencoderConfig
 
 CALL = {"prompt": "a red ring", "height": 32, "width": 48, "num_frames": 17, "num_inference_steps": 5}
 
@@ -80,6 +81,24 @@ def test_a_refusal_says_what_would_fit(progress, free, arguments, said, pipeline
     has_room(int(free), int(40e9))
     with pytest.raises(MemoryError, match=said):
         pipeline(**CALL | {"height": 576, "width": 1152, "num_frames": 1}, **arguments, progress=progress)
+
+
+def test_an_autoencoder_may_take_tiles_itself(pipelines, has_room, monkeypatch, caplog):
+    """HunyuanVideo's does. It says so, and the metadata say what was done."""
+    pipeline, arguments = pipelines("tiny_cogvideox_5b"), CALL | {"num_frames": 1, "num_inference_steps": 1}
+    monkeypatch.setattr(VideoAutoencoderConfig, "tiles_itself", True)
+    monkeypatch.setattr(ahead, "compile_chunks", lambda *given: int(40e9 if given[-1] is None else 5e9))
+    has_room(int(5e9))
+    for progress in (False, True):
+        caplog.clear()
+        output = pipeline(**arguments, progress=progress)
+        assert output.metadata["vae_tiling"] is True
+        assert "takes 40.0 GB" in caplog.text and "as with vae_tiling=True, which take 5.0 GB" in caplog.text
+    has_room(int(4.9e9))
+    with pytest.raises(MemoryError, match="takes 40.0 GB .* 4.9 GB are free: about 16 x 32 px would fit"):
+        pipeline(**arguments, progress=False)
+    has_room(int(40e9))
+    assert not pipeline(**arguments, progress=False).metadata["vae_tiling"]
 
 
 def test_latents_need_no_decoder(pipeline, has_room):

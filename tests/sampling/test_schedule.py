@@ -7,12 +7,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dfa2_jax.families.flux.config import FluxConfig
-from dfa2_jax.families.flux.family import Flux, embedded_scalar
+from dfa2_jax.families.flux.family import Flux
 from dfa2_jax.families.sd3.config import SD3Config
 from dfa2_jax.families.sd3.family import SD3
 from dfa2_jax.families.sd3.transformer import PositionTable
 from dfa2_jax.sampling.noise import torch_randn
-from dfa2_jax.sampling.sinusoid import sinusoid
+from dfa2_jax.sampling.sinusoid import embedded_scalar, sinusoid
 from dfa2_jax.sampling.solvers.flow_euler import flow_match_sigmas
 
 SD3_SCHEDULER = {"shift": 3.0}

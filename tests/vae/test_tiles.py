@@ -13,7 +13,6 @@ from dfa2_jax.pipeline.components import Component
 from dfa2_jax.pipeline.decoding import frames_of
 from dfa2_jax.pipeline.output import metadata
 from dfa2_jax.pipeline.timing import Clock
-from dfa2_jax.vae.tiles import Tiles
 from dfa2_jax.vae.video import VideoAutoencoderConfig
 
 
@@ -37,7 +36,7 @@ def autoencoders():
     sizes = {"block_out_channels": (4, 4), "layers_per_block": 1, "latent_channels": 4, "norm_num_groups": 2}
     sizes |= {"temporal_compression_ratio": 2, "scaling_factor": 0.7, "sample_height": 48, "sample_width": 20}
     theirs = redraw(diffusers.AutoencoderKLCogVideoX(**blocks, **sizes), 0.3)
-    return theirs, Component(loaded(theirs)), Tiles.of(VideoAutoencoderConfig.from_json(dict(theirs.config)))
+    return theirs, Component(loaded(theirs)), VideoAutoencoderConfig.from_json(dict(theirs.config)).tiles()
 
 
 @pytest.mark.torch
@@ -97,7 +96,7 @@ def test_tiles_of_one_size_share_a_program_that_is_compiled_ahead(pipeline, monk
 
 def test_tiles_of_published_videos():
     """720 x 480: tiles of 30 x 45 latents, 25 x 36 apart, as diffusers' comments on overlap have it."""
-    tiles = Tiles.of(VideoAutoencoderConfig())
+    tiles = VideoAutoencoderConfig().tiles()
     assert (tiles.rows.size, tiles.rows.step, tiles.rows.blended) == (30, 25, 40)
     assert (tiles.columns.size, tiles.columns.step, tiles.columns.blended) == (45, 36, 72)
     ends = [(y.start, y.stop, x.start, x.stop) for y, x in tiles.parts(60, 90)]
@@ -107,7 +106,7 @@ def test_tiles_of_published_videos():
 
 def test_tiles_that_do_not_meet_are_refused(pipeline, pipelines, monkeypatch):
     with pytest.raises(ValueError, match="half of the VAE's sample_height=64 .* do not meet at a multiple of 8 pixels"):
-        Tiles.of(VideoAutoencoderConfig(sample_height=64))
+        VideoAutoencoderConfig(sample_height=64).tiles()
     with pytest.raises(ValueError, match="vae_tiling=True is for video models: this one makes images"):
         pipelines("tiny_sd35").request(Options(prompt="", vae_tiling=True))
     monkeypatch.setattr(pipeline.networks, "config", lambda name: VideoAutoencoderConfig(sample_width=64))

@@ -14,10 +14,11 @@ from torch_models import redraw, relative_error
 from video_models import loaded, shapes_of, tensors_of
 
 from dfa2_jax.pipeline.components import Component
-from dfa2_jax.vae import video_blocks
+from dfa2_jax.vae import causal
+from dfa2_jax.vae.causal import MAX_SEEN
 from dfa2_jax.vae.spec import VIDEO_AUTOENCODER
 from dfa2_jax.vae.video import AutoencoderKLCogVideoX, VideoAutoencoderConfig, frame_chunks, video_chunks
-from dfa2_jax.vae.video_blocks import MAX_SEEN, CausalConv
+from dfa2_jax.vae.video_blocks import CausalConv
 from dfa2_jax.weights.rules import map_weights
 
 MODELS: dict[str, dict[str, Any]] = {
@@ -221,7 +222,7 @@ def test_a_convolution_of_some_frames_at_a_time(monkeypatch, frames, together):
     expected = torch.nn.functional.conv3d(padded, kernel, padding=(0, 1, 1)).numpy().transpose(0, 2, 3, 4, 1)
     np.testing.assert_allclose(whole, expected, rtol=1e-5, atol=1e-5)
 
-    monkeypatch.setattr(video_blocks, "MAX_SEEN", 2 * 3 * 5 * 7 * 4 * together + 1)
+    monkeypatch.setattr(causal, "MAX_SEEN", 2 * 3 * 5 * 7 * 4 * together + 1)
     assert f"[{frames // together},2,{together},5,7,6]" in str(jax.make_jaxpr(lambda x: conv(x, None))(x))
     parts, again = conv(x, None)
     np.testing.assert_allclose(parts, whole, rtol=1e-6, atol=1e-6)

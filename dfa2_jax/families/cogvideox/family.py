@@ -8,7 +8,17 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from dfa2_jax.encoders.specs import T5
-from dfa2_jax.families.base import Defaults, Embeddings, Encode, Schedule, Texts, expect_shape
+from dfa2_jax.families.base import (
+    Defaults,
+    Embeddings,
+    Encode,
+    Schedule,
+    Texts,
+    check_multiples,
+    expect_shape,
+    refuse_mask,
+    video_latent_frames,
+)
 from dfa2_jax.families.cogvideox.config import CogVideoXConfig
 from dfa2_jax.families.cogvideox.positions import check_grid, position_table, rope_table
 from dfa2_jax.families.cogvideox.rules import RULES
@@ -51,6 +61,7 @@ class CogVideoX:
         )
 
     def check(self, options: Options) -> None:
+        refuse_mask(options)
         if options.clip_skip is not None:
             raise ValueError(f"clip_skip={options.clip_skip!r} is for SD3 only: CogVideoX has no CLIP.")
         if options.skip_guidance_layers is not None:
@@ -65,19 +76,13 @@ class CogVideoX:
             )
 
     def size(self, height: int, width: int, multiple: int) -> tuple[int, int]:
-        if height % multiple or width % multiple:
-            down = f"{height // multiple * multiple} x {width // multiple * multiple}"
-            raise ValueError(f"height x width = {height} x {width} must be multiples of {multiple}: try {down}.")
+        check_multiples(height, width, multiple)
         check_grid(self.config, Grid(1, height // multiple, width // multiple))
         return height, width
 
     def latent_frames(self, num_frames: int | None) -> int:
         assert num_frames is not None
-        ratio = self.config.temporal_compression_ratio
-        if num_frames % ratio != 1 % ratio:
-            near = max(num_frames // ratio * ratio, 0) + 1
-            raise ValueError(f"{num_frames=} must be 1 more than a multiple of {ratio}: try {near} or {near + ratio}.")
-        return (num_frames - 1) // ratio + 1
+        return video_latent_frames(num_frames, self.config.temporal_compression_ratio)
 
     def extra_text_tokens(self, encoders: Any) -> int:
         return 0

@@ -7,10 +7,18 @@ from typing import Any
 import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Float
 
 from dfa2_jax.encoders.specs import CLIP, T5
-from dfa2_jax.families.base import Defaults, Embeddings, Encode, Schedule, Texts, expect_shape, one_frame
+from dfa2_jax.families.base import (
+    Defaults,
+    Embeddings,
+    Encode,
+    Schedule,
+    Texts,
+    expect_shape,
+    one_frame,
+    refuse_mask,
+)
 from dfa2_jax.families.flux.config import FluxConfig
 from dfa2_jax.families.flux.positions import rope_table
 from dfa2_jax.families.flux.rules import RULES
@@ -18,7 +26,7 @@ from dfa2_jax.families.flux.transformer import FluxConditions, FluxTransformer
 from dfa2_jax.nn.quantize import quantize
 from dfa2_jax.options import Options
 from dfa2_jax.sampling.guidance import ClassifierFree, Guidance, NoGuidance
-from dfa2_jax.sampling.sinusoid import sinusoid
+from dfa2_jax.sampling.sinusoid import embedded_scalar, sinusoid
 from dfa2_jax.sampling.solvers.schedulers import FLOW_SCHEDULERS, check_flow_scheduler, flow_steps
 from dfa2_jax.sampling.tokens import CHANNEL_ROW_COLUMN, Grid, Patches
 from dfa2_jax.vae.spec import AUTOENCODER
@@ -55,6 +63,7 @@ class Flux:
         self.defaults = Defaults(steps, scale, length, latent_size=(128, 128))
 
     def check(self, options: Options) -> None:
+        refuse_mask(options)
         if options.clip_skip is not None:
             raise ValueError(f"clip_skip={options.clip_skip!r} is for SD3 only: FLUX reads CLIP's pooled state.")
         if options.skip_guidance_layers is not None:
@@ -119,12 +128,3 @@ class Flux:
     def input_tokens(self, latents: np.ndarray, grid: Grid) -> np.ndarray:
         expect_shape("latents", latents, (None, grid.num_visual, self.config.in_channels))
         return latents
-
-
-def embedded_scalar(x: Float[np.ndarray, " steps"], dtype: DTypeLike = np.float32) -> Float[np.ndarray, " steps"]:
-    """`x * 1000` as FLUX rounds it before its sinusoid, in `dtype`.
-
-    torch multiplies in the model's dtype: in bfloat16 guidance 3.5 becomes 3504. XLA drops such roundings inside jit,
-    so whoever wants bfloat16 diffusers' numbers asks for them here, on the host.
-    """
-    return (x.astype(dtype) * np.asarray(1000, dtype)).astype(np.float32)

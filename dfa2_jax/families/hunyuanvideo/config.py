@@ -55,6 +55,11 @@ class HunyuanVideoConfig:
         return made
 
     @property
+    def temporal_compression_ratio(self) -> int:
+        """Frames that the autoencoder makes of a latent frame: config.json does not say so."""
+        return 4
+
+    @property
     def width(self) -> int:
         return self.num_attention_heads * self.attention_head_dim
 

@@ -9,7 +9,17 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from dfa2_jax.encoders.specs import CLIP_PROJECTED, T5
-from dfa2_jax.families.base import Defaults, Embeddings, Encode, Schedule, Texts, expect_shape, one_frame
+from dfa2_jax.families.base import (
+    Defaults,
+    Embeddings,
+    Encode,
+    Schedule,
+    Texts,
+    check_multiples,
+    expect_shape,
+    one_frame,
+    refuse_mask,
+)
 from dfa2_jax.families.sd3.config import SD3Config
 from dfa2_jax.families.sd3.positions import crop_positions
 from dfa2_jax.families.sd3.rules import RULES
@@ -62,14 +72,13 @@ class SD3:
         )
 
     def check(self, options: Options) -> None:
+        refuse_mask(options)
         if options.true_cfg_scale != 1.0:
             scale = options.true_cfg_scale
             raise ValueError(f"true_cfg_scale={scale} is FLUX's second forward: SD3 takes guidance_scale.")
 
     def size(self, height: int, width: int, multiple: int) -> tuple[int, int]:
-        if height % multiple or width % multiple:
-            down = f"{height // multiple * multiple} x {width // multiple * multiple}"
-            raise ValueError(f"height x width = {height} x {width} must be multiples of {multiple}: try {down}.")
+        check_multiples(height, width, multiple)
         if max(height, width) > (largest := self.config.pos_embed_max_size * multiple):
             raise ValueError(f"height x width = {height} x {width} exceeds the position table: {largest} px a side.")
         return height, width
