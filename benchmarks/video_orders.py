@@ -1,6 +1,6 @@
 """What a second order of tokens gains: PSNR and SSIM against density on the video toy, by what heads may choose.
 
-    python -m benchmarks.video_orders [FOLDER] [--size 64] [--steps 20] [--captions 8] [--out FILE]
+    python -m benchmarks.video_orders [FOLDER] [--size 64] [--steps 20] [--captions 4] [--out FILE]
 
 Heads may take arrows frame by frame ("native"), over time ("time"), either ("both"), or either and their last output
 ("both, reuse"). Calibration by the paper's delta sees some held-out captions, and videos of others are compared with
@@ -65,7 +65,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path, nargs="?", default=Path("dfa2_jax/demo/toy-cogvideox"))
     parser.add_argument("--size", type=int, default=64, help="pixels")
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--captions", type=int, default=8, help="to calibrate on, and as many others to compare")
+    parser.add_argument("--captions", type=int, default=4, help="to calibrate on, and as many others to compare")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/video_orders.json"))
     args = parser.parse_args()
     pipeline = Pipeline.from_pretrained(args.folder)

@@ -9,6 +9,7 @@ from flax import nnx
 
 from dfa2_jax.families.cogvideox.transformer import CogVideoXConditions
 from dfa2_jax.families.flux.transformer import FluxConditions
+from dfa2_jax.families.hunyuanvideo.transformer import HunyuanVideoConditions
 from dfa2_jax.families.registry import networks
 from dfa2_jax.families.sd3.transformer import PositionTable, SD3Conditions
 from dfa2_jax.nn.quantize import quantize
@@ -68,11 +69,14 @@ def cogvideox(layers: int, heads: int, sample: tuple[int, int, int], **config: A
     return Published("CogVideoXTransformer3DModel", sizes | config, num_text=226, guided=True)
 
 
+HUNYUAN = Published("HunyuanVideoTransformer3DModel", {}, num_text=256, guided=False)
 ROTARY = {"use_rotary_positional_embeddings": True}
 VIDEOS = {
     "CogVideoX-2B": cogvideox(30, 30, (49, 60, 90)),
     "CogVideoX-5B": cogvideox(42, 48, (49, 60, 90), **ROTARY),
     "CogVideoX1.5-5B": cogvideox(42, 48, (81, 96, 170), **ROTARY, patch_size_t=2, patch_bias=False),
+    "HunyuanVideo 544p": HUNYUAN,
+    "HunyuanVideo 720p": HUNYUAN,
 }
 """Sizes from the config.json of the published folders."""
 
@@ -80,8 +84,10 @@ VIDEO_GRIDS = {
     "CogVideoX-2B": Grid(13, 30, 45),
     "CogVideoX-5B": Grid(13, 30, 45),
     "CogVideoX1.5-5B": Grid(11, 48, 85),
+    "HunyuanVideo 544p": Grid(33, 34, 60),
+    "HunyuanVideo 720p": Grid(33, 45, 80),
 }
-"""Tokens of 49 x 480 x 720 and of 81 x 768 x 1360."""
+"""Tokens of 49 x 480 x 720 and of 81 x 768 x 1360; of 129 x 544 x 960 and of 129 x 720 x 1280."""
 
 
 def denoise_arguments(name: str, pixels: int | Grid, precision: str | None = None) -> tuple[Any, ...]:
@@ -110,6 +116,10 @@ def denoise_arguments(name: str, pixels: int | Grid, precision: str | None = Non
         is_rotary = config.use_rotary_positional_embeddings
         positions = (None, rope, rope) if is_rotary else (table, None, None)
         conditions = abstract(CogVideoXConditions, states, *positions)
+    elif published.class_name.startswith("HunyuanVideo"):
+        rope = shape((visual + text, config.attention_head_dim // 2), f32)
+        pooled, length = shape((batch, config.pooled_projection_dim), bf16), shape((batch,), jnp.int32)
+        conditions = abstract(HunyuanVideoConditions, states, pooled, rope, rope, shape((1, 256), f32), length, None)
     elif published.class_name.startswith("Flux"):
         rope = shape((text + visual, config.attention_head_dim // 2), f32)
         guidance = shape((1, 256), f32) if published.config.get("guidance_embeds") else None

@@ -1,7 +1,10 @@
 """Tables of docs/video.md."""
 
 from collections.abc import Iterator
+from statistics import mean
 from typing import Any
+
+import numpy as np
 
 from benchmarks.page_tables.base import table
 
@@ -55,3 +58,16 @@ def video_checkpoint(data: Any) -> Iterator[list[str]]:
         pairs = ("background", "colour"), ("shape",), ("direction", "speed"), ("exact",)
         cells = (f"{min(right[name] for name in names):.1%}" for names in pairs)
         yield [f"{one['size']} px", str(right["captions"]), *cells]
+
+
+KEPT = 0.9, 0.8, 0.7, 0.6, 0.5, 0.4
+
+
+@table("video-orders", "video_orders.json", f"heads may take | {' | '.join(f'{share:g} kept' for share in KEPT)}")
+def video_orders(data: Any) -> Iterator[list[str]]:
+    """PSNR at shares of the pairs; between two plans by a straight line."""
+    for kind in dict.fromkeys(point["kind"] for point in data["rows"]):
+        points = sorted((point["density"], mean(point["psnr"])) for point in data["rows"] if point["kind"] == kind)
+        least, most = points[0][0], points[-1][0]
+        at = (f"{np.interp(share, *zip(*points, strict=True)):.1f}" if least <= share <= most else "" for share in KEPT)
+        yield [kind, *at]

@@ -46,7 +46,7 @@ class Pair:
         return planned - dense
 
     def psnr(self) -> float:
-        """Of all pixels of all frames, in dB; infinite for equal images."""
+        """PSNR over all pixels of all frames, in dB; infinite for equal images."""
         error = np.mean([np.square(self.difference(frame)).mean() for frame in range(len(self.frames[0]))])
         return float(10 * np.log10(255**2 / error)) if error else float("inf")
 

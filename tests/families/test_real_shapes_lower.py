@@ -19,6 +19,8 @@ PARAMETERS = {
     "CogVideoX-2B": 1_693_783_872,
     "CogVideoX-5B": 5_570_283_072,
     "CogVideoX1.5-5B": 5_570_676_352,
+    "HunyuanVideo 544p": 12_821_012_544,
+    "HunyuanVideo 720p": 12_821_012_544,
 }
 """Counted by diffusers' own classes on torch's meta device."""
 
