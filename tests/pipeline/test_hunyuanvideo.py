@@ -124,6 +124,17 @@ def test_devices_share_rows_and_tokens(guided, ours, tiny_hunyuanvideo):
     assert error(many, one) < 1e-5
 
 
+def test_devices_find_the_plan_of_one_and_follow_it(ours, tiny_hunyuanvideo):
+    """Of two texts that differ in length, one on each device."""
+    two, call = Pipeline.from_pretrained(tiny_hunyuanvideo, devices=2), CALL | {"num_inference_steps": 3}
+    calibration = call | {"progress": False, "delta": 0.5, "windows": (2,), "tiles": (8, 8)}
+    plans = [calibrate(x, PROMPTS, **calibration) for x in (ours, two)]
+    np.testing.assert_array_equal(*(plan.choices for plan in plans))
+    np.testing.assert_allclose(*(plan.calibration.errors for plan in plans), rtol=1e-4, atol=1e-6)
+    one, many = (x(PROMPTS, **call, **LATENT, plan=plans[0]).frames for x in (ours, two))
+    assert error(many, one) < 1e-5
+
+
 def test_prompts_of_any_length_share_a_program(tiny_hunyuanvideo, compilations):
     ours = Pipeline.from_pretrained(tiny_hunyuanvideo)
     plan = Plan.full(ours.setting(prompt="", **CALL, **LATENT)).with_method(1, 0, 0, "cached")
