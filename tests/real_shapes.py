@@ -87,7 +87,7 @@ VIDEO_GRIDS = {
     "HunyuanVideo 544p": Grid(33, 34, 60),
     "HunyuanVideo 720p": Grid(33, 45, 80),
 }
-"""Tokens of 49 x 480 x 720 and of 81 x 768 x 1360; of 129 x 544 x 960 and of 129 x 720 x 1280."""
+"""Tokens of 49 x 480 x 720, 81 x 768 x 1360, 129 x 544 x 960 and 129 x 720 x 1280."""
 
 
 def denoise_arguments(name: str, pixels: int | Grid, precision: str | None = None) -> tuple[Any, ...]:

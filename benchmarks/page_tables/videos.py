@@ -63,7 +63,12 @@ def video_checkpoint(data: Any) -> Iterator[list[str]]:
 KEPT = 0.9, 0.8, 0.7, 0.6, 0.5, 0.4
 
 
-@table("video-orders", "video_orders.json", f"heads may take | {' | '.join(f'{share:g} kept' for share in KEPT)}")
+@table(
+    "video-orders",
+    "video_orders.json",
+    f"heads may take | {' | '.join(f'{share:g} kept' for share in KEPT)}",
+    "python -m benchmarks.video_orders",
+)
 def video_orders(data: Any) -> Iterator[list[str]]:
     """PSNR at shares of the pairs; between two plans by a straight line."""
     for kind in dict.fromkeys(point["kind"] for point in data["rows"]):

@@ -9,6 +9,8 @@ Queries, keys and values of one input have one matrix. A product of 9,216 column
 3,072 (docs: quantization).
 """
 
+from collections.abc import Collection
+
 import jax.numpy as jnp
 from flax import nnx
 
@@ -27,8 +29,13 @@ After a GELU values differ much in size, and the product before can write them i
 """
 
 
-def quantize(model: nnx.Module, precision: str) -> dict[ParameterPath, tuple[ParameterPath, ...]]:
+def quantize(
+    model: nnx.Module, precision: str, *, kept: Collection[str] = ()
+) -> dict[ParameterPath, tuple[ParameterPath, ...]]:
     """Give an abstract model's blocks weights of 8 bits, in place.
+
+    Args:
+        kept: parts of the model that keep theirs.
 
     Returns:
         By the path of each new array, the paths of those that it is made of. `weight.values`, `.scale` and
@@ -36,6 +43,8 @@ def quantize(model: nnx.Module, precision: str) -> dict[ParameterPath, tuple[Par
     """
     made: dict[ParameterPath, tuple[ParameterPath, ...]] = {}
     for path, module in list(nnx.iter_modules(model)):
+        if path and path[0] in kept:
+            continue
         if isinstance(module, Projections) and _stacked(module.to_q):
             linears = {name: getattr(module, name) for name in ("to_q", "to_k", "to_v")}
             made |= _replace(module, "to_qkv", path, linears, precision)

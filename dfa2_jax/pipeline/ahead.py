@@ -47,6 +47,8 @@ def compile_decoder(call: Call) -> Call:
         MemoryError: what the decoder needs does not fit; the message says what would.
     """
     need, free, request = _need(call), _free_bytes(call), call.request
+    if free is not None and need > free and call.pipeline.networks.release_text_encoders():
+        free = _free_bytes(call)
     if free is None or need <= free:
         return call
     what = "an image" if request.num_frames is None else f"a video of {request.num_frames} frames"

@@ -134,7 +134,7 @@ class Call:
             mesh: of devices that share what is remembered.
 
         Raises:
-            MemoryError: what `attend` remembers does not fit.
+            MemoryError: what `attend` remembers does not fit, without text encoders either.
         """
         rounding, latents = self.pipeline.rounding, self.tokens
         if rounding is not None and self.schedule.rounds_noise:
@@ -142,7 +142,13 @@ class Call:
         latents, solver = self.put_state((latents, self.inputs.solver.init(latents)))
         if attend is None:
             return State(latents, solver)
-        return State(latents, solver, empty_memory(attend, self.memory_shapes(mesh), images=self.request.batch))
+        shapes, images = self.memory_shapes(mesh), self.request.batch
+        try:
+            return State(latents, solver, empty_memory(attend, shapes, images=images))
+        except MemoryError:
+            if not self.pipeline.networks.release_text_encoders():
+                raise
+        return State(latents, solver, empty_memory(attend, shapes, images=images))
 
     def memory_shapes(self, mesh: DeviceMesh | None = None) -> dict[str, jax.ShapeDtypeStruct]:
         """By stack of layers, their outputs."""

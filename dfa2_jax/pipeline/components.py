@@ -1,5 +1,6 @@
 """The networks and tokenizers of a checkpoint, loaded when first needed, each a jitted program."""
 
+import logging
 from collections.abc import Mapping
 from functools import partial
 from typing import Any, NamedTuple
@@ -12,6 +13,8 @@ from dfa2_jax.pipeline.fit import check_ids, check_tokenizer
 from dfa2_jax.weights.checkpoint import Checkpoint
 from dfa2_jax.weights.dtypes import as_precision
 from dfa2_jax.weights.room import Places
+
+logger = logging.getLogger("dfa2_jax")
 
 
 @partial(jax.jit, static_argnames=("graph", "method"))
@@ -96,6 +99,14 @@ class Networks:
         if name not in self._loaded:
             self._loaded[name] = Component(self._checkpoint.load(name, self._dtype_of(name), self._places.get(name)))
         return self._loaded[name]
+
+    def release_text_encoders(self) -> bool:
+        """Frees their weights, says so, and returns whether there were any. The next prompt reads them again."""
+        released = [name for name in self._loaded if name.startswith("text_encoder")]
+        size = sum(x.nbytes for name in released for x in jax.tree.leaves(self._loaded.pop(name).params))
+        if released:
+            logger.warning("%s made room: %.1f GB, which the next call reads again", ", ".join(released), size / 1e9)
+        return bool(released)
 
     def _dtype_of(self, name: str) -> Any:
         dtype = self._text_encoder_dtype

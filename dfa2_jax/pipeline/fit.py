@@ -32,8 +32,7 @@ def check_fit(checkpoint: Checkpoint) -> None:
             channels = transformer.token_channels // transformer.patch_size**2
             if isinstance(config, VIDEO):
                 channels, ratio = transformer.in_channels, "temporal_compression_ratio"
-                if hasattr(transformer, ratio):  # CogVideoX's says it, HunyuanVideo's does not
-                    faults += differ(f"{name}: {ratio}", getattr(config, ratio), ratio, getattr(transformer, ratio))
+                faults += differ(f"{name}: {ratio}", getattr(config, ratio), ratio, getattr(transformer, ratio))
             faults += differ(f"{name}: latent_channels", config.latent_channels, "latent channels", channels)
             if config.out_channels != 3:
                 faults.append(f"{name}: out_channels={config.out_channels}, but images have 3")

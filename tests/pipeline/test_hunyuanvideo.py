@@ -3,9 +3,11 @@
 import logging
 from functools import cache
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from damage import copy_model, edit_json, refuses
+from flax import nnx
 from pipeline_cases import PROMPTS, check_planned, error, load_theirs, run_theirs
 
 from dfa2_jax import Pipeline, Plan, calibrate, cli
@@ -60,7 +62,7 @@ def test_latents_equal_diffusers(case, ours, theirs):
 
 @pytest.mark.torch
 def test_frames_equal_diffusers(ours, theirs):
-    """Of two windows of latent frames, which are blended."""
+    """Two windows of latent frames are blended."""
     arguments = CALL | {"prompt": PROMPTS[0], "num_frames": 25, "num_inference_steps": 2}
     output = ours(**arguments, output_type="np", progress=False)
     want = run_theirs(theirs(), **arguments, output_type="np")
@@ -86,6 +88,8 @@ def test_plans_are_calibrated_with_texts_of_any_length(budget, ours, tmp_path):
 def test_blocks_of_8_bits_make_nearly_the_same(precision, ours, tiny_hunyuanvideo):
     want = ours(PROMPTS, **CALL, **LATENT).frames
     quantised = Pipeline.from_pretrained(tiny_hunyuanvideo, dtype=precision)
+    small = {path[0] for path, x in nnx.to_flat_state(quantised.transformer.params) if x.dtype == jnp.int8}
+    assert small == {"transformer_blocks", "single_transformer_blocks"}
     assert 1e-4 < error(quantised(PROMPTS, **CALL, **LATENT).frames, want) < 0.02
 
 
@@ -118,14 +122,14 @@ def test_a_planned_call_equals_diffusers_with_masks(seeds, ours, tiny_hunyuanvid
 
 @pytest.mark.parametrize("guided", [{}, GUIDED], ids=["dense", "true cfg"])
 def test_devices_share_rows_and_tokens(guided, ours, tiny_hunyuanvideo):
-    """Of texts that differ in length: rows of a batch, then tokens of rows."""
+    """Texts differ in length: rows of a batch, then tokens of rows."""
     one = ours(PROMPTS, **CALL, **guided, **LATENT).frames
     many = Pipeline.from_pretrained(tiny_hunyuanvideo, devices=4)(PROMPTS, **CALL, **guided, **LATENT).frames
     assert error(many, one) < 1e-5
 
 
 def test_devices_find_the_plan_of_one_and_follow_it(ours, tiny_hunyuanvideo):
-    """Of two texts that differ in length, one on each device."""
+    """Two texts differ in length, and lie one on each device."""
     two, call = Pipeline.from_pretrained(tiny_hunyuanvideo, devices=2), CALL | {"num_inference_steps": 3}
     calibration = call | {"progress": False, "delta": 0.5, "windows": (2,), "tiles": (8, 8)}
     plans = [calibrate(x, PROMPTS, **calibration) for x in (ours, two)]
@@ -136,17 +140,17 @@ def test_devices_find_the_plan_of_one_and_follow_it(ours, tiny_hunyuanvideo):
 
 
 def test_prompts_of_any_length_share_a_program(tiny_hunyuanvideo, compilations):
-    ours = Pipeline.from_pretrained(tiny_hunyuanvideo)
-    plan = Plan.full(ours.setting(prompt="", **CALL, **LATENT)).with_method(1, 0, 0, "cached")
+    ours, call = Pipeline.from_pretrained(tiny_hunyuanvideo), CALL | {"num_frames": 5}  # a shape of this test alone
+    plan = Plan.full(ours.setting(prompt="", **call, **LATENT)).with_method(1, 0, 0, "cached")
     variants = {"dense": {}, "planned": {"plan": plan}, "guided": GUIDED | {"negative_prompt": "blurry"}}
     for options in variants.values():
-        ours(PROMPTS[0], **CALL, **LATENT, **options)
+        ours(PROMPTS[0], **call, **LATENT, **options)
         assert compilations
         compilations.clear()
         for prompt in ("", PROMPTS[1], LONG):
-            ours(prompt, **CALL, **LATENT, **options)
+            ours(prompt, **call, **LATENT, **options)
         assert not compilations
-    ours("", **CALL, **LATENT, **GUIDED | {"negative_prompt": LONG, "true_cfg_scale": 6.0}, guidance_scale=1.0)
+    ours("", **call, **LATENT, **GUIDED | {"negative_prompt": LONG, "true_cfg_scale": 6.0}, guidance_scale=1.0)
     assert not compilations
 
 

@@ -1,5 +1,6 @@
 """Videos whose memory a device lacks are refused before a step runs."""
 
+import sys
 from types import SimpleNamespace
 
 import jax
@@ -126,3 +127,26 @@ def test_what_attention_keeps_of_all_frames_is_counted(pipelines, monkeypatch):
             call.run()
         with pytest.raises(MemoryError):
             ahead.compile_ahead(call)
+
+
+def test_text_encoders_make_room_before_anything_is_refused(pipelines, has_room, monkeypatch, caplog):
+    """What they leave is what attention, or the decoder, lacked. The next call reads them again."""
+    pipeline, arguments = pipelines("tiny_cogvideox_5b"), CALL | {"num_inference_steps": 1, "progress": False}
+    plan = Plan.full(pipeline.setting(**arguments)).with_method(slice(1, None), 0, 0, "cached")
+    loaded = pipeline.networks._loaded
+
+    def free(devices=()):
+        return 0 if "text_encoder" in loaded else sys.maxsize
+
+    want = pipeline(**arguments, plan=plan, output_type="np").frames
+    assert "text_encoder" in loaded
+    monkeypatch.setattr("dfa2_jax.sampling.memory.free_bytes", free)
+    got = pipeline(**arguments, plan=plan, output_type="np").frames
+    assert "text_encoder made room" in caplog.text and "text_encoder" not in loaded
+    np.testing.assert_array_equal(got, want)
+
+    caplog.clear()
+    monkeypatch.setattr("dfa2_jax.sampling.memory.free_bytes", lambda devices: sys.maxsize)
+    monkeypatch.setattr(ahead, "counted_bytes", free)
+    np.testing.assert_array_equal(pipeline(**arguments, plan=plan, output_type="np").frames, want)
+    assert "text_encoder made room" in caplog.text

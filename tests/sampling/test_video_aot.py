@@ -12,9 +12,14 @@ from pallas_kernels.inspect import aot
 from pallas_kernels.inspect.hlo import uses_of_stacks, weight_copies
 
 H200 = 139 * 2**30
-PEAKS = {"CogVideoX-5B": (13.6e9, 22.8e9), "CogVideoX1.5-5B": (17.0e9, 40.4e9)}
-"""Bytes that a dense and a planned loop need at most, with 11.14 GB of weights. The memory of attention is 9.17 and
-23.28 GB. XLA plans the rest: 2.34 and 5.7 GB."""
+PEAKS = {
+    "CogVideoX-5B": (13.6e9, 22.8e9),
+    "CogVideoX1.5-5B": (17.0e9, 40.4e9),
+    "HunyuanVideo 544p": (30.8e9, 55.7e9),
+    "HunyuanVideo 720p": (34.6e9, 78.6e9),
+}
+"""Bytes that a dense and a planned loop need at most, with 11.14 GB of weights, HunyuanVideo 25.64. The memory of
+attention is 9.17, 23.28, 24.91 and 43.89 GB. XLA plans the rest: 2.34, 5.7, 5.1 and 8.9 GB."""
 
 names = pytest.mark.parametrize("name", PEAKS)
 
@@ -59,7 +64,7 @@ def assert_no_stack_is_copied(compiled, params):
 def test_a_dense_loop_fits_and_copies_each_layer_once(name):
     params, compiled = dense(name)
     assert compiled.peak_bytes < PEAKS[name][0] < H200
-    assert compiled.argument_bytes < nbytes(params) + 0.1e9
+    assert compiled.argument_bytes < nbytes(params) + 0.2e9
     copies = assert_no_stack_is_copied(compiled, params)
     assert sum(copy.num_bytes * copy.times for copy in copies) <= nbytes(params)
 
@@ -71,9 +76,9 @@ def test_a_planned_loop_fits_and_its_memory_stays_where_it_is(name):
     assert compiled.peak_bytes < PEAKS[name][1] < H200
     assert compiled.alias_bytes >= nbytes(memory)
     assert compiled.peak_bytes < dense(name)[1].peak_bytes + nbytes(memory) + 0.1e9
-    (stack,) = {f"bf16[{','.join(map(str, leaf.shape))}]" for leaf in jax.tree.leaves(memory)}
-    assert f"= {stack}" in compiled.hlo, "not as it is looked for"
-    made, reads = uses_of_stacks(compiled.hlo, {stack})
+    stacks = {f"bf16[{','.join(map(str, leaf.shape))}]" for leaf in jax.tree.leaves(memory)}
+    assert all(f"= {stack}" in compiled.hlo for stack in stacks), "not as it is looked for"
+    made, reads = uses_of_stacks(compiled.hlo, stacks)
     assert made == {}, "the memory is copied or made anew"
     assert 1 <= max(reads.values()) <= 2, "a block reads its entry, in both orders"
     assert_no_stack_is_copied(compiled, params)
