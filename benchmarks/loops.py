@@ -19,11 +19,12 @@ from dfa2_jax.families.cogvideox import positions as videos
 from dfa2_jax.families.cogvideox.transformer import CogVideoXConditions
 from dfa2_jax.families.flux.positions import rope_table
 from dfa2_jax.families.flux.transformer import FluxConditions
+from dfa2_jax.families.hunyuanvideo import positions as hunyuanvideo
+from dfa2_jax.families.hunyuanvideo.transformer import HunyuanVideoConditions
 from dfa2_jax.families.registry import networks
 from dfa2_jax.families.sd3.positions import crop_positions
 from dfa2_jax.families.sd3.transformer import PositionTable, SD3Conditions
 from dfa2_jax.nn.attention import AttentionCall, Planned, by_stack
-from dfa2_jax.nn.quantize import quantize
 from dfa2_jax.parallel.dealing import deal_plan
 from dfa2_jax.parallel.mesh import DeviceMesh
 from dfa2_jax.plan.method import TIME
@@ -82,7 +83,7 @@ class Loop:
         module = nnx.eval_shape(lambda: kind.build(self.config, dtype=dtype, rngs=nnx.Rngs(0)))
         nnx.pop(module, PositionTable)
         if precision is not None:
-            quantize(module, precision)
+            kind.quantize(module, precision)
         self.graph, shapes = nnx.split(module)
         self.mesh: DeviceMesh | None = None
         self.params, self.dtype = random_like(shapes), jnp.dtype(dtype)
@@ -108,6 +109,9 @@ class Loop:
             cos, sin = videos.rope_table(config, num_text, self.grid)
             return CogVideoXConditions(text, cos=cos, sin=sin)
         pooled = draw((self.batch, config.pooled_projection_dim)).astype(self.dtype)
+        if class_name.startswith("HunyuanVideo"):
+            tables = *hunyuanvideo.rope_table(config, self.grid, num_text), sinusoid(np.float32([6000]))
+            return HunyuanVideoConditions(text, pooled, *tables, np.full(self.batch, num_text * 3 // 4, np.int32))
         if class_name.startswith("Flux"):
             guidance = sinusoid(np.float32([3500])) if config.guidance_embeds else None
             return FluxConditions(text, pooled, *rope_table(config.axes_dims_rope, num_text, rows, columns), guidance)

@@ -1,4 +1,4 @@
-"""A step of CogVideoX at the published sizes, dense and by plans whose arrows run in two orders of the tokens.
+"""A step of CogVideoX and HunyuanVideo at the published sizes, dense and by plans of arrows in two orders of tokens.
 
     python -m benchmarks.videos [CASE ...] [--rounds 3] [--steps 1] [--out FILE]
 
@@ -30,7 +30,7 @@ from dfa2_jax.plan.method import Method
 from dfa2_jax.sampling.tokens import Grid
 from pallas_kernels import dense_implementation
 
-TARGETS = 0.5, 0.3, 0.2
+TARGETS = {"CogVideoXTransformer3DModel": (0.5, 0.3, 0.2), "HunyuanVideoTransformer3DModel": (0.5, 0.35, 0.25, 0.15)}
 """Shares of the pairs that plans keep."""
 
 
@@ -41,11 +41,27 @@ def cogvideox(layers: int, heads: int, grid: Grid, dtype: Any = jnp.bfloat16, **
 
 NEWER = {"patch_size_t": 2, "sample_height": 96, "sample_width": 170, "sample_frames": 81}
 """Fields of CogVideoX 1.5."""
+HUNYUAN = Case("HunyuanVideoTransformer3DModel", {}, Grid(33, 45, 80), 256, guided=False, dtype=jnp.bfloat16)
+"""A text of 192 tokens, padded to 256."""
+SMALL = {
+    "num_layers": 2,
+    "num_single_layers": 2,
+    "num_attention_heads": 4,
+    "attention_head_dim": 64,
+    "text_embed_dim": 64,
+}
 GPU = {
     "CogVideoX-5B 49 x 480 x 720": cogvideox(42, 48, Grid(13, 30, 45)),
     "CogVideoX1.5-5B 81 x 768 x 1360": cogvideox(42, 48, Grid(11, 48, 85), **NEWER),
+    "HunyuanVideo 129 x 544 x 960": HUNYUAN._replace(grid=Grid(33, 34, 60)),
+    "HunyuanVideo 129 x 720 x 1280": HUNYUAN,
 }
-CPU = {"4 layers, 1,280 tokens": cogvideox(4, 6, Grid(5, 16, 16), jnp.float32)}
+CPU = {
+    "CogVideoX, 4 layers, 1,280 tokens": cogvideox(4, 6, Grid(5, 16, 16), jnp.float32),
+    "HunyuanVideo, 4 layers, 1,280 tokens": HUNYUAN._replace(
+        config=SMALL | {"rope_axes_dim": (8, 28, 28)}, grid=Grid(5, 16, 16), num_text=32, dtype=jnp.float32
+    ),
+}
 
 
 def in_native_order(plan: Plan) -> Plan:
@@ -55,7 +71,7 @@ def in_native_order(plan: Plan) -> Plan:
     return Plan(plan.setting, tuple(methods), place[plan.choices])
 
 
-def measure(loop: Loop, rounds: int, steps: int) -> dict[str, Any]:
+def measure(loop: Loop, targets: tuple[float, ...], rounds: int, steps: int) -> dict[str, Any]:
     stop, caches = 1 + steps, loop.caches()
     runs: dict[str, Callable[[], Any]] = {
         "dense": lambda: loop.dense(1, stop),
@@ -63,7 +79,7 @@ def measure(loop: Loop, rounds: int, steps: int) -> dict[str, Any]:
     }
     if dense_implementation(loop.dtype, loop.config.attention_head_dim).implementation == "mosaic":
         runs["dense by cuDNN"] = lambda: loop.dense(1, stop, implementation="cudnn")
-    plans = {f"keeps {target}": loop.plan(target, reuse=0.5) for target in TARGETS}
+    plans = {f"keeps {target}": loop.plan(target, reuse=0.5) for target in targets}
     plans |= {f"{name}, native": in_native_order(plan) for name, plan in plans.items()}
 
     def planned(name: str) -> jax.Array:
@@ -111,7 +127,7 @@ def main() -> None:
     machine = {"machine": describe_machine(), "device": jax.devices()[0].device_kind}
     for name in args.cases or cases:
         loop = cases[name](args.steps + 1)
-        row = rows[name] = machine | measure(loop, args.rounds, args.steps)
+        row = rows[name] = machine | measure(loop, TARGETS[cases[name].class_name], args.rounds, args.steps)
         del loop  # before the next is made
         print(f"{name}: {json.dumps(row['ms_per_step'])}, {json.dumps(row['plans'], indent=1)}", flush=True)
         args.out.parent.mkdir(parents=True, exist_ok=True)

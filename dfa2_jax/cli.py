@@ -111,7 +111,7 @@ def _parser() -> Parser:
         "sample",
         help="text to images or videos",
         description="Sample images or videos. Interrupted, the same command goes on: it makes what is not there yet.",
-        epilog="stdout holds the images' paths, one per line, and nothing else.",
+        epilog="stdout holds the paths of images, or videos, one per line, and nothing else.",
     )
     _add_sample(sample)
 
@@ -161,7 +161,11 @@ def _add_sample(sample: argparse.ArgumentParser) -> None:
     _add_prompts(sample, required=False)
     sample.add_argument("--batch", type=int, default=1, metavar="N", help="images at a time (default: 1)")
     sample.add_argument(
-        "--out", type=Path, required=True, metavar="PATH", help="a folder; for one image also a .png, .webp or .jpg"
+        "--out",
+        type=Path,
+        required=True,
+        metavar="PATH",
+        help="a folder; for one image also a .png, .webp or .jpg, for one video a .webp, .avif, .gif, .png or .mp4",
     )
     formats = ("png", "webp", "jpeg", "avif", "gif", "mp4")
     sample.add_argument("--format", choices=formats, help="of files in a folder (default: png; of videos webp)")
@@ -174,7 +178,7 @@ def _add_sample(sample: argparse.ArgumentParser) -> None:
 
 def _add_again(again: argparse.ArgumentParser) -> None:
     again.set_defaults(run=("again", "run"))
-    again.add_argument("image", type=Path, help="a PNG, WebP or JPEG that dfa2 or Output.save wrote")
+    again.add_argument("image", type=Path, help="a PNG, WebP, JPEG or AVIF that dfa2 or Output.save wrote")
     _add_folder(again, nargs="?", words="of the model (default: the one that the image names)")
     again.add_argument("--plan", type=Path, metavar="FILE", help="default: the one that the image names")
     again.add_argument("--out", type=Path, metavar="PATH", help="a new file, or a folder (default: the image's)")
@@ -215,7 +219,9 @@ def _add_plan(plan: argparse.ArgumentParser) -> None:
 
 def _add_demo(demo: argparse.ArgumentParser) -> None:
     demo.set_defaults(run=("demo", "run"))
-    demo.epilog = "stdout holds the images' paths, one per line, as they are made; the last one is the picture's."
+    demo.epilog = (
+        "stdout holds the paths of images, or videos, one per line, as they are made; the last one is the picture's."
+    )
     demo.add_argument("--video", action="store_true", help="videos of moving shapes, by a small CogVideoX")
     demo.add_argument(
         "--prompt", action="append", metavar="TEXT", help="may be repeated (default: four that it never saw)"

@@ -26,7 +26,11 @@ def write_preview(video: Path, frames: Frames) -> Path:
     return path
 
 
-def frames_in(video: Path) -> Frames:
-    """The frames of a file that Pillow reads."""
+def frames_in(video: Path, fps: float) -> Frames:
+    """The frames of a file that Pillow reads: one that lasts longer stands for equal ones in a row."""
+    frames = []
     with Image.open(video) as image:
-        return np.stack([np.asarray(frame.convert("RGB")) for frame in ImageSequence.Iterator(image)])
+        for frame in ImageSequence.Iterator(image):
+            pixels = np.asarray(frame.convert("RGB"))
+            frames += [pixels] * max(1, round(frame.info.get("duration", 0) * fps / 1000))
+    return np.stack(frames)

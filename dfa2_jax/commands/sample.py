@@ -90,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
                     print(printable(f"{path}: {fault}"), file=sys.stderr)
                     is_sound = False
                 if args.preview and not preview_path(path).exists():
-                    write_preview(path, frames_in(path))
+                    write_preview(path, frames_in(path, read_metadata(path)["fps"]))
             print_path(path)
     if seconds and not args.quiet:
         calls = seconds.pop("calls")

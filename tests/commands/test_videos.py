@@ -8,6 +8,7 @@ from PIL import Image, ImageSequence
 
 from dfa2_jax import Pipeline, cli
 from dfa2_jax.commands import again
+from dfa2_jax.commands.previews import frames_in
 from dfa2_jax.io.images import read_metadata
 from dfa2_jax.io.videos import save_video
 from dfa2_jax.pipeline.components import Component
@@ -100,6 +101,15 @@ def test_a_preview_lies_beside_each_video(form, sample, tmp_path, capsys):
     assert cli.main(words) == 0
     assert f"skipped {path}" in capsys.readouterr().err and {*out.iterdir()} == {path, sheet}
     np.testing.assert_array_equal(frames_of(sheet), drawn)
+
+
+@pytest.mark.parametrize("suffix", [".webp", ".png", ".gif"])
+def test_a_frame_that_lasts_longer_stands_for_equal_ones(suffix, tmp_path):
+    shades = np.array([9, 9, 9, 90, 90, 200], np.uint8)
+    video = np.broadcast_to(shades[:, None, None, None], (6, 16, 16, 3))
+    path = save_video(np.ascontiguousarray(video), tmp_path / f"clip{suffix}", fps=8)
+    read = np.asarray(frames_in(path, 8)).astype(int)
+    assert read.shape == video.shape and np.abs(read - video).max() <= 3
 
 
 @pytest.mark.parametrize("suffix", [".avif", ".png"])

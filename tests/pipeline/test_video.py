@@ -39,6 +39,13 @@ CASES = {
     "1.5, 7 steps": ("tiny_cogvideox_15", ODD | {"num_inference_steps": 7}, "latents"),
     "1.5, dpm, even": ("tiny_cogvideox_15", EVEN | DYNAMIC | {"num_inference_steps": 6}, "latents"),
 }  # fmt: skip
+LONG_CASES = {
+    f"{name}, {steps} steps{', dpm' * dpm}": (
+        f"tiny_cogvideox_{name}", ODD | (DYNAMIC if dpm else {}) | {"num_inference_steps": steps}, "latents",
+    )
+    for name in ("2b", "5b", "15")
+    for steps, dpm in ((28, False), (50, True))
+}  # fmt: skip
 """Folder, arguments, and what is compared: latents, or decoded frames, too."""
 
 
@@ -69,9 +76,9 @@ def diffusers_frames(pipeline, latents, dropped):
 
 
 @pytest.mark.torch
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [*CASES, *(pytest.param(case, marks=pytest.mark.long) for case in LONG_CASES)])
 def test_latents_and_frames_equal_diffusers(case, pipelines, theirs):
-    name, arguments, compared = CASES[case]
+    name, arguments, compared = (CASES | LONG_CASES)[case]
     arguments = {"prompt": PROMPTS[0], "seed": 7} | SIZE | arguments
     ours, reference = pipelines(name), theirs(name)
     latents = ours(**arguments, output_type="latent", progress=False)
