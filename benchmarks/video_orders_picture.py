@@ -35,10 +35,12 @@ METHODS = {
 }
 
 
-def draw_curve(axes: Any, rows: list[dict[str, Any]], metric: str, label: str) -> None:
+def draw_curve(axes: Any, content: dict[str, Any], metric: str, label: str) -> None:
+    rows = content["rows"]
     for kind, colour in COLOURS.items():
         points = sorted((row["density"], mean(row[metric])) for row in rows if row["kind"] == kind)
         axes.plot(*zip(*points, strict=True), "o-", color=colour, label=kind, markersize=4)
+    axes.axhline(mean(content["floor"][metric]), color="gray", linestyle=":", label="another seed")
     axes.set(xlabel="share of query-key pairs computed", ylabel=label)
     axes.spines[["top", "right"]].set_visible(False)
 
@@ -62,12 +64,13 @@ def main() -> None:
     parser.add_argument("--delta", type=float, default=0.4, help="of the plans whose heads are shown")
     parser.add_argument("--out", type=Path, default=Path("docs/video-orders.png"))
     args = parser.parse_args()
-    rows = json.loads(args.results.read_text())["rows"]
+    content = json.loads(args.results.read_text())
+    rows = content["rows"]
     figure = Figure(figsize=(11, 8), layout="constrained", dpi=110)
     FigureCanvasAgg(figure)
     (left, right), (two, reused) = figure.subplots(2, 2)
-    draw_curve(left, rows, "psnr", "PSNR to the dense video, dB")
-    draw_curve(right, rows, "ssim", "SSIM to the dense video")
+    draw_curve(left, content, "psnr", "PSNR to the dense video, dB")
+    draw_curve(right, content, "ssim", "SSIM to the dense video")
     left.legend(fontsize=8, frameon=False)
     for axes, kind in ((two, "both"), (reused, "both, reuse")):
         draw_heads(axes, next(row for row in rows if (row["kind"], row["delta"]) == (kind, args.delta)))

@@ -44,5 +44,6 @@ LLAMA = ComponentSpec(
     config=LlamaConfig.from_json,
     build=partial(LlamaEncoder, left_out=LEFT_OUT),
     rules=rules.LLAMA,
+    quantize=quantize_linears,
     place=partial(place_of, left_out=LEFT_OUT),
 )

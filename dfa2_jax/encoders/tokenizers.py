@@ -25,6 +25,9 @@ from dfa2_jax.io.errors import blame, check_file, read_json
 
 logger = logging.getLogger("dfa2_jax")
 
+SHOWN = 200
+"""Characters of what was cut that a warning shows."""
+
 MAX_BYTES = 50_000_000  # Gemma's tokenizer.json has 33 MB
 
 NO_LIMIT = 10**6
@@ -101,6 +104,7 @@ class Tokenizer:
         cut = self.backend.decode(ids[removed], skip_special_tokens=False)
         suffix = getattr(self.backend.model, "end_of_word_suffix", None)
         cut = cut.replace(suffix, " ").strip() if suffix else cut
+        cut = cut if len(cut) <= SHOWN else f"{cut[:SHOWN]}..."
         logger.warning(
             "%s: the prompt has %d tokens and was cut to %d; the text encoder does not see %r",
             *(self.name, len(ids), max_length, cut),

@@ -3,6 +3,7 @@
 A family is a folder with a transformer, rules for its weights and a `Family`; `registry.register` makes it known.
 """
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -21,6 +22,8 @@ from dfa2_jax.sampling.solvers.base import Solver
 from dfa2_jax.sampling.tokens import Grid, Tokens
 from dfa2_jax.weights.spec import ComponentSpec
 
+logger = logging.getLogger("dfa2_jax")
+
 Encode = Callable[..., Any]
 """`encode(encoder, tokenizer, prompts, length, *args)`: the encoder's output, None if the folder has none.
 
@@ -34,6 +37,13 @@ class Embeddings:
     text: Float[np.ndarray, "B T E"]
     pooled: Float[np.ndarray, "B P"] | None = None
     lengths: Int[np.ndarray, " B"] | None = None
+
+    def padded(self, length: int) -> "Embeddings":
+        """With texts of so many tokens, where it is known which of them are padding."""
+        if self.lengths is None:
+            return self
+        padding = (0, 0), (0, length - self.text.shape[1]), (0, 0)
+        return Embeddings(np.pad(self.text, padding), self.pooled, self.lengths)
 
     @property
     def attention_mask(self) -> Int[np.ndarray, "B T"] | None:
@@ -259,6 +269,21 @@ def check_multiples(height: int, width: int, multiple: int) -> None:
     if height % multiple or width % multiple:
         down = f"{height // multiple * multiple} x {width // multiple * multiple}"
         raise ValueError(f"height x width = {height} x {width} must be multiples of {multiple}: try {down}.")
+
+
+def true_cfg_scale(options: Options) -> float | None:
+    """The scale of true CFG, a second forward: a negative prompt and a `true_cfg_scale` above 1 ask for it."""
+    is_negative = options.negative_prompt is not None or options.negative_prompt_embeds is not None
+    return options.true_cfg_scale if options.true_cfg_scale > 1 and is_negative else None
+
+
+def warn_of_half_cfg(options: Options) -> None:
+    """Says that one of both alone is of no effect, as in diffusers."""
+    given = [name for name in ("negative_prompt", "negative_prompt_embeds") if getattr(options, name) is not None]
+    if given and options.true_cfg_scale <= 1:
+        logger.warning("%s has no effect: it needs true_cfg_scale above 1.", given[0])
+    elif not given and options.true_cfg_scale > 1:
+        logger.warning("true_cfg_scale=%g has no effect: it needs a negative_prompt.", options.true_cfg_scale)
 
 
 def refuse_mask(options: Options) -> None:

@@ -323,6 +323,8 @@ def embed(pipeline: Loaded, request: Request) -> Embeddings:
             skip = request.clip_skip if prompts is request.positive else 0  # diffusers leaves the negative as it is
             side = pipeline.encode_prompt(prompts.texts, max_sequence_length=request.length, clip_skip=skip)
         embedded.append(jax.tree.map(lambda x: np.repeat(x, request.images_per_prompt, axis=0), side))
+    most = max(side.text.shape[1] for side in embedded)
+    embedded = [side.padded(most) for side in embedded]
     shapes = [side.text.shape for side in embedded]
     if len(set(shapes)) > 1:
         raise ValueError(f"Negative and positive prompt embeddings differ in shape: {shapes[0]} and {shapes[1]}.")

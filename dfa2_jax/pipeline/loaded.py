@@ -150,19 +150,30 @@ class Loaded:
 
     @suggests_names
     def encode_prompt(
-        self, texts: list[list[str]], *, max_sequence_length: int | None = None, clip_skip: int = 0
+        self, texts: str | list[str] | list[list[str]], *, max_sequence_length: int | None = None, clip_skip: int = 0
     ) -> Embeddings:
-        """Embeddings of prompts, one list per text encoder, to be passed as `prompt_embeds` and `pooled_prompt_embeds`.
+        """Embeddings of prompts, to be passed as `prompt_embeds` and `pooled_prompt_embeds`.
 
         Where the model masks padding, `attention_mask` of them is the call's `prompt_attention_mask`.
 
+        Args:
+            texts: a prompt, a list of them, or a list for each text encoder, of as many each.
+
         Raises:
-            ValueError: the folder lacks an encoder that this model cannot do without.
+            ValueError: another number of lists, or the folder lacks an encoder that this model cannot do without.
         """
+        texts = [texts] if isinstance(texts, str) else texts
+        each = [text for text in texts if not isinstance(text, str)]
+        each = each or [[text for text in texts if isinstance(text, str)]] * self.family.num_prompts
+        if len(each) != self.family.num_prompts or len({len(prompts) for prompts in each}) > 1:
+            sizes, needed = [len(prompts) for prompts in each], self.family.num_prompts
+            raise ValueError(
+                f"encode_prompt takes {needed} lists of as many prompts, or one prompt, got lists of {sizes}."
+            )
         length = max_sequence_length or self.family.defaults.max_sequence_length
         if clip_skip:
             self._check_clip_skip(clip_skip)
-        return self.family.encode(self.networks.encode, Texts(prompts=texts, length=length, clip_skip=clip_skip))
+        return self.family.encode(self.networks.encode, Texts(prompts=each, length=length, clip_skip=clip_skip))
 
     def _check_clip_skip(self, clip_skip: int) -> None:
         """Raises ValueError where a CLIP of the folder has no so many layers to leave out, or the model has no CLIP."""

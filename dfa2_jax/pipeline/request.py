@@ -352,7 +352,7 @@ def _embeddings(options: Options, sizes: ModelSizes, prefix: str) -> Embeddings 
 
 def _lengths(name: str, mask: Any, text: np.ndarray) -> np.ndarray:
     """Tokens of each text, by a mask of its tokens."""
-    mask = host_array(name, mask)
+    mask = host_array(name, mask.astype(np.int32) if isinstance(mask, np.ndarray) and mask.dtype == bool else mask)
     if mask.shape != text.shape[:2]:
         raise ValueError(f"{name} must be {list(text.shape[:2])}, as its text has tokens, got {list(mask.shape)}.")
     lengths = (mask != 0).sum(1)

@@ -1,6 +1,7 @@
 """HunyuanVideo's pipeline: against diffusers, by plans, with prompts of any length, and what calls are refused."""
 
 import logging
+import re
 from functools import cache
 
 import jax.numpy as jnp
@@ -123,8 +124,10 @@ def test_a_planned_call_equals_diffusers_with_masks(seeds, ours, tiny_hunyuanvid
 @pytest.mark.parametrize("guided", [{}, GUIDED], ids=["dense", "true cfg"])
 def test_devices_share_rows_and_tokens(guided, ours, tiny_hunyuanvideo):
     """Texts differ in length: rows of a batch, then tokens of rows."""
-    one = ours(PROMPTS, **CALL, **guided, **LATENT).frames
-    many = Pipeline.from_pretrained(tiny_hunyuanvideo, devices=4)(PROMPTS, **CALL, **guided, **LATENT).frames
+    prompts = PROMPTS[0] if guided else PROMPTS  # two rows on four devices, one text of them negative
+    guided = guided and guided | {"negative_prompt": "blurry"}
+    one = ours(prompts, **CALL, **guided, **LATENT).frames
+    many = Pipeline.from_pretrained(tiny_hunyuanvideo, devices=4)(prompts, **CALL, **guided, **LATENT).frames
     assert error(many, one) < 1e-5
 
 
@@ -173,13 +176,72 @@ def test_embeddings_and_latents_start_the_same_call(ours):
         ours(PROMPTS, **call, latents=latents.swapaxes(1, 2), **LATENT)
 
 
+def test_prompts_are_encoded_alone_or_in_lists(ours):
+    want = ours.encode_prompt([["a red ring"], ["a red ring"]])
+    for texts in ("a red ring", ["a red ring"]):
+        given = ours.encode_prompt(texts)
+        np.testing.assert_array_equal(given.text, want.text)
+        np.testing.assert_array_equal(given.lengths, want.lengths)
+    for texts, sizes in (([["a"]], "[1]"), ([["a"], ["a", "b"]], "[1, 2]"), ([["a"]] * 3, "[1, 1, 1]")):
+        with pytest.raises(ValueError, match=f"takes .*2 lists of as many.*{re.escape(sizes)}"):
+            ours.encode_prompt(texts)
+
+
+def test_embeddings_of_two_sides_may_differ_in_padded_length(ours):
+    """Masks of NumPy's booleans serve, too."""
+    positive, negative = (ours.encode_prompt(text, max_sequence_length=24) for text in ("a red ring", "bad"))
+    call = (
+        {name: value for name, value in CALL.items() if name != "max_sequence_length"}
+        | LATENT
+        | {"true_cfg_scale": 3.0}
+    )
+    sides = [("", positive, 24), ("negative_", negative, 24)], [("", positive, 24), ("negative_", negative, 9)]
+    frames = []
+    for texts in sides:
+        given = {f"{side}prompt_embeds": text.text[:, :cut] for side, text, cut in texts}
+        given |= {f"{side}pooled_prompt_embeds": text.pooled for side, text, _ in texts}
+        given |= {f"{side}prompt_attention_mask": text.attention_mask[:, :cut] > 0 for side, text, cut in texts}
+        frames.append(ours(**call | given).frames)
+    np.testing.assert_array_equal(*frames)
+
+
+@pytest.mark.parametrize("name", ["tiny_hunyuanvideo", "tiny_flux_dev"])
+def test_half_of_true_cfg_is_of_no_effect_and_a_warning_says_so(name, pipelines, caplog):
+    pipeline, size = pipelines(name), {"prompt": "a", "height": 64, "width": 64, "output_type": "latent"}
+    halves = {
+        "negative_prompt has no effect": {"negative_prompt": "b"},
+        "needs a negative_prompt": {"true_cfg_scale": 3.0},
+    }
+    with caplog.at_level(logging.WARNING, "dfa2_jax"):
+        pipeline.request(Options(**size))
+        pipeline.request(Options(**size, negative_prompt="b", true_cfg_scale=3.0))
+        assert not caplog.messages
+        for said, half in halves.items():
+            caplog.clear()
+            pipeline.request(Options(**size, **half))
+            assert said in caplog.text
+
+
+def test_llama_may_have_weights_of_8_bits(ours, tiny_hunyuanvideo):
+    small = Pipeline.from_pretrained(tiny_hunyuanvideo, text_encoder_dtype="int8_weights")
+    exact, near = (one.encode_prompt("a red ring") for one in (ours, small))
+    kept = slice(0, int(exact.lengths[0]))
+    assert 1e-4 < error(near.text[:, kept], exact.text[:, kept]) < 0.02
+    np.testing.assert_array_equal(near.pooled, exact.pooled)
+
+
 def test_a_second_prompt_is_of_no_effect_and_a_warning_says_so(ours, caplog):
     with caplog.at_level(logging.WARNING, "dfa2_jax"):
         ours.prepare(Options(prompt="a", output_type="latent", **CALL))
         ours.prepare(Options(prompt="a", prompt_2="a", output_type="latent", **CALL))
         assert not caplog.messages
         ours.prepare(Options(prompt="a", prompt_2="b", output_type="latent", **CALL))
-    assert caplog.messages == ["prompt_2 is of no effect: as in diffusers, HunyuanVideo's CLIP reads prompt."]
+        said = "%sprompt_2 is of no effect: as in diffusers, HunyuanVideo's CLIP reads %sprompt."
+        assert caplog.messages == [said % ("", "")]
+        caplog.clear()
+        guided = GUIDED | {"negative_prompt": "b", "negative_prompt_2": "c"}
+        ours.prepare(Options(prompt="a", output_type="latent", **CALL, **guided))
+    assert caplog.messages == [said % ("negative_", "negative_")]
 
 
 EMBEDS = {"prompt": None, "prompt_embeds": np.zeros((1, 5, 48)), "pooled_prompt_embeds": np.zeros((1, 32))}

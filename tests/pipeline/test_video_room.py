@@ -12,7 +12,6 @@ from dfa2_jax.options import Options
 from dfa2_jax.pipeline import ahead
 from dfa2_jax.pipeline.call import Call
 from dfa2_jax.pipeline.components import Component
-from dfa2_jax.vae.video import VideoAutoencoderConfig
 
 CALL = {"prompt": "a red ring", "height": 32, "width": 48, "num_frames": 17, "num_inference_steps": 5}
 
@@ -86,8 +85,7 @@ def test_a_refusal_says_what_would_fit(progress, free, arguments, said, pipeline
 
 def test_an_autoencoder_may_take_tiles_itself(pipelines, has_room, monkeypatch, caplog):
     """HunyuanVideo's does. It says so, and the metadata say what was done."""
-    pipeline, arguments = pipelines("tiny_cogvideox_5b"), CALL | {"num_frames": 1, "num_inference_steps": 1}
-    monkeypatch.setattr(VideoAutoencoderConfig, "tiles_itself", True)
+    pipeline, arguments = pipelines("tiny_hunyuanvideo"), CALL | {"num_frames": 1, "num_inference_steps": 1}
     monkeypatch.setattr(ahead, "compile_chunks", lambda *given: int(40e9 if given[-1] is None else 5e9))
     has_room(int(5e9))
     for progress in (False, True):

@@ -18,6 +18,8 @@ from dfa2_jax.families.base import (
     expect_shape,
     one_frame,
     refuse_mask,
+    true_cfg_scale,
+    warn_of_half_cfg,
 )
 from dfa2_jax.families.flux.config import FluxConfig
 from dfa2_jax.families.flux.positions import rope_table
@@ -64,6 +66,7 @@ class Flux:
 
     def check(self, options: Options) -> None:
         refuse_mask(options)
+        warn_of_half_cfg(options)
         if options.clip_skip is not None:
             raise ValueError(f"clip_skip={options.clip_skip!r} is for SD3 only: FLUX reads CLIP's pooled state.")
         if options.skip_guidance_layers is not None:
@@ -85,9 +88,7 @@ class Flux:
         return 0
 
     def cfg_scale(self, options: Options, guidance_scale: float) -> float | None:
-        """True CFG: a second forward, where a negative prompt asks for it."""
-        is_negative = options.negative_prompt is not None or options.negative_prompt_embeds is not None
-        return options.true_cfg_scale if options.true_cfg_scale > 1 and is_negative else None
+        return true_cfg_scale(options)
 
     def encode(self, encode: Encode, texts: Texts) -> Embeddings:
         clip = encode("text_encoder", "tokenizer", texts.prompts[0], None, texts.clip_skip)

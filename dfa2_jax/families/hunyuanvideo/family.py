@@ -18,7 +18,9 @@ from dfa2_jax.families.base import (
     Texts,
     check_multiples,
     expect_shape,
+    true_cfg_scale,
     video_latent_frames,
+    warn_of_half_cfg,
 )
 from dfa2_jax.families.hunyuanvideo.config import HunyuanVideoConfig
 from dfa2_jax.families.hunyuanvideo.positions import rope_table
@@ -85,7 +87,12 @@ class HunyuanVideo:
             raise ValueError(f"skip_guidance_layers={layers} is for SD3 only: HunyuanVideo has no skip-layer guidance.")
         if options.use_dynamic_cfg:
             raise ValueError("use_dynamic_cfg=True is CogVideoX's: HunyuanVideo's guidance is the same at every step.")
+        warn_of_half_cfg(options)
         for side in ("", "negative_"):
+            if getattr(options, f"{side}prompt_2") not in (None, getattr(options, f"{side}prompt")):
+                logger.warning(
+                    "%sprompt_2 is of no effect: as in diffusers, HunyuanVideo's CLIP reads %sprompt.", side, side
+                )
             embeds, mask = f"{side}prompt_embeds", f"{side}prompt_attention_mask"
             if getattr(options, embeds) is not None and getattr(options, mask) is None:
                 raise ValueError(f"{embeds} needs {mask} too: HunyuanVideo's text has padding, which no token attends.")
@@ -106,14 +113,10 @@ class HunyuanVideo:
         return 0
 
     def cfg_scale(self, options: Options, guidance_scale: float) -> float | None:
-        """True CFG: a second forward, where a negative prompt asks for it."""
-        is_negative = options.negative_prompt is not None or options.negative_prompt_embeds is not None
-        return options.true_cfg_scale if options.true_cfg_scale > 1 and is_negative else None
+        return true_cfg_scale(options)
 
     def encode(self, encode: Encode, texts: Texts) -> Embeddings:
         prompts, length = texts.prompts[0], CROP_START + texts.length
-        if prompts != texts.prompts[1]:
-            logger.warning("prompt_2 is of no effect: as in diffusers, HunyuanVideo's CLIP reads prompt.")
         llama = encode("text_encoder", "tokenizer", templated(prompts), length, counted=True)
         clip = encode("text_encoder_2", "tokenizer_2", prompts, None, texts.clip_skip)
         if llama is None or clip is None:
