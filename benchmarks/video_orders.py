@@ -4,8 +4,8 @@
 
 Heads may take arrows frame by frame ("native"), over time ("time"), either ("both"), or either and their last output
 ("both, reuse"). Calibration by the paper's delta sees some held-out captions, and videos of others are compared with
-dense ones, frame by frame. Captions are of one object: two may swap their halves of the frame, which no caption names,
-and the least change of the noise then costs 50 dB. The floor is a dense video of another seed. A run that was stopped
+dense ones, frame by frame. Captions are of one object: two may swap their halves of the frame, which no caption names.
+Then the least change of the noise costs 50 dB. The floor is a dense video of another seed. A run that was stopped
 goes on from the points in its file. So does one of more deltas.
 `benchmarks.video_orders_picture` draws it.
 """
