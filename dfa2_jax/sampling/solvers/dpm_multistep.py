@@ -28,7 +28,7 @@ ONLY = {
     "use_lu_lambdas": False,
     "time_shift_type": "exponential",
 }
-"""What a config may say: diffusers' defaults."""
+"""What a config may say: diffusers' defaults. Diffusers' other sigmas are of no flow, and make NaN."""
 
 
 @carrier

@@ -51,7 +51,7 @@ FLOW_SETTINGS = (
     *("prediction_type", "algorithm_type", "solver_order", "solver_type", "final_sigmas_type", "thresholding"),
     *("dynamic_thresholding_ratio", "sample_max_value", "lower_order_final", "euler_at_final", "lambda_min_clipped"),
     *("beta_start", "beta_end", "beta_schedule", "trained_betas", "variance_type", "timestep_spacing", "steps_offset"),
-    *("rescale_betas_zero_snr", "time_shift_type"),
+    *("rescale_betas_zero_snr", "time_shift_type", "sigma_min", "sigma_max"),
 )
 """What diffusers' configs of these schedulers hold. One made from another's holds that one's, too."""
 
