@@ -85,7 +85,21 @@ def flow_match_sigmas(
         if levels.ndim != 1 or levels.size == 0 or not np.all((levels > 0) & (levels <= 1)):
             raise ValueError(f"sigmas must be a list of numbers in (0, 1], got {sigmas}.")
 
-    if dynamic:
+    levels = shifted(config, levels, shift, num_visual)
+    if spacings:
+        levels = _respaced(config, spacings[0], levels)
+    return np.append(levels.astype(np.float32), np.float32(0))
+
+
+def shifted(
+    config: Mapping[str, Any], levels: Float[np.ndarray, " steps"], shift: int | float, num_visual: int
+) -> Float[np.ndarray, " steps"]:
+    """Noise levels after the config's dynamic shift, or else this static one, and its stretch to a last level.
+
+    Raises:
+        ValueError: the config lacks a number, or one is of no use.
+    """
+    if config.get("use_dynamic_shifting", False):
         mu = dynamic_shift(config, num_visual)
         kind = config.get("time_shift_type", "exponential")
         if kind not in ("exponential", "linear"):
@@ -99,10 +113,8 @@ def flow_match_sigmas(
     else:
         levels = _shift(levels, shift)
     if config.get("shift_terminal"):
-        levels = _stretched(levels, positive(config, "shift_terminal", 0.0))
-    if spacings:
-        levels = _respaced(config, spacings[0], levels)
-    return np.append(levels.astype(np.float32), np.float32(0))
+        return _stretched(levels, positive(config, "shift_terminal", 0.0))
+    return levels
 
 
 def _finite(config: Mapping[str, Any], name: str, default: int | float) -> Any:
