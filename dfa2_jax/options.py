@@ -88,7 +88,8 @@ class Options:
     scheduler: str | Mapping[str, Any] | None = option(
         None,
         "diffusers' name of another scheduler, or a scheduler_config; None: the folder's. "
-        "FlowMatchEulerDiscreteScheduler, DPMSolverMultistepScheduler; CogVideoXDDIMScheduler, CogVideoXDPMScheduler",
+        "FlowMatchEulerDiscreteScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler; "
+        "CogVideoXDDIMScheduler, CogVideoXDPMScheduler",
         flag=True,
         type=scheduler_of,
         metavar="NAME|FILE.json",

@@ -357,7 +357,7 @@ ADVICE = {
     "pipeline_class": "a plan serves one kind of model.",
     "weights": "plan.for_weights(pipeline) if these are a fine-tune of the same model, else calibrate anew.",
     "scheduler": "leave it to the plan, or calibrate with this scheduler, by delta= where its steps are not Euler's.",
-    "sigmas": "leave num_inference_steps and sigmas to the plan, or calibrate with these.",
+    "sigmas": "leave num_inference_steps and sigmas to the plan, pass the scheduler's config it had, or calibrate.",
     "height": "leave it to the plan, or calibrate at this size.",
     "width": "leave it to the plan, or calibrate at this size.",
     "num_frames": "leave it to the plan, or calibrate with this one.",

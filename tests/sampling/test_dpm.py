@@ -71,6 +71,29 @@ def test_latents_equal_diffusers(name, pipelines, request):
     assert error(pipelines(name)(**options).images, want) > 1e-3
 
 
+@pytest.mark.torch
+def test_latents_by_beta_sigmas_equal_diffusers(pipelines, tiny_flux_dev):
+    theirs = load_theirs(tiny_flux_dev)
+    theirs.scheduler = theirs.scheduler.from_config(theirs.scheduler.config, use_beta_sigmas=True)
+    want = run_theirs(theirs, 5, prompt=PROMPTS[0], **CALL)
+    options = CALL | {"prompt": PROMPTS[0], "seed": 5, "progress": False}
+    config = json.loads(json.dumps(dict(theirs.scheduler.config))) | {"_class_name": EULER}
+    run = pipelines("tiny_flux_dev")
+    assert error(run(**options, scheduler=config).images, want) < 1e-4
+    assert error(run(**options).images, want) > 1e-3
+
+
+def test_a_plan_of_one_schedule_is_refused_by_another(pipelines):
+    pipeline = pipelines("tiny_flux_dev")
+    config = dict(pipeline.scheduler) | {"use_beta_sigmas": True}
+    plan = Plan.full(pipeline.setting(prompt=PROMPTS[0], **CALL, scheduler=config), (0, 2, 4))
+    call = {"plan": plan, "output_type": "latent", "progress": False}
+    assert pipeline(PROMPTS[0], scheduler=config, **call).metadata["num_nodes"] == 3
+    for other in (None, EULER, config | {"use_beta_sigmas": False, "use_karras_sigmas": True}):
+        with pytest.raises(PlanError, match="sigmas is .* in the plan and .* in the call: .*the scheduler's config"):
+            pipeline(PROMPTS[0], scheduler=other, **call)
+
+
 @OLD_NUMPY
 @pytest.mark.torch
 @pytest.mark.parametrize("scheduler", [EULER, DPM])
@@ -139,7 +162,7 @@ def test_a_plan_of_heads_goes_with_it_and_one_of_steps_does_not(pipelines):
         (SD3 | {"num_train_timesteps": 1}, "do not fall from below 1"),
         (SD3 | {"shfit": 3.0}, "'shfit' is no setting of a scheduler: did you mean 'shift'"),
         ({"_class_name": EULER, "zzz": 3.0}, "'zzz' is no setting of a scheduler: leave it out"),
-        ({"_class_name": EULER, "use_karras_sigmas": True}, "sets \\['use_karras_sigmas'\\]"),
+        ({"_class_name": EULER, "invert_sigmas": True}, "sets \\['invert_sigmas'\\]"),
     ],
 )
 def test_other_schedulers_are_refused_before_any_work(scheduler, message, pipelines):

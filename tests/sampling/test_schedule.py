@@ -18,6 +18,7 @@ from dfa2_jax.sampling.solvers.flow_euler import flow_match_sigmas
 SD3_SCHEDULER = {"shift": 3.0}
 FLUX_DEV = {"shift": 3.0, "use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15}
 FLUX_SCHNELL = {"shift": 1.0}
+SPACINGS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
 
 
 def diffusers_sigmas(config, sigmas, num_visual, max_shift=1.15):
@@ -25,7 +26,7 @@ def diffusers_sigmas(config, sigmas, num_visual, max_shift=1.15):
     from diffusers import FlowMatchEulerDiscreteScheduler
     from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
-    scheduler = FlowMatchEulerDiscreteScheduler(**config)
+    scheduler = FlowMatchEulerDiscreteScheduler.from_config(config)  # which keeps sigma_min and sigma_max
     mu = calculate_shift(num_visual, max_shift=max_shift) if config.get("use_dynamic_shifting") else None
     steps = {"num_inference_steps": sigmas} if isinstance(sigmas, int) else {"sigmas": sigmas}
     scheduler.set_timesteps(mu=mu, **steps)
@@ -42,6 +43,21 @@ def test_sigmas_equal_diffusers(config, steps, given_sigmas):
     for num_visual in (64, 1024, 4096, 16384):
         theirs = diffusers_sigmas(config, sigmas, num_visual).sigmas.numpy()
         np.testing.assert_allclose(flow_match_sigmas(config, sigmas, num_visual), theirs, rtol=1.2e-7, atol=0)
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("more", [{}, {"shift_terminal": 0.1}, {"sigma_min": 0.02, "sigma_max": 0.9}], ids=str)
+@pytest.mark.parametrize("spacing", [*SPACINGS, "use_dynamic_shifting"])
+@pytest.mark.parametrize("config", [SD3_SCHEDULER, FLUX_DEV, FLUX_DEV | {"time_shift_type": "linear"}], ids=str)
+def test_spaced_sigmas_equal_diffusers(config, spacing, more):
+    config = config | more | {spacing: True}
+    for steps in (1, 2, 4, 28, 50, 64):
+        if steps == 1 and "shift_terminal" in config:
+            continue  # diffusers makes NaN
+        for sigmas in (steps, np.linspace(1.0, 1 / steps, steps)):
+            for num_visual in (64, 4096):
+                theirs = diffusers_sigmas(config, sigmas, num_visual).sigmas.numpy()
+                np.testing.assert_allclose(flow_match_sigmas(config, sigmas, num_visual), theirs, rtol=1.2e-7, atol=0)
 
 
 @pytest.mark.torch
@@ -90,8 +106,15 @@ def test_sd3_dynamic_shift_defaults_to_its_own_maximum():
 @pytest.mark.parametrize(
     ("config", "sigmas", "message"),
     [
-        ({"use_karras_sigmas": True}, 4, r"\['use_karras_sigmas'\]"),
-        ({"shift_terminal": 0.1}, 4, r"\['shift_terminal'\]"),
+        ({"invert_sigmas": True}, 4, r"\['invert_sigmas'\]"),
+        ({"stochastic_sampling": True}, 4, r"\['stochastic_sampling'\]"),
+        (dict.fromkeys(SPACINGS[1:], True), 4, r"\['use_exponential_sigmas', 'use_beta_sigmas'\], which exclude each"),
+        ({"shift_terminal": 0.1}, 1, "shift_terminal=0.1 cannot end noise levels .* 2 steps or more"),
+        ({"shift_terminal": 1}, 4, "shift_terminal=1 cannot"),
+        ({"shift_terminal": "x"}, 4, "shift_terminal='x' is not a positive"),
+        ({"shift_terminal": 0.5}, [0.1, 0.9], "shift_terminal=0.5 cannot"),
+        ({"use_beta_sigmas": True, "sigma_min": 0.9, "sigma_max": 0.5}, 4, "sigmas from 0.5 to 0.9 do not fall"),
+        ({"use_beta_sigmas": True, "sigma_max": 14.6}, 4, "sigmas from 14.6 to .* do not fall from 1 or below"),
         ({"use_dynamic_shifting": True, "time_shift_type": "cubic"}, 4, "cubic"),
         ({}, [1.0, 0.0], r"\(0, 1\]"),
         ({}, [], r"\(0, 1\]"),

@@ -174,7 +174,7 @@ def test_a_damaged_converted_folder(folder, tmp_path):
             "unusable scheduler_config.json: .*shift=None is not a positive",
         ),
         ("sd35", "scheduler/scheduler_config.json", {"shift": "x"}, "unusable scheduler_config.json"),
-        ("sd35", "scheduler/scheduler_config.json", {"use_karras_sigmas": True}, "use_karras_sigmas"),
+        ("sd35", "scheduler/scheduler_config.json", {"invert_sigmas": True}, "invert_sigmas"),
         ("sd35", "vae/config.json", {"scaling_factor": None}, "The vae in .* config.json: scaling_factor=None"),
         ("sd35", "text_encoder/config.json", {"eos_token_id": None}, "The text_encoder in .*eos_token_id=None"),
         ("sd35", "transformer/config.json", {"sample_size": True}, "The transformer in .*sample_size=True is not int"),

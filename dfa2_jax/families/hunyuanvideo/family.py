@@ -31,7 +31,7 @@ from dfa2_jax.nn.quantize import quantize
 from dfa2_jax.options import Options
 from dfa2_jax.sampling.guidance import ClassifierFree, Guidance, NoGuidance
 from dfa2_jax.sampling.sinusoid import embedded_scalar, sinusoid
-from dfa2_jax.sampling.solvers.schedulers import FLOW_SCHEDULERS, check_flow_scheduler, flow_steps
+from dfa2_jax.sampling.solvers.schedulers import DPM, EULER, check_flow_scheduler, flow_steps
 from dfa2_jax.sampling.tokens import Grid, VideoPatches
 from dfa2_jax.vae.spec import HUNYUAN_AUTOENCODER
 from dfa2_jax.weights.spec import ComponentSpec
@@ -54,7 +54,7 @@ class HunyuanVideo:
     """
 
     pipeline_class = "HunyuanVideoPipeline"
-    scheduler_classes = tuple(FLOW_SCHEDULERS)
+    scheduler_classes = (EULER, DPM)  # of UniPC diffusers takes other sigmas here than for images
     components = {
         "transformer": TRANSFORMER,
         "text_encoder": LLAMA,

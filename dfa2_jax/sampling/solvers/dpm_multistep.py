@@ -28,7 +28,7 @@ ONLY = {
     "use_lu_lambdas": False,
     "time_shift_type": "exponential",
 }
-"""What a config may say: diffusers' defaults."""
+"""What a config may say: diffusers' defaults. Diffusers' other sigmas are of no flow, and make NaN."""
 
 
 @carrier
@@ -63,6 +63,18 @@ class FlowDPM:
         return x + move * prediction + change * (clean - state), clean
 
 
+def check_only(config: Mapping[str, Any], only: Mapping[str, Any]) -> None:
+    """Refuses what is not implemented: `FLOW` must be said, the rest may be.
+
+    Raises:
+        ValueError: names the setting.
+    """
+    for name, wanted in only.items():
+        value = config.get(name, None if name in FLOW else wanted)
+        if value != wanted:
+            raise ValueError(f"scheduler_config.json: {name}={value!r:.100} is not supported: only {wanted!r} is.")
+
+
 def dpm_levels(
     config: Mapping[str, Any], steps: int, num_visual: int
 ) -> tuple[Float[np.ndarray, " levels"], Int[np.ndarray, " steps"]]:
@@ -71,10 +83,7 @@ def dpm_levels(
     Raises:
         ValueError: the config asks for what is not implemented, or lacks a number.
     """
-    for name, wanted in (FLOW | ONLY).items():
-        value = config.get(name, ONLY.get(name))
-        if value != wanted:
-            raise ValueError(f"scheduler_config.json: {name}={value!r:.100} is not supported: only {wanted!r} is.")
+    check_only(config, FLOW | ONLY)
     train = positive(config, "num_train_timesteps", 1000)
     if config.get("use_dynamic_shifting", False):
         shift = math.exp(dynamic_shift(config, num_visual))

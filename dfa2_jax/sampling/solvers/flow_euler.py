@@ -7,20 +7,15 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
+from scipy.special import betaincinv  # jax requires scipy
 
 from dfa2_jax.nn.carrier import carrier
 from dfa2_jax.plan.steps import euler_coefficients
 from dfa2_jax.sampling.inputs import pad_steps
 from dfa2_jax.sampling.solvers.base import Latents
 
-UNSUPPORTED = (
-    "invert_sigmas",
-    "shift_terminal",
-    "use_karras_sigmas",
-    "use_exponential_sigmas",
-    "use_beta_sigmas",
-    "stochastic_sampling",
-)
+UNSUPPORTED = ("invert_sigmas", "stochastic_sampling")
+RESPACINGS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
 
 
 @carrier
@@ -76,6 +71,8 @@ def flow_match_sigmas(
     """
     if asked := [name for name in UNSUPPORTED if config.get(name)]:
         raise ValueError(f"scheduler_config.json sets {asked}, which is not supported: unset it.")
+    if len(spacings := [name for name in RESPACINGS if config.get(name)]) > 1:
+        raise ValueError(f"scheduler_config.json sets {spacings}, which exclude each other: set one of them.")
     dynamic, shift = config.get("use_dynamic_shifting", False), positive(config, "shift", 1.0)
 
     if isinstance(sigmas, int):
@@ -88,7 +85,21 @@ def flow_match_sigmas(
         if levels.ndim != 1 or levels.size == 0 or not np.all((levels > 0) & (levels <= 1)):
             raise ValueError(f"sigmas must be a list of numbers in (0, 1], got {sigmas}.")
 
-    if dynamic:
+    levels = shifted(config, levels, shift, num_visual)
+    if spacings:
+        levels = _respaced(config, spacings[0], levels)
+    return np.append(levels.astype(np.float32), np.float32(0))
+
+
+def shifted(
+    config: Mapping[str, Any], levels: Float[np.ndarray, " steps"], shift: int | float, num_visual: int
+) -> Float[np.ndarray, " steps"]:
+    """Noise levels after the config's dynamic shift, or else this static one, and its stretch to a last level.
+
+    Raises:
+        ValueError: the config lacks a number, or one is of no use.
+    """
+    if config.get("use_dynamic_shifting", False):
         mu = dynamic_shift(config, num_visual)
         kind = config.get("time_shift_type", "exponential")
         if kind not in ("exponential", "linear"):
@@ -101,7 +112,9 @@ def flow_match_sigmas(
         levels = factor / (factor + (1 / levels - 1))
     else:
         levels = _shift(levels, shift)
-    return np.append(levels.astype(np.float32), np.float32(0))
+    if config.get("shift_terminal"):
+        return _stretched(levels, positive(config, "shift_terminal", 0.0))
+    return levels
 
 
 def _finite(config: Mapping[str, Any], name: str, default: int | float) -> Any:
@@ -122,6 +135,36 @@ def positive(config: Mapping[str, Any], name: str, default: int | float) -> Any:
 def _shift(sigma: np.ndarray, shift: float) -> np.ndarray:
     """Resolution-dependent shift of Stable Diffusion 3 (arXiv 2403.03206, equation 23)."""
     return shift * sigma / (1 + (shift - 1) * sigma)
+
+
+def _stretched(levels: Float[np.ndarray, " steps"], last: int | float) -> Float[np.ndarray, " steps"]:
+    """The distances from 1 times a number, so that the last level is this one, as LTX-Video has it."""
+    ratio = (1 - levels[-1]) / (1 - last) if last < 1 else 0.0
+    if not ratio > 0 or not ((stretched := 1 - (1 - levels) / ratio) > 0).all():
+        raise ValueError(
+            f"scheduler_config.json: shift_terminal={last!r:.100} cannot end noise levels {levels!s:.100}: "
+            "take one below 1, and 2 steps or more."
+        )
+    return stretched
+
+
+def _respaced(config: Mapping[str, Any], name: str, levels: Float[np.ndarray, " steps"]) -> Float[np.ndarray, " steps"]:
+    """As many levels between the same ends, spaced as `name` says.
+
+    Karras: the seventh roots are even (arXiv 2206.00364, equation 5). Exponential: the logarithms are. Beta: quantiles
+    of a beta distribution (arXiv 2407.12173), dense at both ends.
+    """
+    ends = (("sigma_max", levels[0]), ("sigma_min", levels[-1]))
+    high, low = (float(end if config.get(key) is None else positive(config, key, 1.0)) for key, end in ends)
+    if not low <= high <= 1:
+        raise ValueError(f"scheduler_config.json: sigmas from {high:.3g} to {low:.3g} do not fall from 1 or below.")
+    count = len(levels)
+    if name == "use_karras_sigmas":
+        first, last = high ** (1 / 7), low ** (1 / 7)
+        return (first + np.linspace(0, 1, count) * (last - first)) ** 7
+    if name == "use_exponential_sigmas":
+        return np.exp(np.linspace(math.log(high), math.log(low), count))
+    return low + betaincinv(0.6, 0.6, 1 - np.linspace(0, 1, count)) * (high - low)
 
 
 def dynamic_shift(config: Mapping[str, Any], num_visual: int) -> float:

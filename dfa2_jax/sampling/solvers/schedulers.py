@@ -13,6 +13,7 @@ from dfa2_jax.sampling.solvers.cogvideox_dpm import CogVideoXDPM
 from dfa2_jax.sampling.solvers.ddim import ScaledMultistep
 from dfa2_jax.sampling.solvers.dpm_multistep import FLOW, FlowDPM, dpm_levels
 from dfa2_jax.sampling.solvers.flow_euler import FlowMultistep, flow_match_sigmas
+from dfa2_jax.sampling.solvers.unipc import FlowUniPC, unipc_levels
 from dfa2_jax.sampling.solvers.variance_preserving import DEFAULTS, AlphaSteps, alpha_steps, noise_levels
 
 logger = logging.getLogger("dfa2_jax")
@@ -27,21 +28,30 @@ def _euler(config: Mapping[str, Any], sigmas: Levels | None, default: Levels | i
     return levels, levels[:-1] * np.float32(1000), FlowMultistep.euler(levels)
 
 
-def _dpm(config: Mapping[str, Any], sigmas: Levels | None, default: Levels | int, num_visual: int) -> Steps:
-    if sigmas is not None:
-        raise ValueError(
-            f"sigmas={sigmas!r:.100}: DPMSolverMultistepScheduler makes its own. Pass num_inference_steps."
-        )
-    levels, times = dpm_levels(config, default if isinstance(default, int) else len(default), num_visual)
-    return levels, times, FlowDPM.of(levels)
+def _own_levels(
+    name: str, levels_of: Callable[..., Any], solver: Callable[[np.ndarray], Solver]
+) -> Callable[..., Steps]:
+    """The steps of a scheduler that makes its own sigmas."""
+
+    def steps_of(config: Mapping[str, Any], sigmas: Levels | None, default: Levels | int, num_visual: int) -> Steps:
+        if sigmas is not None:
+            raise ValueError(f"sigmas={sigmas!r:.100}: {name} makes its own. Pass num_inference_steps.")
+        levels, times = levels_of(config, default if isinstance(default, int) else len(default), num_visual)
+        return levels, times, solver(levels)
+
+    return steps_of
 
 
 def _ddim(steps: AlphaSteps) -> Solver:
     return ScaledMultistep.ddim(noise_levels(steps.now), noise_levels(steps.after))
 
 
-EULER, DPM = "FlowMatchEulerDiscreteScheduler", "DPMSolverMultistepScheduler"
-FLOW_SCHEDULERS: dict[str, Callable[..., Steps]] = {EULER: _euler, DPM: _dpm}
+EULER, DPM, UNIPC = "FlowMatchEulerDiscreteScheduler", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler"
+FLOW_SCHEDULERS: dict[str, Callable[..., Steps]] = {
+    EULER: _euler,
+    DPM: _own_levels(DPM, dpm_levels, FlowDPM.of),
+    UNIPC: _own_levels(UNIPC, unipc_levels, FlowUniPC.of),
+}
 VP_DDIM, VP_DPM = "CogVideoXDDIMScheduler", "CogVideoXDPMScheduler"
 VP_SCHEDULERS: dict[str, Callable[[AlphaSteps], Solver]] = {VP_DDIM: _ddim, VP_DPM: CogVideoXDPM.of}
 FLOW_SETTINGS = (
@@ -51,7 +61,8 @@ FLOW_SETTINGS = (
     *("prediction_type", "algorithm_type", "solver_order", "solver_type", "final_sigmas_type", "thresholding"),
     *("dynamic_thresholding_ratio", "sample_max_value", "lower_order_final", "euler_at_final", "lambda_min_clipped"),
     *("beta_start", "beta_end", "beta_schedule", "trained_betas", "variance_type", "timestep_spacing", "steps_offset"),
-    *("rescale_betas_zero_snr", "time_shift_type"),
+    *("rescale_betas_zero_snr", "time_shift_type", "sigma_min", "sigma_max", "predict_x0"),
+    *("disable_corrector", "solver_p"),
 )
 """What diffusers' configs of these schedulers hold. One made from another's holds that one's, too."""
 
@@ -59,7 +70,7 @@ VP_SETTINGS = (*DEFAULTS, "clip_sample_range", "sample_max_value")
 SETTINGS = dict.fromkeys(FLOW_SCHEDULERS, FLOW_SETTINGS) | dict.fromkeys(VP_SCHEDULERS, VP_SETTINGS)
 """By scheduler."""
 
-SAMPLERS = {EULER: "Euler", DPM: "DPM++ 2M", VP_DDIM: "DDIM", VP_DPM: "DPM++ 2M SDE"}
+SAMPLERS = {EULER: "Euler", DPM: "DPM++ 2M", UNIPC: "UniPC", VP_DDIM: "DDIM", VP_DPM: "DPM++ 2M SDE"}
 """As AUTOMATIC1111's web UI names them."""
 
 
@@ -160,12 +171,14 @@ def check_settings(config: Mapping[str, Any]) -> None:
 def named_config(name: str, own: Mapping[str, Any]) -> dict[str, Any]:
     """The config of a scheduler that a call gives by its name alone, by the folder's own: diffusers' `from_config`.
 
-    Between the two schedulers of flow matching a fixed shift changes its name. Those of CogVideoX have the same
-    settings, all of which `from_config` keeps. Published model cards pass `timestep_spacing="trailing"` with it, and a
-    name alone means the same here.
+    Between the schedulers of flow matching a fixed shift changes its name, and a solver its type. Those of CogVideoX
+    have the same settings, all of which `from_config` keeps. Published model cards pass `timestep_spacing="trailing"`
+    with it, and a name alone means the same here.
     """
     if name in VP_SCHEDULERS:
         return {**own, "timestep_spacing": "trailing", "_class_name": name}
     shift = own.get("flow_shift", own.get("shift", 1.0))
-    other = {**FLOW, "flow_shift": shift} if name == DPM else {"shift": shift}
-    return {**own, **other, "_class_name": name}
+    if name == EULER:
+        return {**own, "shift": shift, "_class_name": name}
+    kind = "midpoint" if name == DPM else "bh2"
+    return {**own, **FLOW, "flow_shift": shift, "solver_type": kind, "_class_name": name}
