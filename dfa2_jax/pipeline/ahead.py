@@ -36,8 +36,12 @@ def check_decoder(call: Call) -> Call:
     Raises:
         MemoryError: what the decoder needs does not fit.
     """
-    counts = call.request.output_type != "latent" and _free_bytes(call) is not None
-    return compile_decoder(call) if counts else call
+    return compile_decoder(call) if counts_memory(call) else call
+
+
+def counts_memory(call: Call) -> bool:
+    """Whether decoding may be refused: there is some, and the device counts its memory."""
+    return call.request.output_type != "latent" and _free_bytes(call) is not None
 
 
 def compile_decoder(call: Call) -> Call:

@@ -15,7 +15,7 @@ from dfa2_jax.io.hub import find_model
 from dfa2_jax.io.names import check_names, names_of, suggests_names
 from dfa2_jax.nn.attention import Attend
 from dfa2_jax.options import Options, Prompt, described
-from dfa2_jax.pipeline.ahead import check_decoder, compile_ahead
+from dfa2_jax.pipeline.ahead import compile_ahead, compile_decoder, counts_memory
 from dfa2_jax.pipeline.call import Call, prepare
 from dfa2_jax.pipeline.health import faults_of
 from dfa2_jax.pipeline.loaded import Loaded
@@ -169,9 +169,10 @@ class Pipeline(Loaded):
         if options.progress:  # a bar starts after compilation
             with phase("compiling"):
                 call = compile_ahead(call)
-        else:
-            call = check_decoder(call)
-        clock.lap("compile")
+            clock.lap("compile")
+        elif counts_memory(call):
+            call = compile_decoder(call)
+            clock.lap("compile")
         tokens = call.run()
         clock.lap("denoise")
         is_video = call.request.num_frames is not None  # whose decoder has a bar
