@@ -90,7 +90,7 @@ def test_the_training_step_computes_what_the_library_does(whole):
 
     setup = networks.Setup(video_train.VIDEOS, jax.numpy.float32, "xla", None, 1)
     params = perturbed(whole[0]).vae.ema["vae"]
-    video = np.random.RandomState(1).uniform(-1, 1, (1, 17, 16, 16, 3)).astype(np.float32)
+    video = jax.random.uniform(jax.random.key(1), (1, 17, 16, 16, 3), minval=-1)
     mean, _ = jax.jit(lambda x: autoencoder.moments(setup, params, x))(video)
     decoded = jax.jit(lambda z: autoencoder.decoded(setup, params, z))(mean)
 
