@@ -18,7 +18,7 @@ from dfa2_jax.nn.attention import Attend, AttentionCall, Planned, by_stack, gpu_
 from dfa2_jax.options import Options
 from dfa2_jax.parallel.dealing import deal_plan
 from dfa2_jax.parallel.mesh import DeviceMesh
-from dfa2_jax.pipeline.decoding import in_bytes, num_frames
+from dfa2_jax.pipeline.decoding import in_bytes
 from dfa2_jax.pipeline.loaded import Loaded
 from dfa2_jax.pipeline.request import Request, host_array, seeds_of
 from dfa2_jax.plan.method import PlanError
@@ -363,7 +363,7 @@ def _warn_of_frames(pipeline: Loaded, request: Request) -> None:
     if asked is None or "vae" not in pipeline.networks:
         return
     config = pipeline.networks.config("vae")
-    if (made := num_frames(config, latent)) != asked:
+    if (made := config.num_frames(latent)) != asked:
         ratio = config.temporal_compression_ratio
         logger.warning(
             "num_frames=%d are %d latent frames, an even number, which the autoencoder makes %d frames of; "

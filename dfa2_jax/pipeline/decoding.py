@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from dfa2_jax.pipeline.components import Component
-from dfa2_jax.vae.chunks import Chunk, Decodes
+from dfa2_jax.vae.chunks import Chunk
 from dfa2_jax.vae.tiles import Canvas, Tiles
 
 Put = Callable[[np.ndarray], Any]
@@ -92,11 +92,6 @@ def seen_by(chunk: Chunk, latents: Float[np.ndarray, "F h w C"], part: Part) -> 
 
 def in_bytes(frames: Float[np.ndarray, "*F H W 3"]) -> UInt8[np.ndarray, "*F H W 3"]:
     return (np.nan_to_num(frames) * 255).round().astype(np.uint8)
-
-
-def num_frames(config: Decodes, latent_frames: int) -> int:
-    """Frames that latent ones decode to, by the autoencoder's config."""
-    return config.num_frames(latent_frames)
 
 
 def compile_chunks(vae: Component, latents: Float[np.ndarray, "F h w C"], put: Put, tiles: Tiles | None = None) -> int:

@@ -16,7 +16,7 @@ from dfa2_jax.families.registry import FAMILIES
 from dfa2_jax.io.names import suggests_names
 from dfa2_jax.parallel.mesh import DeviceMesh, devices_named
 from dfa2_jax.pipeline.components import Component, Networks
-from dfa2_jax.pipeline.decoding import OnFrames, frames_of, num_frames, parts_of
+from dfa2_jax.pipeline.decoding import OnFrames, frames_of, parts_of
 from dfa2_jax.pipeline.fit import check_fit
 from dfa2_jax.pipeline.request import ModelSizes, Request
 from dfa2_jax.sampling.tokens import Grid
@@ -203,7 +203,7 @@ class Loaded:
         """
         self.check_vae()
         vae, nfhwc = self.networks["vae"], np.asarray(latents, np.float32).transpose(0, 2, 3, 4, 1)
-        count, out = num_frames(self.networks.config("vae"), latents.shape[2]), None
+        count, out = self.networks.config("vae").num_frames(latents.shape[2]), None
         tiles = self.tiles(tiling)
         parts, words = len(parts_of(nfhwc[0], tiles)), {"desc": "decode", "unit": "frame", "disable": not progress}
         if parts > 1:
