@@ -5,6 +5,7 @@ import re
 from dataclasses import replace
 from itertools import groupby
 
+import jax
 import numpy as np
 import pytest
 from report_cases import PROMPTS, SIZE, three_plans
@@ -56,9 +57,10 @@ def test_the_gate_has_an_exit_code(command, tmp_path, capsys):
 def test_no_bar_hides_a_compilation_and_phases_are_told(plans, tiny_sd35, bars, compilations, monkeypatch, capsys):
     """With all lines: a plan of heads beside one of steps, solvers, and the limit."""
     pipeline = Pipeline.from_pretrained(tiny_sd35)
-    setting = pipeline.setting(prompt="", **SIZE | {"height": 48, "width": 112})  # no other test's
+    setting = pipeline.setting(prompt="", **SIZE | {"height": 48, "width": 112})
     steps = replace(Plan.full(setting, (0, 2)), coefficients=np.array([[-0.5, 0.0], [-0.6, 0.1]]))
     heads = Plan.full(setting).with_method(slice(1, None), None, None, "arrow(1/4)")
+    jax.clear_caches()  # whatever other tests compiled
     quality_report(tiny_sd35, {"steps": steps, "heads": heads}, PROMPTS[:1])
     assert bars == [("report", 0), ("heads", 0), ("report", 0)] and compilations
     told = capsys.readouterr().err
