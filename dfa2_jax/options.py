@@ -183,6 +183,7 @@ CALL = (
     "num_frames",
     "guidance_scale",
     "use_dynamic_cfg",
+    "true_cfg_scale",
     "max_sequence_length",
 )
 """The `Options` that a plan is found for: `calibrate` takes them too."""

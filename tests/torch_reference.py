@@ -34,7 +34,8 @@ class PlannedProcessor:
 
     def __init__(self, inner, run, layer, text):
         self.inner, self.run, self.layer, self.text = inner, run, layer, text
-        self.attention, self.previous = functional.scaled_dot_product_attention, None
+        self.attention = functional.scaled_dot_product_attention
+        self.at, self.previous = (0, -1), {}  # step and forward of it; outputs by forward: true CFG has two a step
 
     def __call__(self, *args, image_rotary_emb=None, **kwargs):
         """diffusers' `Attention` drops arguments that a processor does not name."""
@@ -57,9 +58,11 @@ class PlannedProcessor:
         if attn_mask is not None:  # of text's padding, which is no key
             kept = kept & attn_mask
         out = self.attention(query, key, value, attn_mask=kept)
+        step, forward = self.at
+        self.at = self.run.step, forward + 1 if step == self.run.step else 0
         if self.run.step > 0:
-            out = torch.where((half_window == CACHED)[:, None, None], self.previous, out)
-        self.previous = out
+            out = torch.where((half_window == CACHED)[:, None, None], self.previous[self.at[1]], out)
+        self.previous[self.at[1]] = out
         return out
 
 

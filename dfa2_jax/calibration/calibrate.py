@@ -66,6 +66,7 @@ def calibrate(
     num_frames: int | None = None,
     guidance_scale: float | None = None,
     use_dynamic_cfg: bool = False,
+    true_cfg_scale: float = 1.0,
     max_sequence_length: int | None = None,
     speedup: float | None = None,
     psnr: float | None = None,
@@ -337,13 +338,17 @@ def prepared(pipeline: Pipeline, prompts: list[str], options: CalibrationOptions
     """All prompts in one batch, encoded.
 
     Raises:
-        ValueError: as in a call, or a negative prompt has no effect.
+        ValueError: as in a call, or a negative prompt or `true_cfg_scale` has no effect.
     """
     with told("encoding", options.progress):
         call = pipeline.prepare(_asked(prompts, options, arguments))
-    negative, guidance_scale = arguments["negative_prompt"], arguments["guidance_scale"]
-    if negative is not None and call.request.cfg_scale is None:
-        raise ValueError(f"negative_prompt={negative:.100} has no effect: no guidance at {guidance_scale=}.")
+    negative, true_cfg_scale = arguments["negative_prompt"], arguments["true_cfg_scale"]
+    if call.request.cfg_scale is None and (negative is not None or true_cfg_scale != 1):
+        raise ValueError(
+            f"negative_prompt={negative!r:.100} and {true_cfg_scale=} have no effect with guidance_scale="
+            f"{call.request.guidance_scale:g}. FLUX.1 and HunyuanVideo need both, the scale above 1; others need "
+            "guidance_scale above 1."
+        )
     return call
 
 
@@ -360,6 +365,7 @@ def facts_of(prompts: list[str], call: Call) -> dict[str, Any]:
         "num_prompts": len(prompts),
         "seed": call.options.seed,
         "guidance_scale": call.request.guidance_scale,
+        "true_cfg_scale": call.options.true_cfg_scale,
         "dtype": call.pipeline.dtype.name,
         "versions": {"dfa2_jax": __version__, "jax": jax.__version__},
     }

@@ -106,7 +106,7 @@ class Tokenizer:
         cut = cut.replace(suffix, " ").strip() if suffix else cut
         cut = cut if len(cut) <= SHOWN else f"{cut[:SHOWN]}..."
         logger.warning(
-            "%s: the prompt has %d tokens and was cut to %d; the text encoder does not see %r",
+            "%s: the text has %d tokens and was cut to %d; the text encoder does not see %r",
             *(self.name, len(ids), max_length, cut),
         )
 

@@ -183,8 +183,7 @@ class Pipeline(Loaded):
         faults = faults_of(call, tokens, images)
         for fault in faults:
             logger.warning("%s", fault)
-        options = replace(options, vae_tiling=call.options.vae_tiling)  # which the decoder may have chosen
-        made = metadata(self, options, call.request) | {"density": density(call)}
+        made = metadata(self, call.options, call.request) | {"density": density(call)}
         if faults:
             made["faults"] = [*faults]
         output = Output(images, call.seeds, timings, made, faults)
@@ -207,7 +206,9 @@ class Pipeline(Loaded):
             ValueError: as in a call.
         """
         request = self.request(options)
-        return prepare(self, replace(options, use_dynamic_cfg=self._planned(options).use_dynamic_cfg), request)
+        planned = self._planned(options)
+        said = {name: getattr(planned, name) for name in ("use_dynamic_cfg", "true_cfg_scale")}
+        return prepare(self, replace(options, **said), request)
 
     def request(self, options: Options) -> Request:
         """A call with these options, checked and with every default filled in.
@@ -219,6 +220,9 @@ class Pipeline(Loaded):
         if request.output_type != "latent":
             self.check_vae()
             self.tiles(options.vae_tiling)
+        if options.max_sequence_length is not None and not request.encodes_text:
+            length = options.max_sequence_length
+            logger.warning("max_sequence_length=%d has no effect: embeddings have lengths of their own.", length)
         return request
 
     def _planned(self, options: Options) -> Options:
@@ -244,4 +248,6 @@ class Pipeline(Loaded):
         if record is not None:
             said["guidance_scale"] = record.guidance_scale
         given = {name: value for name, value in said.items() if getattr(options, name) is None}
+        if record is not None and options.true_cfg_scale == Options.true_cfg_scale:
+            given["true_cfg_scale"] = record.true_cfg_scale
         return replace(options, **given, use_dynamic_cfg=options.use_dynamic_cfg or setting.use_dynamic_cfg)

@@ -80,6 +80,11 @@ class Request:
     def batch(self) -> int:
         return self.positive.count * self.images_per_prompt
 
+    @property
+    def encodes_text(self) -> bool:
+        """Whether a text encoder runs, for one side of the guidance at least."""
+        return any(side is not None and side.texts is not None for side in (self.positive, self.negative))
+
 
 def resolve(options: Options, family: Family, sizes: ModelSizes, scheduler: Mapping[str, Any]) -> Request:
     """Check a call against the model and its arguments against each other, before any work.

@@ -158,7 +158,7 @@ def content_of(
     return {
         "edited": edited,
         "setting": setting.content(),
-        "calibration": calibration and calibration.model_dump(mode="json"),
+        "calibration": calibration and calibration.model_dump(mode="json", exclude_defaults=True),
         "methods": dict(zip(letters(methods), map(str, methods), strict=True)),
         "steps": steps,
     }

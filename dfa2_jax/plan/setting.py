@@ -151,6 +151,8 @@ class StepCalibration(Record):
     num_prompts: Positive
     seed: int
     guidance_scale: Number
+    true_cfg_scale: Number = 1.0
+    """Files of calls without it say nothing of it."""
     dtype: str
     """The transformer's dtype."""
     versions: dict[str, str]
@@ -226,6 +228,8 @@ class CalibrationRecord(Record):
     num_prompts: Positive
     seed: int
     guidance_scale: Number
+    true_cfg_scale: Number = 1.0
+    """Files of calls without it say nothing of it."""
     dtype: str
     """The transformer's dtype."""
     delta: NotNegative

@@ -68,6 +68,7 @@ class Sampler:
             "plan": None,
             "max_sequence_length": request.length,
             "use_dynamic_cfg": options.use_dynamic_cfg,
+            "true_cfg_scale": options.true_cfg_scale,
         }
 
     @property

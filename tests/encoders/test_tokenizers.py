@@ -85,7 +85,7 @@ def test_cut_text_is_logged(folders, name, cut, caplog):
     length = len(unpadded(fits + tail).input_ids)
     removed = unpadded.batch_decode(np.array([unpadded(fits + tail).input_ids])[:, limit - 1 : -1])[0]
     message = record.getMessage()
-    assert f"{folders[name].name}: the prompt has {length} tokens and was cut to {limit}" in message
+    assert f"{folders[name].name}: the text has {length} tokens and was cut to {limit}" in message
     assert repr(removed) in message and removed.split() == cut.split()
 
 

@@ -12,7 +12,7 @@ from damage import copy_model, edit_json, refuses
 from flax import nnx
 from pipeline_cases import PROMPTS, check_planned, error, load_theirs, run_theirs
 
-from dfa2_jax import Pipeline, Plan, calibrate, cli
+from dfa2_jax import Pipeline, Plan, PlanError, calibrate, cli
 from dfa2_jax.io.images import read_metadata
 from dfa2_jax.options import Options
 from dfa2_jax.sampling.noise import torch_randn
@@ -86,6 +86,29 @@ def test_plans_are_calibrated_with_texts_of_any_length(budget, ours, tmp_path):
     assert output.frames.shape == (1, 4, 3, 4, 6) and output.metadata["max_sequence_length"] == 24
 
 
+@pytest.mark.parametrize("name", ["tiny_hunyuanvideo", "tiny_flux_dev"])
+@pytest.mark.parametrize(
+    "budget", [{"delta": 0.5, "windows": (2,), "tiles": (8, 8)}, {"speedup": 1.5, "heads": "full"}]
+)
+def test_plans_of_true_cfg_decide_its_scale(name, budget, pipelines, tmp_path, caplog):
+    pipeline, negative = pipelines(name), {"negative_prompt": "blurry"}
+    call = CALL if name == "tiny_hunyuanvideo" else {"height": 64, "width": 64, "num_inference_steps": 4}
+    call = call | {"progress": False}
+    found = calibrate(pipeline, PROMPTS, **call, **budget, **negative, true_cfg_scale=3.0)
+    assert found.setting.doubled_batch and (found.calibration or found.step_calibration).true_cfg_scale == 3
+    found.save(tmp_path / "plan.json")
+    plan = Plan.load(tmp_path / "plan.json")
+    output = pipeline("a ring", plan=plan, **LATENT, **negative)
+    assert output.metadata["cfg_scale"] == output.metadata["true_cfg_scale"] == 3
+    assert pipeline("a ring", plan=plan, **LATENT, **negative, true_cfg_scale=2.0).metadata["cfg_scale"] == 2
+    with pytest.raises(PlanError, match="doubled_batch is True in the plan.*pass .*true_cfg_scale and negative_prompt"):
+        pipeline("a ring", plan=plan, **LATENT)
+    assert "true_cfg_scale=3 has no effect: it needs a negative_prompt" in caplog.text
+    for half in (negative, {"true_cfg_scale": 3.0}):
+        with pytest.raises(ValueError, match=r"negative_prompt=.* and true_cfg_scale=.* have no effect"):
+            calibrate(pipeline, PROMPTS, **call, **half, **budget)
+
+
 @pytest.mark.parametrize("precision", ["int8", "int8_weights"])
 def test_blocks_of_8_bits_make_nearly_the_same(precision, ours, tiny_hunyuanvideo):
     want = ours(PROMPTS, **CALL, **LATENT).frames
@@ -117,8 +140,9 @@ def test_defaults_are_those_of_diffusers(ours):
 @pytest.mark.parametrize(
     "seeds", [range(1, 2), pytest.param(range(2, 22), marks=pytest.mark.long)], ids=["one", "twenty"]
 )
-def test_a_planned_call_equals_diffusers_with_masks(seeds, ours, tiny_hunyuanvideo):
-    arguments = CALL | {"prompt": PROMPTS}
+@pytest.mark.parametrize("guided", [{}, GUIDED], ids=["dense", "true cfg"])
+def test_a_planned_call_equals_diffusers_with_masks(seeds, guided, ours, tiny_hunyuanvideo):
+    arguments = CALL | {"prompt": PROMPTS} | guided
     check_planned(ours, load_theirs(tiny_hunyuanvideo), arguments, arguments, seeds)
 
 
@@ -159,7 +183,7 @@ def test_prompts_of_any_length_share_a_program(tiny_hunyuanvideo, compilations):
     assert not compilations
 
 
-def test_embeddings_and_latents_start_the_same_call(ours):
+def test_embeddings_and_latents_start_the_same_call(ours, caplog):
     given = ours.encode_prompt([PROMPTS, PROMPTS], max_sequence_length=24)
     assert given.lengths.tolist() == given.attention_mask.sum(1).tolist() and len({*given.lengths}) == 2
     want = ours(PROMPTS, **CALL, **LATENT).frames
@@ -170,6 +194,9 @@ def test_embeddings_and_latents_start_the_same_call(ours):
     output = ours(**embeds, **mask, latents=latents, **call, **LATENT)
     np.testing.assert_array_equal(output.frames, want)
     assert output.metadata["prompt_attention_mask"] == "array[2, 24]"
+    assert output.metadata["max_sequence_length"] is None and not caplog.messages, "nothing was encoded"
+    ours.request(Options(**embeds, **mask, **call, output_type="latent", max_sequence_length=8))
+    assert caplog.messages == ["max_sequence_length=8 has no effect: embeddings have lengths of their own."]
     other = embeds["prompt_embeds"].copy()
     other[1, given.lengths[1] :] = 50  # padding is not read
     padded = ours(**embeds | {"prompt_embeds": other}, **mask, latents=latents, **call, **LATENT).frames
