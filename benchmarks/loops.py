@@ -96,7 +96,7 @@ class Loop:
             conditions=self.conditions(draw, class_name),
             timesteps=pad_steps(sinusoid(1000 * sigmas[:-1], self.config.width if is_video else 256)),
             guidance=ClassifierFree.constant(4.0, steps) if guided else NoGuidance(),
-            solver=ScaledMultistep.ddim(sigmas[:-1], sigmas[1:]) if is_video else FlowMultistep.euler(sigmas),
+            solver=ScaledMultistep.ddim(sigmas[:-1], sigmas[1:]) if is_video else FlowMultistep.of(sigmas),
         )
         self.inputs = jax.device_put(inputs)
         self.calls = self.config.calls(num_text, self.num_visual)

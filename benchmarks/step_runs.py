@@ -41,7 +41,7 @@ def run(loop: Loop, count: int, steps: int) -> jax.Array:
     """`count` nodes of a schedule of `steps`."""
     nodes = np.linspace(0, steps - 1, count).astype(int)
     sigmas = np.linspace(1, 0, steps + 1, dtype=np.float32)
-    solver = FlowMultistep.of(euler_coefficients(sigmas[[*nodes, -1]]))
+    solver = FlowMultistep.moving(euler_coefficients(sigmas[[*nodes, -1]]))
     inputs = jax.device_put(loop.inputs.at(nodes, solver))
     return denoise(loop.graph, loop.params, loop.start(), inputs, 0, count).latents
 
@@ -49,7 +49,7 @@ def run(loop: Loop, count: int, steps: int) -> jax.Array:
 def run_heads(loop: Loop, plan: Plan, steps: int, caches: dict[str, Any]) -> jax.Array:
     """The steps of a plan with heads; its memory is used again."""
     sigmas = np.linspace(1, 0, steps + 1, dtype=np.float32)
-    solver = FlowMultistep.of(euler_coefficients(sigmas[[*plan.nodes, -1]]))
+    solver = FlowMultistep.moving(euler_coefficients(sigmas[[*plan.nodes, -1]]))
     inputs = jax.device_put(loop.inputs.at(np.array(plan.nodes), solver))
     half_window, head_order = (
         by_stack(loop.calls, pad_steps(x), axis=1) for x in (plan.half_windows(), plan.head_order())

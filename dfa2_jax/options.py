@@ -114,6 +114,25 @@ class Options:
         help="each prompt is sampled from each seed",
     )
     latents: Any = option(None, "latents to start from, as diffusers takes them, in place of noise")
+    image: Any = option(
+        None,
+        "a picture to start from, in place of noise: Pillow's, a path, an array [H, W, 3] in [0, 1], or latents; or a "
+        "list, one for each image (FLUX.1, SD3)",
+        flag=True,
+        type=Path,
+        metavar="FILE",
+        help="a picture to start from, in place of noise (FLUX.1, SD3)",
+    )
+    mask_image: Any = option(
+        None,
+        "what is painted anew, white; black stays as `image` has it. As `image`, of one channel",
+        flag=True,
+        type=Path,
+        metavar="FILE",
+    )
+    strength: float | None = option(
+        None, "of noise over `image`, from 0 to 1, which leaves out as many of the first steps; None: 0.6", flag=True
+    )
     prompt_embeds: Any = option(None, "text states [B, T, E] in place of `prompt`")
     pooled_prompt_embeds: Any = option(None, "pooled text [B, P], together with `prompt_embeds`")
     negative_prompt_embeds: Any = option(None, "text states [B, T, E] in place of `negative_prompt`")

@@ -45,11 +45,11 @@ METHODS = tuple(map(Method, ("full", "cached", "arrow(1/4)", "arrow(1/2)", "arro
 
 
 def random_plan(setting, seed):
-    generator = np.random.default_rng(seed)
+    generator, methods = np.random.default_rng(seed), METHODS if setting.token_frames > 1 else METHODS[:-1]
     size = setting.num_inference_steps, len(setting.layers), setting.num_heads
-    choices = generator.integers(len(METHODS), size=size).astype(np.uint8)
+    choices = generator.integers(len(methods), size=size).astype(np.uint8)
     choices[0] = 0
-    return Plan(setting, METHODS, choices)
+    return Plan(setting, methods, choices)
 
 
 def check_planned(ours, reference, arguments, theirs, seeds):

@@ -342,7 +342,7 @@ def prepared(pipeline: Pipeline, prompts: list[str], options: CalibrationOptions
     """
     with told("encoding", options.progress):
         call = pipeline.prepare(_asked(prompts, options, arguments))
-    negative, true_cfg_scale = arguments["negative_prompt"], arguments["true_cfg_scale"]
+    negative, true_cfg_scale = call.options.negative_prompt, call.options.true_cfg_scale
     if call.request.cfg_scale is None and (negative is not None or true_cfg_scale != 1):
         raise ValueError(
             f"negative_prompt={negative!r:.100} and {true_cfg_scale=} have no effect with guidance_scale="

@@ -58,6 +58,8 @@ def run(args: argparse.Namespace) -> int:
         request = pipeline.request(options)
         if not 0 <= made["image"] < request.batch:
             raise ValueError(f"it says that it is image {made['image']} of {request.batch}.")
+        if request.source is not None and request.source.digest != made["source"].get("digest"):
+            raise ValueError(f"its source is not as it was: {made['source']}.")
     if formats is VIDEOS:
         check_video(target.kind, request.fps or 0, (request.height, request.width))
     output = pipeline.sample(replace(options, progress=not args.quiet), phase)

@@ -5,7 +5,7 @@ A family is a folder with a transformer, rules for its weights and a `Family`; `
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -18,7 +18,7 @@ from dfa2_jax.options import Options
 from dfa2_jax.sampling.guidance import Guidance
 from dfa2_jax.sampling.inputs import pad_steps
 from dfa2_jax.sampling.sinusoid import sinusoid
-from dfa2_jax.sampling.solvers.base import Solver
+from dfa2_jax.sampling.solvers.base import FlowSolver, Solver
 from dfa2_jax.sampling.tokens import Grid, Tokens
 from dfa2_jax.weights.spec import ComponentSpec
 
@@ -99,6 +99,15 @@ class Schedule:
     solver: Solver
     time_features: int = 256
     rounds_noise: bool = True
+
+    def from_step(self, first: int) -> "Schedule":
+        """The steps from this one on; its solver must be a `FlowSolver`."""
+        if not first:
+            return self
+        assert isinstance(self.solver, FlowSolver), self.solver
+        sigmas, timesteps, times = (x[first:] for x in (self.sigmas, self.timesteps, self.times))
+        solver = type(self.solver).of(sigmas)
+        return replace(self, sigmas=sigmas, timesteps=timesteps, times=times, solver=solver)
 
     def embedded(self, times: Float[np.ndarray, " steps"]) -> Float[np.ndarray, "padded_steps E"]:
         """Times as the transformer takes them."""

@@ -25,7 +25,7 @@ def compile_ahead(call: Call) -> Call:
     """
     if call.request.output_type != "latent":
         call = compile_decoder(call)
-    run, state = call.program(call.options.plan)
+    run, state = call.program(call.plan)
     jax.block_until_ready(run(state, 0, 0).latents)  # no step: the same program as all steps
     return call
 

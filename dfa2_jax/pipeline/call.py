@@ -20,11 +20,13 @@ from dfa2_jax.parallel.dealing import deal_plan
 from dfa2_jax.parallel.mesh import DeviceMesh
 from dfa2_jax.pipeline.decoding import in_bytes
 from dfa2_jax.pipeline.loaded import Loaded
-from dfa2_jax.pipeline.request import Request, host_array, seeds_of
+from dfa2_jax.pipeline.request import Request
+from dfa2_jax.pipeline.start import noise_of, start_of
 from dfa2_jax.plan.method import PlanError
 from dfa2_jax.plan.orders import lies, orders
 from dfa2_jax.plan.plan import Plan
 from dfa2_jax.plan.setting import AttentionLayer, Setting
+from dfa2_jax.plan.suffix import from_step
 from dfa2_jax.sampling.inputs import Inputs, pad_steps
 from dfa2_jax.sampling.loop import HeadPlans, State, denoise, denoise_planned
 from dfa2_jax.sampling.memory import empty_memory, stack_shapes
@@ -45,6 +47,7 @@ class Call:
     options: as the caller gave them; request: with every default filled in.
     tokens: patchified latents [B, V, P] to start from, of a `grid`.
     seeds: one per image, None where the latents were given.
+    sigmas: noise levels of the whole schedule; `schedule` begins at the step that a picture starts at.
     inputs: all that a step needs beside the latents.
     devices: those that run it; none: the pipeline's.
     """
@@ -55,6 +58,7 @@ class Call:
     grid: Grid
     tokens: np.ndarray
     seeds: list[int | None]
+    sigmas: Float[np.ndarray, " levels"]
     schedule: Schedule
     num_text: int
     inputs: Inputs = field(repr=False)
@@ -107,7 +111,7 @@ class Call:
             weights=pipeline.fingerprint,
             precision=pipeline.precision,
             scheduler=request.scheduler.get("_class_name", ""),
-            sigmas=tuple(float(sigma) for sigma in self.schedule.sigmas),
+            sigmas=tuple(float(sigma) for sigma in self.sigmas),
             height=request.height,
             width=request.width,
             num_frames=request.num_frames,
@@ -158,7 +162,12 @@ class Call:
 
     def num_steps(self, plan: Plan | None) -> int:
         """Steps of the loop: times that the network runs."""
-        return self.request.steps if plan is None else len(plan.nodes)
+        return len(self.schedule.timesteps) if plan is None else len(plan.nodes)
+
+    @cached_property
+    def plan(self) -> Plan | None:
+        """The caller's, of the steps that run."""
+        return None if self.options.plan is None else from_step(self.options.plan, self.request.first)
 
     def inputs_for(self, plan: Plan | None) -> Inputs:
         """What the steps of a plan need.
@@ -267,7 +276,7 @@ class Call:
 
         All steps are one program call, or one call a step when someone watches: the same program and the same numbers.
         """
-        plan, watcher = self.options.plan, self.options.callback_on_step_end
+        plan, watcher = self.plan, self.options.callback_on_step_end
         (run, state), steps = self.program(plan), self.num_steps(plan)
         if watcher is None and not self.options.progress:
             return np.asarray(run(state, 0, steps).latents)
@@ -280,7 +289,7 @@ class Call:
 
     def _watched(self, watcher: Callable[..., Any], i: int, tokens: np.ndarray) -> np.ndarray:
         """The latents after a callback, which may return others or change them in place."""
-        step = i if self.options.plan is None else self.options.plan.nodes[i]
+        step = i if self.plan is None else self.plan.nodes[i]
         family, timestep = self.pipeline.family, self.schedule.timesteps[step].item()
         shown = {"latents": np.array(family.output_latents(tokens, self.grid))}
         returned = watcher(self.pipeline, i, timestep, shown)
@@ -338,17 +347,24 @@ def prepare(pipeline: Loaded, options: Options, request: Request) -> Call:
     family, vae_scale = pipeline.family, pipeline.sizes.vae_scale
     _warn_of_frames(pipeline, request)
     grid = family.tokens.grid(request.latent_frames, request.height // vae_scale, request.width // vae_scale)
-    tokens, seeds = _start_tokens(pipeline, options, request, grid)
     scalars = pipeline.dtype if pipeline.torch_rounding else jnp.dtype(np.float32)
     schedule = family.schedule(request.scheduler, request.sigmas, request.steps, grid.num_visual, scalars)
+    guidance = family.guidance(options, request.cfg_scale, schedule)
+    sigmas = schedule.sigmas
+    if request.first:
+        guidance = guidance.at(np.arange(request.first, request.steps))
+        schedule = schedule.from_step(request.first)
     text = embed(pipeline, request)
+    start = start_of(pipeline, options, request, grid, schedule.sigmas)
     inputs = Inputs(
         conditions=family.conditions(text, grid, request.guidance_scale, scalars),
         timesteps=schedule.embedded(schedule.times),
-        guidance=family.guidance(options, request.cfg_scale, schedule),
+        guidance=guidance,
         solver=schedule.solver,
+        known=start.known,
     )
-    call = Call(pipeline, options, request, grid, tokens, seeds, schedule, text.text.shape[1], inputs)
+    num_text = text.text.shape[1]
+    call = Call(pipeline, options, request, grid, start.tokens, start.seeds, sigmas, schedule, num_text, inputs)
     if call.mesh is not None and call.mesh.tokens > (heads := pipeline.config.num_attention_heads):
         raise ValueError(
             f"{len(pipeline.devices)} devices, a batch of {call.batch}: {call.mesh.tokens} would share {heads} heads "
@@ -380,20 +396,3 @@ def _check_attend(attend: Any, devices: int) -> None:
             f"attend={attend!r:.100} must be a hashable object with `memory` and `__call__`, such as a frozen "
             "dataclass (`dfa2_jax.nn.attention.Attend`)."
         )
-
-
-def _start_tokens(
-    pipeline: Loaded, options: Options, request: Request, grid: Grid
-) -> tuple[np.ndarray, list[int | None]]:
-    """Patchified latents [B, V, P] to start from, and the seed of each image."""
-    if options.latents is not None:
-        return pipeline.given_tokens(host_array("latents", options.latents), request, grid), [None] * request.batch
-    noise = noise_of(pipeline, options, request, grid).draw()
-    return pipeline.family.tokens.pack_noise(noise), [*seeds_of(options.seed, request.batch)]
-
-
-def noise_of(pipeline: Loaded, options: Options, request: Request, grid: Grid) -> BatchNoise:
-    """The noise of a call's seeds."""
-    seeds, family = seeds_of(options.seed, request.batch), pipeline.family
-    shape = family.tokens.noise_shape(family.latent_channels, grid)
-    return BatchNoise(seeds if np.ndim(options.seed) else seeds[0], request.batch, shape)

@@ -19,7 +19,7 @@ def faults_of(call: Call, tokens: np.ndarray, images: Any) -> tuple[str, ...]:
     step = first_broken_step(call) if any(broken) else None
     for number, (latents, image) in enumerate(zip(tokens, images, strict=True)):
         if broken[number]:
-            since = "" if step is None else f" from step {step + 1} of {call.num_steps(call.options.plan)} on"
+            since = "" if step is None else f" from step {step + 1} of {call.num_steps(call.plan)} on"
             faults.append(f"{what} {number}: its latents are not finite{since}")
         elif latents.min() == latents.max():
             faults.append(f"{what} {number}: its latents are the constant {latents.min():g}")
@@ -35,8 +35,8 @@ def first_broken_step(call: Call) -> int | None:
     a hand in it."""
     if call.options.callback_on_step_end is not None:
         return None
-    run, state = call.program(call.options.plan)
-    for step in range(call.num_steps(call.options.plan)):
+    run, state = call.program(call.plan)
+    for step in range(call.num_steps(call.plan)):
         state = run(state, step, step + 1)
         if not np.isfinite(np.asarray(state.latents)).all():
             return step

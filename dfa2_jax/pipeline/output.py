@@ -22,9 +22,13 @@ from dfa2_jax.pipeline.call import Call
 from dfa2_jax.pipeline.loaded import Loaded
 from dfa2_jax.pipeline.request import Request, seeds_of
 from dfa2_jax.plan.plan import Plan
+from dfa2_jax.plan.suffix import from_step
 from dfa2_jax.sampling.solvers.schedulers import EULER, SAMPLERS
 
-LEFT_OUT = ("progress", "output_type", "seed", "sigmas", "plan", "attend", "callback_on_step_end", "callback_on_frames")
+LEFT_OUT = (
+    *("progress", "output_type", "seed", "sigmas", "plan", "attend", "callback_on_step_end", "callback_on_frames"),
+    *("image", "mask_image"),
+)
 """Arguments that metadata leaves out, or gives in another form."""
 
 UNWRITABLE = (
@@ -196,7 +200,7 @@ def density(call: Call) -> float | None:
 
     None: of an attention of the user's own.
     """
-    plan = call.options.plan
+    plan = call.plan
     if call.options.attend is not None:
         return None
     if plan is None:
@@ -215,6 +219,9 @@ def metadata(pipeline: Loaded, options: Options, request: Request) -> dict[str, 
         for name, value in values.items()
         if value is not None and name not in LEFT_OUT
     }
+    if request.source is not None:
+        shown = {name: where(values[name]) for name in ("image", "mask_image") if values[name] is not None}
+        given |= {"strength": request.strength, "source": shown | {"digest": request.source.digest}}
     seeds, device = seeds_of(options.seed, request.batch), jax.devices()[0]
     resolved = {
         "height": request.height,
@@ -228,7 +235,7 @@ def metadata(pipeline: Loaded, options: Options, request: Request) -> dict[str, 
         "max_sequence_length": request.length if request.encodes_text else None,
         "seed": None if options.latents is not None else seeds if np.ndim(options.seed) else seeds[0],
         "plan": None if options.plan is None else options.plan.digest,
-        "num_nodes": None if options.plan is None else len(options.plan.nodes),
+        "num_nodes": None if options.plan is None else len(from_step(options.plan, request.first).nodes),
         "scheduler": plain(options.scheduler or request.scheduler.get("_class_name")),
         "sigmas": None if request.sigmas is None else [float(sigma) for sigma in request.sigmas],
         "folder": str(pipeline.folder.absolute()),
@@ -278,6 +285,7 @@ def parameters(made: Mapping[str, Any]) -> str:
         "CFG scale": 1 if made["cfg_scale"] is None else made["cfg_scale"],
         "Distilled CFG Scale": made["embedded_guidance"],
         "Seed": made["seed"],
+        "Denoising strength": made.get("strength"),
         "Size": f"{made['width']}x{made['height']}",
         "Model": model_name(Path(made["folder"])),
         "Version": f"dfa2_jax {made['versions']['dfa2_jax']}",
@@ -292,12 +300,27 @@ def options_again(made: Mapping[str, Any], plan: Plan | None) -> Options:
     Raises:
         ValueError: the metadata lacks an argument: an array, or the caller's own code.
     """
-    known = {argument.name for argument in fields(Options)} - {"plan"}
+    known = {argument.name for argument in fields(Options)} - {"plan", "image"}  # "image" is the image's number
     arguments = {name: value for name, value in {**made, **made.get("batch", {})}.items() if name in known}
     for name, value in arguments.items():
         if name in CODE or name.endswith(ARRAYS):
             raise ValueError(f"the image was made with {name}={value}, which its metadata does not hold.")
-    return of_names(Options, arguments | {"plan": plan})
+    pictures = {name: value for name, value in made.get("source", {}).items() if name != "digest"}
+    for name, value in pictures.items():
+        if not all(Path(path).is_file() for path in ([value] if isinstance(value, str) else value)):
+            raise ValueError(f"the image was made with {name}={value}, which is no file that is there.")
+    return of_names(Options, arguments | pictures | {"plan": plan})
+
+
+def where(picture: Any) -> Any:
+    """The path of a picture, or what it is."""
+    if isinstance(picture, Image.Image):
+        return f"a picture of {picture.height} x {picture.width} px"
+    if isinstance(picture, str | PathLike):
+        return str(Path(picture).absolute())
+    if isinstance(picture, list | tuple):
+        return [where(part) for part in picture]
+    return f"array{list(np.shape(picture))}"
 
 
 def plain(value: Any) -> Any:

@@ -121,6 +121,9 @@ class Pipeline(Loaded):
         num_images_per_prompt: int = 1,
         seed: int | list[int] = 0,
         latents: Any = None,
+        image: Any = None,
+        mask_image: Any = None,
+        strength: float | None = None,
         prompt_embeds: Any = None,
         pooled_prompt_embeds: Any = None,
         negative_prompt_embeds: Any = None,
@@ -179,7 +182,7 @@ class Pipeline(Loaded):
         with nullcontext() if is_video else phase("decoding"):
             images = call.images(tokens)
         clock.lap("decode")
-        timings = clock.seconds | {"per_step": clock.seconds["denoise"] / call.num_steps(options.plan)}
+        timings = clock.seconds | {"per_step": clock.seconds["denoise"] / call.num_steps(call.plan)}
         faults = faults_of(call, tokens, images)
         for fault in faults:
             logger.warning("%s", fault)

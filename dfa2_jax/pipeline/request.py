@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 
 from dfa2_jax.families.base import Defaults, Embeddings, Family
+from dfa2_jax.io.arrays import host_array
 from dfa2_jax.options import Options
+from dfa2_jax.pipeline.source import STRENGTH, Source, source_of, steps_left_out
 from dfa2_jax.sampling.solvers.schedulers import check_settings, named_config
 
 MAX_SEQUENCE_LENGTH = 512
@@ -57,7 +59,12 @@ class ModelSizes:
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """A checked call. `cfg_scale` is the guidance of a doubled batch, None for one forward per image."""
+    """A checked call.
+
+    cfg_scale: the guidance of a doubled batch; None: one forward per image.
+    source: the picture that sampling starts from; None: noise.
+    strength: of what becomes of the picture. first: the step of the schedule that it starts at.
+    """
 
     positive: Prompts
     negative: Prompts | None
@@ -75,6 +82,9 @@ class Request:
     length: int
     clip_skip: int
     output_type: str
+    source: Source | None = None
+    strength: float | None = None
+    first: int = 0
 
     @property
     def batch(self) -> int:
@@ -136,6 +146,7 @@ def resolve(options: Options, family: Family, sizes: ModelSizes, scheduler: Mapp
         clip_skip=_clip_skip(options.clip_skip),
         output_type=options.output_type,
     )
+    request = _from_picture(request, options, family)
     if (pixels := request.batch * (num_frames or 1) * height * width) > MAX_PIXELS:
         what = "images" if num_frames is None else f"videos of {num_frames} frames"
         raise ValueError(
@@ -143,6 +154,17 @@ def resolve(options: Options, family: Family, sizes: ModelSizes, scheduler: Mapp
             f"{MAX_PIXELS:,}: ask for fewer."
         )
     return request
+
+
+def _from_picture(request: Request, options: Options, family: Family) -> Request:
+    """The request with what it starts from."""
+    if options.image is not None and request.num_frames is not None:
+        raise ValueError(f"image={options.image!r:.100} is for image models: this one makes videos.")
+    source = source_of(options, (request.height, request.width), family.latent_channels, request.batch)
+    if source is None:
+        return request
+    strength = _or(options.strength, STRENGTH)
+    return replace(request, source=source, strength=strength, first=steps_left_out(strength, request.steps))
 
 
 def _video(options: Options, defaults: Defaults) -> tuple[int | None, int | None]:
@@ -184,26 +206,6 @@ def seeds_of(seed: int | list[int], batch: int) -> list[int]:
     if len(seeds) != batch:
         raise ValueError(f"{len(seeds)} seeds for a batch of {batch} images: pass an int or one seed per image.")
     return seeds
-
-
-def host_array(name: str, value: Any) -> np.ndarray:
-    """Numbers as NumPy has them: of a list, an array, or a torch tensor of any dtype, on any device, with or without
-    a gradient.
-
-    Raises:
-        ValueError: they are no numbers, or not finite.
-    """
-    try:
-        array = np.asarray(value.detach().cpu().float() if hasattr(value, "detach") else value)
-        if array.dtype.kind in "bcmM":
-            raise TypeError(f"it is {array.dtype}")
-        with np.errstate(over="ignore"):  # float32 is what it becomes
-            is_finite = np.isfinite(array.astype(np.float32)).all()
-    except Exception as error:
-        raise ValueError(f"{name}={value!r:.200} is no array of numbers: {error!s:.200}") from error
-    if not is_finite:
-        raise ValueError(f"{name} {list(array.shape)} holds numbers that are not finite: look at where it came from.")
-    return array
 
 
 def _or(value: Any, default: Any) -> Any:

@@ -59,7 +59,7 @@ class Plan:
         setting = self.setting
         self._check_nodes()
         if self.step_calibration is not None:
-            self._search(self.step_calibration)
+            self.search(self.step_calibration)
         shape = (len(self.nodes), len(setting.layers), setting.num_heads)
         if self.choices.shape != shape:
             raise PlanError(
@@ -213,7 +213,7 @@ class Plan:
             raise PlanError("the plan has no step_calibration: `calibrate(pipeline, prompts, speedup=...)` makes one.")
         speedup, psnr = natural(speedup), natural(psnr)
         check_budget(speedup=speedup, psnr=psnr)
-        search = self._search(record)
+        search = self.search(record)
         if speedup is not None:
             nodes = search.nodes(count_for(speedup, search.num_steps))
         else:
@@ -229,8 +229,8 @@ class Plan:
         plan = Plan.full(self.setting, nodes.steps)
         return replace(plan, coefficients=nodes.coefficients, step_calibration=record, edited=self.edited)
 
-    def _search(self, record: StepCalibration) -> StepSearch:
-        """Raises PlanError where the record is of no run of the setting."""
+    def search(self, record: StepCalibration) -> StepSearch:
+        """What finds steps by a calibration; raises PlanError where the record is of no run of the setting."""
         try:
             search = StepSearch(*(np.array(x, np.float64) for x in (self.setting.sigmas, record.gram, record.growth)))
             if search.is_moved != (record.target == "converged"):

@@ -20,17 +20,20 @@ class Inputs:
     timesteps: `sinusoid` of what the transformer takes as time.
     guidance: how predictions combine (`sampling.guidance`).
     solver: what a prediction does to the latents (`sampling.solvers`).
+    known: what latents keep of a picture (`sampling.known`); None: all are the sampler's.
     """
 
     conditions: Any
     timesteps: Float[Array | np.ndarray, "padded_steps E"]
     guidance: Any
     solver: Any
+    known: Any = None
 
     def at(self, nodes: Int[np.ndarray, " nodes"], solver: Any) -> "Inputs":
         """The inputs of these steps alone, in their order, with the solver that goes from each to the next."""
         timesteps = pad_steps(np.asarray(self.timesteps)[nodes])
-        return Inputs(self.conditions, timesteps, self.guidance.at(nodes), solver)
+        known = None if self.known is None else self.known.at(nodes)
+        return Inputs(self.conditions, timesteps, self.guidance.at(nodes), solver, known)
 
 
 def pad_steps(x: np.ndarray) -> np.ndarray:

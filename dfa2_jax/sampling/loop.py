@@ -116,6 +116,8 @@ def denoise_step(
         latents, solver = inputs.solver.rounded_step(*before, rounded)
     else:
         latents, solver = inputs.solver.step(*before)
+    if inputs.known is not None:
+        latents = inputs.known.kept(latents, i)
     return State(rounded(jnp.asarray(latents)), solver, memory if state.memory is not None else None)
 
 

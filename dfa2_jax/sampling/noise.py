@@ -74,8 +74,12 @@ class BatchNoise:
         self._streams = [TorchNoise(each) for each in seeds]
         self._shape = batch // len(seeds), *shape
 
-    def draw(self) -> Float[np.ndarray, "B ..."]:
-        return np.concatenate([stream.randn(self._shape) for stream in self._streams])
+    def draw(self, count: int | None = None) -> Float[np.ndarray, "B ..."]:
+        """Args: `count`: of the first images alone; None: of all."""
+        (each, *shape), streams = self._shape, self._streams
+        if count is not None and len(streams) == 1:
+            return streams[0].randn((count, *shape))
+        return np.concatenate([stream.randn((each, *shape)) for stream in streams[:count]])
 
 
 class StepNoise:

@@ -153,10 +153,13 @@ class AutoencoderKL(nnx.Module):
         z = z.astype(self.dtype)
         return self.decoder(z if self.post_quant_conv is None else self.post_quant_conv(z))
 
-    def encode(self, images: Float[Array, "B height width C"]) -> Float[Array, "B h w E"]:
-        """Latents as the sampler takes them, from images in -1 to 1: the posterior's mean, where diffusers may draw."""
+    def encode(
+        self, images: Float[Array, "B height width C"]
+    ) -> tuple[Float[Array, "B h w E"], Float[Array, "B h w E"]]:
+        """Mean and standard deviation of latents as the sampler takes them, float32, from images in -1 to 1."""
         moments = self.encoder(images.astype(self.dtype))
         moments = moments if self.quant_conv is None else self.quant_conv(moments)
-        mean = moments[..., : self.config.latent_channels].astype(jnp.float32)
-        scaled = (mean - (self.config.shift_factor or 0.0)) * self.config.scaling_factor
-        return scaled.astype(self.dtype)
+        mean, log_variance = jnp.split(moments.astype(jnp.float32), 2, axis=-1)
+        deviation = jnp.exp(jnp.clip(log_variance, -30.0, 20.0) / 2)  # diffusers' DiagonalGaussianDistribution
+        shift, scale = self.config.shift_factor or 0.0, self.config.scaling_factor
+        return (mean - shift) * scale, deviation * scale

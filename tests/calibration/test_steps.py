@@ -220,7 +220,7 @@ def test_a_dense_step_is_euler_s():
     generator = np.random.default_rng(0)
     x, velocity, last = (jnp.asarray(generator.normal(size=(2, 5, 3)), jnp.float32) for _ in range(3))
     sigmas = np.linspace(1, 0, 9, dtype=np.float32) ** 2
-    solver = FlowMultistep.euler(sigmas)
+    solver = FlowMultistep.of(sigmas)
     after, kept = jax.jit(lambda x, v, i, last: solver.step(x, v, i, last))(x, velocity, 3, last)
     np.testing.assert_allclose(after, x + (sigmas[4] - sigmas[3]) * velocity, rtol=1e-6)  # the last one is not seen
     np.testing.assert_array_equal(kept, velocity)

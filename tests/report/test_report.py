@@ -104,7 +104,7 @@ def test_a_plan_of_steps_stands_beside_solvers_in_its_time(tiny_sd35, pipelines,
     sampled = {"prompt": PROMPTS[0], "output_type": "np", "progress": False} | options
     (dense,) = pipeline(**sampled).images
     many = pipeline.prepare(Options(**sampled | {"num_inference_steps": limit_steps(6)}))
-    solver = FlowMultistep.of(adams_coefficients(many.schedule.sigmas))
+    solver = FlowMultistep.moving(adams_coefficients(many.schedule.sigmas))
     many = replace(many, inputs=replace(many.inputs, solver=solver))
     (limit,) = many.images(many.run())
     for name, changes in {

@@ -165,7 +165,7 @@ def test_a_step_plan_moves_scaled_latents():
 def test_scaled_steps_are_flow_matchings_own():
     generator, sigmas = np.random.default_rng(3), np.array([1.0, 0.7, 0.4, 0.1])
     moves = generator.normal(size=(3, 2))
-    scaled, flow = ScaledMultistep.planned(sigmas, moves), FlowMultistep.of(moves)
+    scaled, flow = ScaledMultistep.planned(sigmas, moves), FlowMultistep.moving(moves)
     x = y = generator.normal(size=SHAPE).astype(np.float32)  # the scale of pure noise is 1
     states = scaled.init(x), flow.init(y)
     for i, sigma in enumerate(sigmas[:-1]):

@@ -59,15 +59,16 @@ def diffusers_decode(vae: Any, latents: np.ndarray) -> torch.Tensor:
 
 
 def diffusers_encode(vae: Any, images: np.ndarray) -> torch.Tensor:
-    """As pipeline_stable_diffusion_3_img2img calls it, with the posterior's mean."""
+    """Mean and deviation of what pipeline_stable_diffusion_3_img2img draws, one beside the other."""
     x = torch.tensor(images).permute(0, 3, 1, 2).to(vae.dtype)
     with torch.no_grad():
-        mean = vae.encode(x).latent_dist.mean
-    return ((mean - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor).permute(0, 2, 3, 1)
+        posterior = vae.encode(x).latent_dist
+    mean = posterior.mean.float() - (vae.config.shift_factor or 0.0)
+    return (torch.cat([mean, posterior.std.float()], 1) * vae.config.scaling_factor).permute(0, 2, 3, 1)
 
 
 decode = jax.jit(lambda vae, z: vae.decode(z))
-encode = jax.jit(lambda vae, x: vae.encode(x))
+encode = jax.jit(lambda vae, x: jnp.concatenate(vae.encode(x), -1))
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -89,8 +90,8 @@ def test_bfloat16_is_as_near_as_torch():
     rounded = diffusers_decode(rounded_vae, latents), diffusers_encode(rounded_vae, images)
     reference.cache_clear()  # `.to` changed it in place
     vae = model(name, jnp.bfloat16)
+    assert decode(vae, latents).dtype == jnp.bfloat16 and encode(vae, images).dtype == jnp.float32
     for ours, theirs, true in zip((decode(vae, latents), encode(vae, images)), rounded, exact, strict=True):
-        assert ours.dtype == jnp.bfloat16
         error, torch_error = relative_error(ours, true), relative_error(theirs, true)
         print(f"{error=:.2e} {torch_error=:.2e}")
         assert error <= 1.5 * torch_error

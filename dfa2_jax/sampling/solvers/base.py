@@ -39,6 +39,16 @@ class Multistep(Solver, Protocol):
 
 
 @runtime_checkable
+class FlowSolver(Solver, Protocol):
+    """A solver that knows of a schedule no more than its noise levels: sampling may begin at any of them."""
+
+    @classmethod
+    def of(cls, sigmas: Float[np.ndarray, " levels"]) -> "FlowSolver":
+        """The solver from each of these noise levels to the next."""
+        ...
+
+
+@runtime_checkable
 class RoundedSolver(Solver, Protocol):
     """A solver that diffusers computes partly in the dtype of the latents; flow matching's are float32 throughout."""
 

@@ -30,11 +30,12 @@ class FlowMultistep:
     """Coefficients of this step's velocity and of the last step's."""
 
     @classmethod
-    def euler(cls, sigmas: Float[np.ndarray, " steps_plus_1"]) -> "FlowMultistep":
-        return cls.of(euler_coefficients(sigmas))
+    def of(cls, sigmas: Float[np.ndarray, " levels"]) -> "FlowMultistep":
+        """Euler's."""
+        return cls.moving(euler_coefficients(sigmas))
 
     @classmethod
-    def of(cls, coefficients: Float[np.ndarray, "steps 2"]) -> "FlowMultistep":
+    def moving(cls, coefficients: Float[np.ndarray, "steps 2"]) -> "FlowMultistep":
         return cls(pad_steps(coefficients.astype(np.float32)))
 
     @staticmethod
@@ -45,7 +46,7 @@ class FlowMultistep:
     def planned(
         cls, sigmas: Float[np.ndarray, " levels"], coefficients: Float[np.ndarray, "steps 2"]
     ) -> "FlowMultistep":
-        return cls.of(coefficients)
+        return cls.moving(coefficients)
 
     def init(self, x: Latents) -> Latents:
         return np.zeros_like(x)

@@ -25,7 +25,7 @@ Steps = tuple[Float[np.ndarray, " levels"], Real[np.ndarray, " steps"], Solver]
 
 def _euler(config: Mapping[str, Any], sigmas: Levels | None, default: Levels | int, num_visual: int) -> Steps:
     levels = flow_match_sigmas(config, default if sigmas is None else sigmas, num_visual)
-    return levels, levels[:-1] * np.float32(1000), FlowMultistep.euler(levels)
+    return levels, levels[:-1] * np.float32(1000), FlowMultistep.of(levels)
 
 
 def _own_levels(

@@ -1,0 +1,90 @@
+"""What sampling starts from: noise, a picture with noise over it, or latents that the caller gives."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float
+
+from dfa2_jax.io.arrays import host_array
+from dfa2_jax.options import Options
+from dfa2_jax.pipeline.loaded import Loaded
+from dfa2_jax.pipeline.request import Request, seeds_of
+from dfa2_jax.pipeline.source import Source
+from dfa2_jax.sampling.known import Known, noised
+from dfa2_jax.sampling.noise import BatchNoise
+from dfa2_jax.sampling.tokens import Grid
+
+
+@dataclass(frozen=True)
+class Start:
+    """Before the first step.
+
+    tokens: patchified latents.
+    seeds: one per image, None where the latents were given.
+    known: what latents keep of a picture; None: nothing.
+    """
+
+    tokens: Float[np.ndarray, "B V P"]
+    seeds: list[int | None]
+    known: Known | None = None
+
+
+def start_of(
+    pipeline: Loaded, options: Options, request: Request, grid: Grid, sigmas: Float[np.ndarray, " levels"]
+) -> Start:
+    """What a call starts from.
+
+    A picture's latents are drawn from the autoencoder's posterior, out of the seed's stream before the noise is, as in
+    diffusers. Given latents are the start, and where there is a mask, the noise too.
+
+    Args:
+        sigmas: noise levels from the first step on.
+    """
+    noise, tokens, source = noise_of(pipeline, options, request, grid), pipeline.family.tokens, request.source
+    image = None if source is None else encoded(pipeline, source, noise, request.batch, grid)
+    seeds: list[int | None] = [None] * request.batch
+    if options.latents is None:
+        seeds = [*seeds_of(options.seed, request.batch)]
+        drawn = tokens.pack_noise(noise.draw())
+        latents = drawn if image is None else noised(image, drawn, float(sigmas[0]))
+    else:
+        drawn = latents = pipeline.given_tokens(host_array("latents", options.latents), request, grid)
+    if source is None or source.mask is None:
+        return Start(latents, seeds)
+    assert image is not None
+    mask = mask_tokens(pipeline, source.mask, grid, request.batch)
+    return Start(latents, seeds, Known.of(mask, image, drawn, sigmas))
+
+
+def noise_of(pipeline: Loaded, options: Options, request: Request, grid: Grid) -> BatchNoise:
+    """The noise of a call's seeds."""
+    seeds, family = seeds_of(options.seed, request.batch), pipeline.family
+    shape = family.tokens.noise_shape(family.latent_channels, grid)
+    return BatchNoise(seeds if np.ndim(options.seed) else seeds[0], request.batch, shape)
+
+
+def encoded(pipeline: Loaded, source: Source, noise: BatchNoise, batch: int, grid: Grid) -> Float[np.ndarray, "B V P"]:
+    """The picture of each image of a batch, as patchified latents."""
+    latents = source.latents
+    if source.pixels is not None:
+        pipeline.check_vae()
+        vae = pipeline.networks["vae"]
+        drawn = noise.draw(source.count)
+        moments = [vae(pipeline.put_image(pixels[None]), method="encode") for pixels in source.pixels]
+        mean, deviation = (np.concatenate([np.asarray(part) for part in parts]) for parts in zip(*moments, strict=True))
+        latents = mean.transpose(0, 3, 1, 2) + deviation.transpose(0, 3, 1, 2) * drawn
+    assert latents is not None
+    patches = pipeline.family.tokens.pack(latents[:, :, None])
+    if patches.shape[1] != grid.num_visual:
+        raise ValueError(f"image holds latents {list(latents.shape)}: the call's images are of another size.")
+    return np.tile(patches, (batch // len(patches), 1, 1))
+
+
+def mask_tokens(
+    pipeline: Loaded, mask: Float[np.ndarray, "n H W"], grid: Grid, batch: int
+) -> Float[np.ndarray, "B V P"]:
+    """The mask of every number of a token: of the pixel that begins each latent one, as torch's nearest is."""
+    scale = pipeline.sizes.vae_scale
+    small = np.repeat(mask[:, None, None, ::scale, ::scale], pipeline.family.latent_channels, axis=1)
+    tokens = pipeline.family.tokens.pack(small)
+    return np.tile(tokens, (batch // len(tokens), 1, 1))
