@@ -77,3 +77,16 @@ def check_planned(ours, reference, arguments, theirs, seeds):
         assert error(latents, dense) > 1e-2, "the plan is idle"
     assert all(number < 1e-4 for number in errors), errors  # `max` would pass over a NaN
     assert {*np.concatenate(written)} == {0, 1}, "cached heads lie in one order alone"
+
+
+def planned_error(ours, reference, arguments, plan):
+    """How far images by a plan are from diffusers' with masks and reuse written out in torch; and our output."""
+    from torch_reference import follow_plan
+
+    call = ours.prepare(Options(**arguments, plan=plan, output_type="latent"))
+    output = ours(**arguments, plan=plan, output_type="latent", progress=False)
+    processors = reference.transformer.attn_processors
+    run = follow_plan(reference, call.plan.half_windows(), [layer.layout for layer in call.layers])
+    want = run_theirs(reference, **arguments, callback_on_step_end=run.next_step, output_type="latent")
+    reference.transformer.set_attn_processor(processors)
+    return error(output.images, want), output

@@ -80,6 +80,8 @@ class Defaults:
     """None: the family makes images."""
     fps: int | None = None
     """Frames a second of its videos."""
+    strength: float = 0.6
+    """Of noise over a picture."""
 
 
 @dataclass(frozen=True)

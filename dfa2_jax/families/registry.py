@@ -5,7 +5,7 @@ from typing import Any
 
 from dfa2_jax.families.base import Family
 from dfa2_jax.families.cogvideox.family import CogVideoX
-from dfa2_jax.families.flux.family import Flux
+from dfa2_jax.families.flux.family import Flux, FluxFill
 from dfa2_jax.families.hunyuanvideo.family import HunyuanVideo
 from dfa2_jax.families.sd3.family import SD3
 from dfa2_jax.weights.checkpoint import Checkpoint
@@ -31,14 +31,14 @@ def register(family: type[Any]) -> None:
     FAMILIES[family.pipeline_class] = family
 
 
-for known in (SD3, Flux, CogVideoX, HunyuanVideo):
+for known in (SD3, Flux, FluxFill, CogVideoX, HunyuanVideo):
     register(known)
 
 
 def networks() -> dict[str, ComponentSpec]:
-    """Every network of every family, by the class name that a folder gives it."""
+    """Every network of every family, by the class name that a folder gives it; of two, that of the earlier family."""
     specs = [spec for family in FAMILIES.values() for spec in family.components.values()]
-    return {spec.class_name: spec for spec in specs}
+    return {spec.class_name: spec for spec in reversed(specs)}
 
 
 def open_checkpoint(folder: str | PathLike[str], *, verify: bool = True) -> Checkpoint:

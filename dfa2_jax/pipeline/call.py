@@ -362,6 +362,7 @@ def prepare(pipeline: Loaded, options: Options, request: Request) -> Call:
         guidance=guidance,
         solver=schedule.solver,
         known=start.known,
+        beside=start.beside,
     )
     num_text = text.text.shape[1]
     call = Call(pipeline, options, request, grid, start.tokens, start.seeds, sigmas, schedule, num_text, inputs)

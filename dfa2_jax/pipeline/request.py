@@ -10,7 +10,7 @@ import numpy as np
 from dfa2_jax.families.base import Defaults, Embeddings, Family
 from dfa2_jax.io.arrays import host_array
 from dfa2_jax.options import Options
-from dfa2_jax.pipeline.source import STRENGTH, Source, source_of, steps_left_out
+from dfa2_jax.pipeline.source import Source, source_of, steps_left_out
 from dfa2_jax.sampling.solvers.schedulers import check_settings, named_config
 
 MAX_SEQUENCE_LENGTH = 512
@@ -163,7 +163,7 @@ def _from_picture(request: Request, options: Options, family: Family) -> Request
     source = source_of(options, (request.height, request.width), family.latent_channels, request.batch)
     if source is None:
         return request
-    strength = _or(options.strength, STRENGTH)
+    strength = _or(options.strength, family.defaults.strength)
     return replace(request, source=source, strength=strength, first=steps_left_out(strength, request.steps))
 
 

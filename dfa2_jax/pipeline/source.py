@@ -86,10 +86,6 @@ def steps_left_out(strength: float, steps: int) -> int:
     return first
 
 
-STRENGTH = 0.6
-"""Where a call says nothing: as diffusers' pipelines of FLUX and of Stable Diffusion 3."""
-
-
 def _is_latent(image: Any, channels: int) -> bool:
     shape = getattr(image, "shape", ())
     return len(shape) == 4 and shape[1] == channels

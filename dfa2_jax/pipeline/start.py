@@ -1,6 +1,6 @@
 """What sampling starts from: noise, a picture with noise over it, or latents that the caller gives."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from jaxtyping import Float
@@ -22,11 +22,13 @@ class Start:
     tokens: patchified latents.
     seeds: one per image, None where the latents were given.
     known: what latents keep of a picture; None: nothing.
+    beside: what tokens hold beside latents; None: nothing.
     """
 
     tokens: Float[np.ndarray, "B V P"]
     seeds: list[int | None]
     known: Known | None = None
+    beside: Float[np.ndarray, "B V E"] | None = None
 
 
 def start_of(
@@ -41,7 +43,10 @@ def start_of(
         sigmas: noise levels from the first step on.
     """
     noise, tokens, source = noise_of(pipeline, options, request, grid), pipeline.family.tokens, request.source
-    image = None if source is None else encoded(pipeline, source, noise, request.batch, grid)
+    fills = getattr(pipeline.config, "beside_channels", 0) > 0
+    image = None
+    if source is not None and not (fills and options.latents is not None):
+        image = encoded(pipeline, source, noise, request.batch, grid)
     seeds: list[int | None] = [None] * request.batch
     if options.latents is None:
         seeds = [*seeds_of(options.seed, request.batch)]
@@ -51,6 +56,8 @@ def start_of(
         drawn = latents = pipeline.given_tokens(host_array("latents", options.latents), request, grid)
     if source is None or source.mask is None:
         return Start(latents, seeds)
+    if fills:
+        return Start(latents, seeds, beside=picture_beside(pipeline, source, noise, request.batch, grid))
     assert image is not None
     mask = mask_tokens(pipeline, source.mask, grid, request.batch)
     return Start(latents, seeds, Known.of(mask, image, drawn, sigmas))
@@ -88,3 +95,21 @@ def mask_tokens(
     small = np.repeat(mask[:, None, None, ::scale, ::scale], pipeline.family.latent_channels, axis=1)
     tokens = pipeline.family.tokens.pack(small)
     return np.tile(tokens, (batch // len(tokens), 1, 1))
+
+
+def picture_beside(
+    pipeline: Loaded, source: Source, noise: BatchNoise, batch: int, grid: Grid
+) -> Float[np.ndarray, "B V E"]:
+    """FLUX.1-Fill's: latents of the picture where its mask is grey, and the mask of every pixel.
+
+    Raises:
+        ValueError: the picture is given as latents.
+    """
+    if source.pixels is None or source.mask is None:
+        raise ValueError("image must hold pixels, not latents: FLUX.1-Fill encodes what lies outside of the mask.")
+    unmasked = replace(source, pixels=source.pixels * (1 - source.mask[..., None]))
+    scale, mask = pipeline.sizes.vae_scale, source.mask
+    pixels = mask.reshape(len(mask), mask.shape[1] // scale, scale, -1, scale).transpose(0, 2, 4, 1, 3)
+    tokens = pipeline.family.tokens.pack(pixels.reshape(len(mask), scale**2, 1, *pixels.shape[3:]))
+    tokens = np.tile(tokens, (batch // len(tokens), 1, 1))
+    return np.concatenate([encoded(pipeline, unmasked, noise, batch, grid), tokens], axis=-1)

@@ -11,8 +11,8 @@ def from_step(plan: Plan, first: int) -> Plan:
     """The plan of the steps from this one on.
 
     The first step runs in full, whatever the plan says of it: nothing is there to reuse. Where the plan leaves it out,
-    it runs all the same. The moves from there on are the best by the calibration's velocities, Euler's without a
-    calibration; later ones are the plan's.
+    it runs all the same. The first move is Euler's, and later ones are the plan's. Moves that were fitted anew by the
+    calibration's velocities kept no more (docs/pictures.md).
     """
     if not first:
         return plan
@@ -25,11 +25,5 @@ def from_step(plan: Plan, first: int) -> Plan:
     if plan.runs_every_step:
         return Plan(setting, **kept)
     coefficients = np.concatenate([np.zeros((1, 2)), plan.coefficients[later]])
-    ends = (*nodes[1:], len(plan.setting.sigmas) - 1)
-    coefficients[0] = euler_coefficients(np.asarray(plan.setting.sigmas)[[first, ends[0]]])[0]
-    if plan.step_calibration is not None:
-        search = plan.search(plan.step_calibration)
-        coefficients[0] = search.move(None, first, ends[0])[0]
-        if len(nodes) > 1 and first not in plan.nodes:
-            coefficients[1] = search.move(first, nodes[1], ends[1])[0]
+    coefficients[0] = euler_coefficients(np.asarray(plan.setting.sigmas)[[*nodes, -1]])[0]
     return Plan(setting, **kept, nodes=tuple(node - first for node in nodes), coefficients=coefficients)

@@ -21,6 +21,7 @@ class Inputs:
     guidance: how predictions combine (`sampling.guidance`).
     solver: what a prediction does to the latents (`sampling.solvers`).
     known: what latents keep of a picture (`sampling.known`); None: all are the sampler's.
+    beside: what the transformer's tokens hold beside latents, the same at each step.
     """
 
     conditions: Any
@@ -28,12 +29,13 @@ class Inputs:
     guidance: Any
     solver: Any
     known: Any = None
+    beside: Float[Array | np.ndarray, "B V beside"] | None = None
 
     def at(self, nodes: Int[np.ndarray, " nodes"], solver: Any) -> "Inputs":
         """The inputs of these steps alone, in their order, with the solver that goes from each to the next."""
         timesteps = pad_steps(np.asarray(self.timesteps)[nodes])
         known = None if self.known is None else self.known.at(nodes)
-        return Inputs(self.conditions, timesteps, self.guidance.at(nodes), solver, known)
+        return Inputs(self.conditions, timesteps, self.guidance.at(nodes), solver, known, self.beside)
 
 
 def pad_steps(x: np.ndarray) -> np.ndarray:

@@ -66,6 +66,7 @@ class StepModel:
 
     transformer: `families.base.Transformer`.
     plans: what each layer knows of itself, by stack.
+    beside: as in `Inputs`.
     implementation: of the dense attention that skip-layer guidance runs.
     """
 
@@ -74,11 +75,13 @@ class StepModel:
     conditions: Any
     timestep: Float[Array, "1 E"]
     plans: dict[str, Any]
+    beside: Any = None
     implementation: str | None = None
     unroll: int | bool = 1
 
     def __call__(self, x: Float[Array, "B V C"], memory: Any) -> tuple[Float[Array, "B V C"], Any]:
         options = {"memory": memory, "plans": self.plans, "unroll": self.unroll}
+        x = x if self.beside is None else jnp.concatenate([x, self.beside], axis=-1)
         prediction, memory = self.transformer(x, self.timestep, self.conditions, self.attend, **options)
         return prediction.astype(jnp.float32), memory
 
@@ -109,7 +112,7 @@ def denoise_step(
     """
     rounded, timestep = rounding_to(rounding), jnp.asarray(inputs.timesteps)[i][None]
     plans = dense_plans(model.config.calls(1, 1), i) if plans is None else plans
-    step_model = StepModel(model, attend, inputs.conditions, timestep, plans, **options)
+    step_model = StepModel(model, attend, inputs.conditions, timestep, plans, inputs.beside, **options)
     prediction, memory = inputs.guidance(step_model, state.latents, i, state.memory or {}, rounded)
     before = state.latents, prediction, i, state.solver
     if rounding is not None and isinstance(inputs.solver, RoundedSolver):

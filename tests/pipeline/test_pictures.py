@@ -1,14 +1,15 @@
 """Image to image and inpainting, against diffusers' pipelines of both."""
 
+from dataclasses import replace
 from functools import cache
 
 import jax
 import numpy as np
 import pytest
 from PIL import Image
-from pipeline_cases import PROMPTS, error, load_theirs, random_plan, run_theirs
+from pipeline_cases import PROMPTS, error, load_theirs, planned_error, random_plan, run_theirs
 
-from dfa2_jax import Pipeline, calibrate, cli
+from dfa2_jax import Pipeline, Plan, cli
 from dfa2_jax.io.images import read_metadata
 from dfa2_jax.options import Options
 from dfa2_jax.plan.suffix import from_step
@@ -94,26 +95,15 @@ def decoded(vae, latents):
 @pytest.mark.parametrize("name, kind", [("tiny_sd35", "mask"), ("tiny_flux_dev", "image")])
 def test_a_plan_applies_to_the_steps_that_run(name, kind, strength, pipelines, theirs):
     """The first of them in full; the rest equals diffusers with masks and reuse written out in torch."""
-    from torch_reference import follow_plan
-
     ours, reference = pipelines(name), theirs(name, kind)
     arguments = {"prompt": PROMPTS[0], "seed": 7, "image": picture(0), "strength": strength, "guidance_scale": 3.5}
     arguments |= CALL | ({"mask_image": mask()} if kind == "mask" else {})
     plan = random_plan(ours.setting(**arguments, output_type="latent"), 3)
-    call = ours.prepare(Options(**arguments, plan=plan, output_type="latent"))
-    assert call.plan is not None and len(call.plan.nodes) == (4 if strength == 0.4 else 8) == call.num_steps(call.plan)
-    output = ours(**arguments, plan=plan, **LATENT)
-    layouts = [layer.layout for layer in call.layers]
-    processors = [block.attn.processor for block in reference.transformer.transformer_blocks]
-    run = follow_plan(reference, call.plan.half_windows(), layouts)
-    want = run_theirs(reference, **arguments, callback_on_step_end=run.next_step, output_type="latent")
-    for block, processor in zip(reference.transformer.transformer_blocks, processors, strict=True):
-        block.attn.set_processor(processor)
-    assert error(output.images, want) < 1e-4
-    assert output.metadata["plan"] == plan.digest and output.metadata["num_nodes"] == len(call.plan.nodes)
-    assert output.metadata["num_inference_steps"] == 8 and output.metadata["density"] == pytest.approx(
-        call.plan.density()
-    )
+    far, output = planned_error(ours, reference, arguments, plan)
+    assert far < 1e-4 < error(output.images, ours(**arguments, **LATENT).images)
+    assert output.metadata["plan"] == plan.digest and output.metadata["num_inference_steps"] == 8
+    cut = from_step(plan, 8 - (runs := 4 if strength == 0.4 else 8))
+    assert output.metadata["num_nodes"] == runs and output.metadata["density"] == pytest.approx(cut.density())
 
 
 def test_pictures_masks_and_strengths_are_data(pipelines, compilations):
@@ -155,19 +145,17 @@ def test_what_is_outside_of_the_mask_stays(pipelines):
     assert error(made[..., 5:], latents[..., 5:]) > 0.1
 
 
-@pytest.mark.parametrize("kept", [0, 3, 5])
-def test_moves_of_a_step_plan_are_fitted_anew_where_it_is_cut(kept, pipelines):
-    """Where a picture starts between two nodes, the first two moves come from the calibration's velocities."""
-    ours = pipelines("tiny_sd35")
-    call = CALL | {"num_inference_steps": 12, "guidance_scale": 1.0}
-    plan = calibrate(ours, PROMPTS, speedup=2.0, heads="full", **call, progress=False)
-    assert len(plan.nodes) == 6 and from_step(plan, 0) is plan
-    first = plan.nodes[2] + (kept == 5)
-    suffix = from_step(plan, first)
-    assert suffix.nodes[0] == 0 and len(suffix.setting.sigmas) == 13 - first
-    assert [node + first for node in suffix.nodes[1:]] == [node for node in plan.nodes if node > first]
-    np.testing.assert_array_equal(suffix.coefficients[2:], plan.coefficients[-len(suffix.nodes) + 2 :])
-    assert suffix.coefficients[0, 1] == 0
+@pytest.mark.parametrize("first", [5, 6])
+def test_a_step_plan_is_cut_at_a_node_or_between_two(first, pipelines):
+    setting = pipelines("tiny_sd35").setting(prompt="", **CALL | {"num_inference_steps": 12}, output_type="latent")
+    coefficients = np.random.default_rng(0).uniform(-0.2, 0, (5, 2))
+    coefficients[0, 1] = 0
+    plan = replace(Plan.full(setting, (0, 2, 5, 9, 11)), coefficients=coefficients)
+    assert from_step(plan, 0) is plan
+    suffix, sigmas = from_step(plan, first), np.float32(setting.sigmas)
+    assert suffix.nodes == (0, 9 - first, 11 - first) and suffix.setting.sigmas == setting.sigmas[first:]
+    np.testing.assert_allclose(suffix.coefficients[0], [sigmas[9] - sigmas[first], 0], rtol=1e-6)
+    np.testing.assert_array_equal(suffix.coefficients[1:], coefficients[3:])
 
 
 def test_the_command_starts_from_a_file_and_makes_it_again(tiny_sd35, tmp_path, capsys):

@@ -89,7 +89,11 @@ def test_a_folder_of_one_component(folder):
         ("transformer/config.json", "[" * 100_000, "is not valid JSON"),
         ("transformer/config.json", '{"num_layers": -1}', "unusable config.json|is not a FluxTransformer2DModel"),
         ("transformer/config.json", '{"attention_head_dim": "many"}', "unusable config.json"),
-        ("transformer/config.json", '{"in_channels": 384, "out_channels": 64}', "Only text-to-image FLUX.1"),
+        (
+            "transformer/config.json",
+            '{"in_channels": 384, "out_channels": 64}',
+            "are no text-to-image FLUX.1's: FLUX.1-Fill is a FluxFillPipeline",
+        ),
     ],
 )
 def test_bad_json(file, text, message, folder):

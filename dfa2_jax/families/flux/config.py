@@ -11,9 +11,13 @@ from pallas_kernels.layout import Layout
 
 @dataclass(frozen=True, kw_only=True)
 class FluxConfig:
-    """Sizes of a `FluxTransformer2DModel`; defaults are diffusers'."""
+    """Sizes of a `FluxTransformer2DModel`; defaults are diffusers'.
+
+    in_channels: of a token, latents and what lies beside them; out_channels: of latents alone, None: the same.
+    """
 
     in_channels: int = 64
+    out_channels: int | None = None
     num_layers: int = 19
     num_single_layers: int = 38
     attention_head_dim: int = 128
@@ -26,24 +30,22 @@ class FluxConfig:
     def __post_init__(self) -> None:
         if sum(self.axes_dims_rope) != self.attention_head_dim or len(self.axes_dims_rope) != 3:
             raise ValueError(f"{self.axes_dims_rope=} must be three sizes that add up to {self.attention_head_dim=}.")
-        if self.in_channels % 4:
-            raise ValueError(f"{self.in_channels=} must be a multiple of 4: latents are packed in 2 x 2 patches.")
+        if self.token_channels % 4 or self.beside_channels < 0:
+            raise ValueError(
+                f"out_channels={self.token_channels} must be a multiple of 4, for latents are packed in 2 x 2 patches, "
+                f"and {self.in_channels=} at least as many."
+            )
 
     @classmethod
     def from_json(cls, config: Mapping[str, Any]) -> "FluxConfig":
         """From diffusers' config.json; unknown fields are ignored.
 
         Raises:
-            ValueError: a variant whose input is not its output (FLUX.1-Fill, -Canny, -Depth).
+            ValueError: tokens are no packed latents.
         """
-        made = config_from_json(cls, config)
-        out_channels, patch_size = config.get("out_channels"), config.get("patch_size", 1)
-        if out_channels not in (None, made.in_channels) or patch_size != 1:
-            raise ValueError(
-                f"Only text-to-image FLUX.1 is supported: in_channels={made.in_channels}, {out_channels=}, "
-                f"{patch_size=} must be equal channels and patch size 1."
-            )
-        return made
+        if (patch_size := config.get("patch_size", 1)) != 1:
+            raise ValueError(f"{patch_size=} must be 1: the pipeline packs latents, not the transformer.")
+        return config_from_json(cls, config)
 
     @property
     def width(self) -> int:
@@ -56,7 +58,13 @@ class FluxConfig:
 
     @property
     def token_channels(self) -> int:
-        return self.in_channels
+        """Of a token's latents, which the transformer predicts."""
+        return self.in_channels if self.out_channels is None else self.out_channels
+
+    @property
+    def beside_channels(self) -> int:
+        """Of what a token holds beside latents: FLUX.1-Fill's picture and mask."""
+        return self.in_channels - self.token_channels
 
     def calls(self, num_text: int, num_visual: int) -> tuple[AttentionCall, ...]:
         """Every attention layer in order of execution: double-stream blocks, then single-stream ones."""

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -36,9 +37,36 @@ from dfa2_jax.weights.spec import ComponentSpec
 
 logger = logging.getLogger("dfa2_jax")
 
+
+def text_to_image(json: Mapping[str, Any]) -> FluxConfig:
+    """
+    Raises:
+        ValueError: tokens hold more than latents.
+    """
+    if (config := FluxConfig.from_json(json)).beside_channels:
+        raise ValueError(
+            f"in_channels={config.in_channels} and out_channels={config.token_channels} are no text-to-image FLUX.1's: "
+            "FLUX.1-Fill is a FluxFillPipeline, and -Canny and -Depth are not supported."
+        )
+    return config
+
+
+def fill(json: Mapping[str, Any]) -> FluxConfig:
+    """
+    Raises:
+        ValueError: tokens have no room for picture and mask.
+    """
+    if (config := FluxConfig.from_json(json)).beside_channels <= config.token_channels:
+        raise ValueError(
+            f"in_channels={config.in_channels} of a FluxFillPipeline must hold latents twice "
+            f"(out_channels={config.token_channels}), and the mask."
+        )
+    return config
+
+
 TRANSFORMER = ComponentSpec(
     class_name="FluxTransformer2DModel",
-    config=FluxConfig.from_json,
+    config=text_to_image,
     build=FluxTransformer,
     rules=RULES,
     quantize=quantize,
@@ -58,7 +86,7 @@ class Flux:
     def __init__(self, config: FluxConfig, scheduler: Mapping[str, Any], transformer: nnx.Module):
         self.config = config
         self.tokens = Patches(config.patch_size, CHANNEL_ROW_COLUMN)
-        self.latent_channels = config.in_channels // config.patch_size**2
+        self.latent_channels = config.token_channels // config.patch_size**2
         # Only schnell of the published models has a fixed shift. A fine-tune without guidance keeps dev's scheduler.
         is_schnell = not config.guidance_embeds and not scheduler.get("use_dynamic_shifting", False)
         steps, scale, length = (4, 0.0, 256) if is_schnell else (28, 3.5, 512)
@@ -127,5 +155,23 @@ class Flux:
         return tokens
 
     def input_tokens(self, latents: np.ndarray, grid: Grid) -> np.ndarray:
-        expect_shape("latents", latents, (None, grid.num_visual, self.config.in_channels))
+        expect_shape("latents", latents, (None, grid.num_visual, self.config.token_channels))
         return latents
+
+
+class FluxFill(Flux):
+    """FLUX.1-Fill paints a mask anew: tokens hold the rest of the picture, and the mask, beside latents."""
+
+    pipeline_class = "FluxFillPipeline"
+    components = Flux.components | {"transformer": replace(TRANSFORMER, config=fill)}
+
+    def __init__(self, config: FluxConfig, scheduler: Mapping[str, Any], transformer: nnx.Module):
+        super().__init__(config, scheduler, transformer)
+        self.defaults = Defaults(50, 30.0, 512, latent_size=(128, 128), strength=1.0)
+
+    def check(self, options: Options) -> None:
+        super().check(options)
+        if options.true_cfg_scale != 1.0:
+            raise ValueError(f"true_cfg_scale={options.true_cfg_scale} is for other FLUX.1 models: Fill has none.")
+        if lacking := [name for name in ("image", "mask_image") if getattr(options, name) is None]:
+            raise ValueError(f"{' and '.join(lacking)} must be given: FLUX.1-Fill paints a part of a picture anew.")

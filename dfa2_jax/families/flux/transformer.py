@@ -77,11 +77,11 @@ class FluxTransformer(nnx.Module):
             config.num_single_layers, lambda r: SingleBlock(width, heads, dtype=dtype, rngs=r), rngs
         )
         self.norm_out = AdaLNOut(width, **to)
-        self.proj_out = Linear(width, config.in_channels, **to)
+        self.proj_out = Linear(width, config.token_channels, **to)
 
     def __call__(
         self,
-        tokens: Float[Array | np.ndarray, "B V C"],
+        tokens: Float[Array | np.ndarray, "B V in_channels"],
         timestep: Float[Array | np.ndarray, "#B 256"],
         conditions: FluxConditions,
         attend: Attend | None = None,
@@ -90,11 +90,12 @@ class FluxTransformer(nnx.Module):
         plans: dict[str, Any] | None = None,
         skipped_blocks: Bool[Array, " blocks"] | None = None,
         unroll: int | bool = 1,
-    ) -> tuple[Float[Array, "B V C"], dict[str, Any]]:
+    ) -> tuple[Float[Array, "B V out_channels"], dict[str, Any]]:
         """Velocity of packed latents, and what attention remembers (`families.base.Transformer`).
 
         Args:
-            tokens: latents in patches of (channel, row, column), `sampling.tokens.patchify`.
+            tokens: latents in patches of (channel, row, column), `sampling.tokens.patchify`; FLUX.1-Fill's hold picture
+                and mask, too.
             timestep: `sampling.sinusoid` of 1000 sigma.
             skipped_blocks: blocks to leave out, double-stream ones first.
         """
