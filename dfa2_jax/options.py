@@ -172,7 +172,7 @@ class Options:
     )
     vae_tiling: bool = option(
         False,
-        "decode videos in overlapping tiles, as diffusers' enable_tiling does: less memory, and other pixels",
+        "decode in overlapping tiles, as diffusers' enable_tiling does: less memory, and other pixels",
         flag=True,
     )
     callback_on_frames: Callable[..., Any] | None = option(

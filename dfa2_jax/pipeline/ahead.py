@@ -92,7 +92,7 @@ def _advice(call: Call, need: int, free: int) -> str:
     """What takes less: memory grows with the pixels that are decoded at once."""
     pipeline, latents, is_tiled = call.pipeline, _latents(call), call.options.vae_tiling
     at_once = _at_once(latents, pipeline.tiles(is_tiled))
-    if call.request.num_frames is not None and not is_tiled:
+    if not is_tiled:
         with suppress(ValueError):  # tiles that do not meet
             tiled = need * math.prod(_at_once(latents, pipeline.tiles(True))) / math.prod(at_once)
             if tiled <= free:

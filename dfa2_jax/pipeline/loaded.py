@@ -197,7 +197,7 @@ class Loaded:
         Devices of this process share lines of pixels.
 
         Args:
-            tiling: decode a video in tiles, as its autoencoder has them (`vae.tiles`).
+            tiling: decode in tiles, as its autoencoder has them (`vae.tiles`).
             progress: show a bar of frames, or of frames of tiles.
             on_frames: called with the frames of each chunk. What it raises ends the decoding, and leaves nothing.
         """

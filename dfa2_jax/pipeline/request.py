@@ -172,8 +172,6 @@ def _video(options: Options, defaults: Defaults) -> tuple[int | None, int | None
     if defaults.num_frames is None:
         if options.fps is not None or options.use_dynamic_cfg:
             raise ValueError(f"fps={options.fps!r} and use_dynamic_cfg are for video models: this one makes images.")
-        if options.vae_tiling:
-            raise ValueError(f"vae_tiling={options.vae_tiling!r} is for video models: this one makes images.")
         return options.num_frames, None
     num_frames = _positive_int("num_frames", _or(options.num_frames, defaults.num_frames), MAX_FRAMES)
     return num_frames, _positive_int("fps", _or(options.fps, defaults.fps), MAX_FPS)

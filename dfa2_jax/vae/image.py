@@ -17,17 +17,20 @@ from dfa2_jax.io.errors import check_fields
 from dfa2_jax.nn.config import config_from_json
 from dfa2_jax.vae.blocks import DownBlock, GroupNorm, MidBlock, UpBlock, conv
 from dfa2_jax.vae.chunks import Chunk
-from dfa2_jax.vae.tiles import Tiles
+from dfa2_jax.vae.tiles import Axis, Tiles
 
 # config.json fields with one value that is implemented, which is also diffusers' default: SD3's and FLUX.1's.
 IMPLEMENTED = {"act_fn": "silu", "mid_block_add_attention": True, "latents_mean": None, "latents_std": None}
+
+OVERLAP = 0.25
+"""The share of a tile that is blended (diffusers 0.42.1, AutoencoderKL's `tile_overlap_factor`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class AutoencoderConfig:
     """diffusers' fields, with diffusers' defaults where a config.json may leave them out."""
 
-    tiles_itself: ClassVar[bool] = False
+    tiles_itself: ClassVar[bool] = True
 
     block_out_channels: tuple[int, ...]  # from the image's end to the latents'
     layers_per_block: int = 1  # of the encoder; the decoder has one more
@@ -35,6 +38,7 @@ class AutoencoderConfig:
     in_channels: int = 3
     out_channels: int = 3
     norm_num_groups: int = 32
+    sample_size: int = 32  # pixels of a side that the autoencoder was made for: tiles are as large
     scaling_factor: float = 0.18215
     shift_factor: float | None = None
     use_quant_conv: bool = True
@@ -59,11 +63,14 @@ class AutoencoderConfig:
         return latent_frames
 
     def tiles(self) -> Tiles:
-        """
+        """As large as the images that the autoencoder was made for.
+
         Raises:
-            ValueError: pictures are decoded whole.
+            ValueError: they do not meet.
         """
-        raise ValueError("vae_tiling=True is for video models: this VAE makes images.")
+        scale = 2 ** (len(self.block_out_channels) - 1)
+        axis = Axis.meeting(self.sample_size, OVERLAP, scale, f"the VAE's sample_size={self.sample_size}")
+        return Tiles(axis, axis, scale)
 
     @classmethod
     def from_json(cls, json: Mapping[str, Any]) -> "AutoencoderConfig":
@@ -71,7 +78,8 @@ class AutoencoderConfig:
         for name, value in IMPLEMENTED.items():
             if json.get(name, value) != value:
                 raise ValueError(f"VAE config: {name}={json[name]!r}, but only {value!r} is implemented")
-        config = config_from_json(cls, json)
+        size = json.get("sample_size", cls.sample_size)
+        config = config_from_json(cls, {**json, "sample_size": size[0] if isinstance(size, list | tuple) else size})
         for name, block in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
             wanted = [block] * len(config.block_out_channels)
             if list(json.get(name, wanted)) != wanted:

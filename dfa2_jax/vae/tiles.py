@@ -1,7 +1,7 @@
-"""Tiles of pixels that a video is decoded in, as those of diffusers' video autoencoders.
+"""Tiles of pixels that images and videos are decoded in, as those of diffusers' autoencoders.
 
-A tile overlaps the one above and the one on its left, and is blended into them. Each tile is a video of its own: its
-norms see the tile alone, so that other frames come out than of the whole.
+A tile overlaps the one above and the one on its left, and is blended into them. Each tile is decoded for itself: its
+norms see the tile alone, so that other pixels come out than of the whole.
 """
 
 from dataclasses import dataclass
@@ -17,6 +17,24 @@ class Axis:
     size: int
     step: int
     blended: int
+
+    @classmethod
+    def meeting(cls, pixels: int, overlap: float, scale: int, what: str) -> "Axis":
+        """Tiles of so many pixels, of which a share is blended.
+
+        Args:
+            what: the tiles are of, in words.
+
+        Raises:
+            ValueError: they do not meet.
+        """
+        axis = cls(pixels // scale, int(pixels // scale * (1 - overlap)), int(pixels * overlap))
+        if axis.step < 1 or axis.step * scale + axis.blended != pixels:
+            raise ValueError(
+                f"vae_tiling: tiles of {what} with {axis.blended} pixels of overlap do not meet at a multiple of "
+                f"{scale} pixels: leave vae_tiling out."
+            )
+        return axis
 
     def parts(self, length: int) -> list[slice]:
         """Latents of each tile; the last is as long as what is left."""

@@ -113,14 +113,8 @@ class VideoAutoencoderConfig:
         return Tiles(self._axis("sample_height"), self._axis("sample_width"), self.scale)
 
     def _axis(self, name: str) -> Axis:
-        pixels, overlap, scale = getattr(self, name) // 2, OVERLAP[name], self.scale
-        axis = Axis(pixels // scale, int(pixels // scale * (1 - overlap)), int(pixels * overlap))
-        if axis.step < 1 or axis.step * scale + axis.blended != pixels:
-            raise ValueError(
-                f"vae_tiling: tiles of half of the VAE's {name}={getattr(self, name)} with {axis.blended} pixels of "
-                f"overlap do not meet at a multiple of {scale} pixels: leave vae_tiling out."
-            )
-        return axis
+        size = getattr(self, name)
+        return Axis.meeting(size // 2, OVERLAP[name], self.scale, f"half of the VAE's {name}={size}")
 
     @classmethod
     def from_json(cls, json: Mapping[str, Any]) -> "VideoAutoencoderConfig":

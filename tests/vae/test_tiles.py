@@ -1,10 +1,11 @@
-"""Videos decoded in tiles, against diffusers' `enable_tiling`."""
+"""Images and videos decoded in tiles, against diffusers' `enable_tiling`."""
 
 import shutil
 
 import numpy as np
 import pytest
 from damage import edit_json
+from pipeline_cases import load_theirs, run_theirs
 
 from dfa2_jax import Pipeline
 from dfa2_jax.options import Options
@@ -13,6 +14,7 @@ from dfa2_jax.pipeline.components import Component
 from dfa2_jax.pipeline.decoding import frames_of
 from dfa2_jax.pipeline.output import metadata
 from dfa2_jax.pipeline.timing import Clock
+from dfa2_jax.vae.image import AutoencoderConfig
 from dfa2_jax.vae.video import VideoAutoencoderConfig
 
 
@@ -94,6 +96,29 @@ def test_tiles_of_one_size_share_a_program_that_is_compiled_ahead(pipeline, monk
     assert metadata(pipeline, call.options, call.request)["vae_tiling"] is True
 
 
+@pytest.mark.torch
+@pytest.mark.parametrize("name", ["tiny_sd35", "tiny_flux_dev"])
+def test_tiles_of_images_equal_diffusers(name, request, tmp_path):
+    """Tiles of 64 pixels, 48 apart; the last are 16 and 32 wide."""
+    shutil.copytree(request.getfixturevalue(name), tmp_path / "model")
+    edit_json(tmp_path / "model/vae/config.json", sample_size=64)
+    ours, theirs = Pipeline.from_pretrained(tmp_path / "model"), load_theirs(tmp_path / "model")
+    call = {"prompt": "a", "height": 112, "width": 128, "num_inference_steps": 2, "guidance_scale": 1.0}
+    call |= {"max_sequence_length": 16, "output_type": "np"}
+    whole, tiled = (ours(**call, vae_tiling=tiling, progress=False).images for tiling in (False, True))
+    theirs.vae.enable_tiling()
+    assert np.abs(tiled - run_theirs(theirs, 0, **call)).max() <= 1 / 255
+    assert np.abs(tiled - whole).max() > 0.02, "tiling is idle"
+
+
+def test_tiles_of_published_images():
+    """Of 1024 px, 768 apart, 256 of them blended."""
+    sizes = {"block_out_channels": [128, 256, 512, 512], "sample_size": 1024}
+    axis = AutoencoderConfig.from_json(sizes).tiles().rows
+    assert (axis.size, axis.step, axis.blended) == (128, 96, 256)
+    assert AutoencoderConfig.from_json(sizes | {"sample_size": [1024, 768]}).sample_size == 1024
+
+
 def test_tiles_of_published_videos():
     """720 x 480: tiles of 30 x 45 latents, 25 x 36 apart, as diffusers' comments on overlap have it."""
     tiles = VideoAutoencoderConfig().tiles()
@@ -104,11 +129,11 @@ def test_tiles_of_published_videos():
     assert tiles.parts(30, 45) == [(slice(0, 30), slice(0, 45))]
 
 
-def test_tiles_that_do_not_meet_are_refused(pipeline, pipelines, monkeypatch):
+def test_tiles_that_do_not_meet_are_refused(pipeline, monkeypatch):
     with pytest.raises(ValueError, match="half of the VAE's sample_height=64 .* do not meet at a multiple of 8 pixels"):
         VideoAutoencoderConfig(sample_height=64).tiles()
-    with pytest.raises(ValueError, match="vae_tiling=True is for video models: this one makes images"):
-        pipelines("tiny_sd35").request(Options(prompt="", vae_tiling=True))
+    with pytest.raises(ValueError, match="tiles of the VAE's sample_size=24 .* do not meet at a multiple of 8 pixels"):
+        AutoencoderConfig(block_out_channels=(32,) * 4, sample_size=24).tiles()
     monkeypatch.setattr(pipeline.networks, "config", lambda name: VideoAutoencoderConfig(sample_width=64))
     with pytest.raises(ValueError, match="vae_tiling: tiles of half of the VAE's sample_width=64"):
         pipeline.request(Options(**CALL, vae_tiling=True))
