@@ -154,6 +154,19 @@ def learn(data: Any) -> Iterator[list[str]]:
             yield [f"{one['cost'] * count:.0f} of {count}", f"{1 / one['cost']:.2f}x", *cells]
 
 
+@table(
+    "pictures",
+    "pictures.json",
+    "strength | dense steps | steps of the plan | PSNR, dB: mean, worst | SSIM: mean, worst",
+    "python -m benchmarks.pictures",
+)
+def pictures(data: Any) -> Iterator[list[str]]:
+    for one in data["rows"]:
+        plan = one["plan"]
+        likeness = f"{plan['ssim']:.3f}, {plan['worst_ssim']:.2f}"
+        yield [f"{one['strength']:g}", str(one["steps"]), str(len(one["nodes"])), _psnr([plan]), likeness]
+
+
 LIMIT = "forwards | speedup | plan to the limit | plan to the dense run | Euler's steps | DPM++ 2M"
 
 

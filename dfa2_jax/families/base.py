@@ -81,7 +81,7 @@ class Defaults:
     fps: int | None = None
     """Frames a second of its videos."""
     strength: float = 0.6
-    """Of noise over a picture."""
+    """Share of the noise that a picture starts with."""
 
 
 @dataclass(frozen=True)

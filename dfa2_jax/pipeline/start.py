@@ -1,6 +1,8 @@
 """What sampling starts from: noise, a picture with noise over it, or latents that the caller gives."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 from jaxtyping import Float
@@ -13,6 +15,7 @@ from dfa2_jax.pipeline.source import Source
 from dfa2_jax.sampling.known import Known, noised
 from dfa2_jax.sampling.noise import BatchNoise
 from dfa2_jax.sampling.tokens import Grid
+from dfa2_jax.vae.tiles import Canvas, Tiles
 
 
 @dataclass(frozen=True)
@@ -44,9 +47,8 @@ def start_of(
     """
     noise, tokens, source = noise_of(pipeline, options, request, grid), pipeline.family.tokens, request.source
     fills = getattr(pipeline.config, "beside_channels", 0) > 0
-    image = None
-    if source is not None and not (fills and options.latents is not None):
-        image = encoded(pipeline, source, noise, request.batch, grid)
+    encode = partial(encoded, pipeline, noise=noise, batch=request.batch, grid=grid, is_tiled=options.vae_tiling)
+    image = None if source is None or (fills and options.latents is not None) else encode(source)
     seeds: list[int | None] = [None] * request.batch
     if options.latents is None:
         seeds = [*seeds_of(options.seed, request.batch)]
@@ -57,7 +59,7 @@ def start_of(
     if source is None or source.mask is None:
         return Start(latents, seeds)
     if fills:
-        return Start(latents, seeds, beside=picture_beside(pipeline, source, noise, request.batch, grid))
+        return Start(latents, seeds, beside=beside(pipeline, source, encode))
     assert image is not None
     mask = mask_tokens(pipeline, source.mask, grid, request.batch)
     return Start(latents, seeds, Known.of(mask, image, drawn, sigmas))
@@ -70,21 +72,42 @@ def noise_of(pipeline: Loaded, options: Options, request: Request, grid: Grid) -
     return BatchNoise(seeds if np.ndim(options.seed) else seeds[0], request.batch, shape)
 
 
-def encoded(pipeline: Loaded, source: Source, noise: BatchNoise, batch: int, grid: Grid) -> Float[np.ndarray, "B V P"]:
+def encoded(
+    pipeline: Loaded, source: Source, *, noise: BatchNoise, batch: int, grid: Grid, is_tiled: bool
+) -> Float[np.ndarray, "B V P"]:
     """The picture of each image of a batch, as patchified latents."""
     latents = source.latents
     if source.pixels is not None:
         pipeline.check_vae()
-        vae = pipeline.networks["vae"]
-        drawn = noise.draw(source.count)
-        moments = [vae(pipeline.put_image(pixels[None]), method="encode") for pixels in source.pixels]
-        mean, deviation = (np.concatenate([np.asarray(part) for part in parts]) for parts in zip(*moments, strict=True))
-        latents = mean.transpose(0, 3, 1, 2) + deviation.transpose(0, 3, 1, 2) * drawn
+        tiles = pipeline.tiles(is_tiled)
+        moments = np.concatenate([moments_of(pipeline, pixels, tiles) for pixels in source.pixels])
+        drawn = noise.draw(source.count).transpose(0, 2, 3, 1)
+        latents = pipeline.networks.config("vae").drawn(moments, drawn).transpose(0, 3, 1, 2)
     assert latents is not None
     patches = pipeline.family.tokens.pack(latents[:, :, None])
     if patches.shape[1] != grid.num_visual:
         raise ValueError(f"image holds latents {list(latents.shape)}: the call's images are of another size.")
     return np.tile(patches, (batch // len(patches), 1, 1))
+
+
+def moments_of(
+    pipeline: Loaded, pixels: Float[np.ndarray, "H W 3"], tiles: Tiles | None
+) -> Float[np.ndarray, "1 h w M"]:
+    """What the autoencoder's posterior is drawn from, tile by tile where there are tiles."""
+
+    def moments(part: Float[np.ndarray, "y x 3"]) -> np.ndarray:
+        return np.asarray(pipeline.networks["vae"](pipeline.put_image(part[None]), method="encode"))
+
+    if tiles is None:
+        return moments(pixels)
+    scale, canvas = pipeline.sizes.vae_scale, None
+    height, width = pixels.shape[0] // scale, pixels.shape[1] // scale
+    for rows, columns in tiles.parts(height, width):
+        tile = moments(pixels[rows.start * scale : rows.stop * scale, columns.start * scale : columns.stop * scale])
+        canvas = canvas or Canvas(tiles.of_latents, 1, height, width, tile.shape[-1])
+        canvas.put((rows, columns), tile)
+    assert canvas is not None
+    return canvas.pixels
 
 
 def mask_tokens(
@@ -97,19 +120,18 @@ def mask_tokens(
     return np.tile(tokens, (batch // len(tokens), 1, 1))
 
 
-def picture_beside(
-    pipeline: Loaded, source: Source, noise: BatchNoise, batch: int, grid: Grid
+def beside(
+    pipeline: Loaded, source: Source, encode: Callable[[Source], Float[np.ndarray, "B V P"]]
 ) -> Float[np.ndarray, "B V E"]:
-    """FLUX.1-Fill's: latents of the picture where its mask is grey, and the mask of every pixel.
+    """FLUX.1-Fill's: latents of the picture, grey where it is painted anew, and the mask of every pixel.
 
     Raises:
         ValueError: the picture is given as latents.
     """
     if source.pixels is None or source.mask is None:
         raise ValueError("image must hold pixels, not latents: FLUX.1-Fill encodes what lies outside of the mask.")
-    unmasked = replace(source, pixels=source.pixels * (1 - source.mask[..., None]))
+    seen = encode(replace(source, pixels=source.pixels * (1 - source.mask[..., None])))
     scale, mask = pipeline.sizes.vae_scale, source.mask
     pixels = mask.reshape(len(mask), mask.shape[1] // scale, scale, -1, scale).transpose(0, 2, 4, 1, 3)
     tokens = pipeline.family.tokens.pack(pixels.reshape(len(mask), scale**2, 1, *pixels.shape[3:]))
-    tokens = np.tile(tokens, (batch // len(tokens), 1, 1))
-    return np.concatenate([encoded(pipeline, unmasked, noise, batch, grid), tokens], axis=-1)
+    return np.concatenate([seen, np.tile(tokens, (len(seen) // len(tokens), 1, 1))], axis=-1)

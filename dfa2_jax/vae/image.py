@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
@@ -57,6 +58,14 @@ class AutoencoderConfig:
     def chunks(self, latent_frames: int) -> list[Chunk]:
         """One picture at a time: another batch size compiles nothing, and activations stay those of one."""
         return [Chunk(number, 1) for number in range(latent_frames)]
+
+    def drawn(
+        self, moments: Float[np.ndarray, "B h w M"], noise: Float[np.ndarray, "B h w C"]
+    ) -> Float[np.ndarray, "B h w C"]:
+        """Latents as the sampler takes them, from what `encode` returns."""
+        mean, log_variance = np.split(moments, 2, axis=-1)
+        deviation = np.exp(np.clip(log_variance, -30, 20) / 2)  # diffusers' DiagonalGaussianDistribution
+        return (mean + deviation * noise - (self.shift_factor or 0.0)) * self.scaling_factor
 
     def num_frames(self, latent_frames: int) -> int:
         """Each is a picture."""
@@ -142,7 +151,7 @@ class Decoder(nnx.Module):
 
 
 class AutoencoderKL(nnx.Module):
-    """Both directions speak the sampler's latents, `(posterior - shift_factor) * scaling_factor`."""
+    """Decodes the sampler's latents, which are `(posterior - shift_factor) * scaling_factor`: `drawn` makes them."""
 
     def __init__(self, config: AutoencoderConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         channels = config.latent_channels
@@ -161,13 +170,8 @@ class AutoencoderKL(nnx.Module):
         z = z.astype(self.dtype)
         return self.decoder(z if self.post_quant_conv is None else self.post_quant_conv(z))
 
-    def encode(
-        self, images: Float[Array, "B height width C"]
-    ) -> tuple[Float[Array, "B h w E"], Float[Array, "B h w E"]]:
-        """Mean and standard deviation of latents as the sampler takes them, float32, from images in -1 to 1."""
+    def encode(self, images: Float[Array, "B height width C"]) -> Float[Array, "B h w M"]:
+        """The posterior's mean and the logarithm of its variance, float32, from images in -1 to 1."""
         moments = self.encoder(images.astype(self.dtype))
         moments = moments if self.quant_conv is None else self.quant_conv(moments)
-        mean, log_variance = jnp.split(moments.astype(jnp.float32), 2, axis=-1)
-        deviation = jnp.exp(jnp.clip(log_variance, -30.0, 20.0) / 2)  # diffusers' DiagonalGaussianDistribution
-        shift, scale = self.config.shift_factor or 0.0, self.config.scaling_factor
-        return (mean - shift) * scale, deviation * scale
+        return moments.astype(jnp.float32)

@@ -4,7 +4,7 @@ A tile overlaps the one above and the one on its left, and is blended into them.
 norms see the tile alone, so that other pixels come out than of the whole.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from jaxtyping import Float
@@ -49,6 +49,12 @@ class Tiles:
     columns: Axis
     scale: int
 
+    @property
+    def of_latents(self) -> "Tiles":
+        """The same where latents are put together, as an encoder makes them."""
+        rows, columns = (replace(axis, blended=axis.blended // self.scale) for axis in (self.rows, self.columns))
+        return Tiles(rows, columns, 1)
+
     def parts(self, height: int, width: int) -> list[tuple[slice, slice]]:
         """Rows and columns of latents of each tile, in reading order; one tile of what fits in it."""
         if height <= self.rows.size and width <= self.columns.size:
@@ -59,16 +65,16 @@ class Tiles:
 class Canvas:
     """Frames of a chunk, put together of tiles that come in reading order."""
 
-    def __init__(self, tiles: Tiles, frames: int, height: int, width: int):
+    def __init__(self, tiles: Tiles, frames: int, height: int, width: int, channels: int = 3):
         """
         Args:
             height, width: of the latents.
         """
         self.tiles = tiles
-        self.pixels = np.empty((frames, height * tiles.scale, width * tiles.scale, 3), np.float32)
+        self.pixels = np.empty((frames, height * tiles.scale, width * tiles.scale, channels), np.float32)
         self._blended: dict[tuple[int, int], np.ndarray] = {}
 
-    def put(self, part: tuple[slice, slice], tile: Float[np.ndarray, "F y x 3"]) -> None:
+    def put(self, part: tuple[slice, slice], tile: Float[np.ndarray, "F y x C"]) -> None:
         """A tile, blended from the tile above it, then from the left one, both as they were blended."""
         (rows, columns), (down, across), scale = part, (self.tiles.rows, self.tiles.columns), self.tiles.scale
         top, left = rows.start, columns.start
@@ -82,8 +88,8 @@ class Canvas:
 
 
 def blend(
-    before: Float[np.ndarray, "E a b 3"], after: Float[np.ndarray, "F y x 3"], extent: int, *, axis: int
-) -> Float[np.ndarray, "F y x 3"]:
+    before: Float[np.ndarray, "E a b C"], after: Float[np.ndarray, "F y x C"], extent: int, *, axis: int
+) -> Float[np.ndarray, "F y x C"]:
     """A tile that begins as the end of the tile before, and goes over into itself within `extent` pixels, or frames."""
     extent = min(before.shape[axis], after.shape[axis], extent)
     weight = (np.arange(extent) / extent).astype(np.float32)

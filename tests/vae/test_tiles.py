@@ -5,13 +5,14 @@ import shutil
 import numpy as np
 import pytest
 from damage import edit_json
-from pipeline_cases import load_theirs, run_theirs
+from PIL import Image
+from pipeline_cases import error, load_theirs, run_theirs
 
 from dfa2_jax import Pipeline
 from dfa2_jax.options import Options
 from dfa2_jax.pipeline.ahead import compile_decoder
 from dfa2_jax.pipeline.components import Component
-from dfa2_jax.pipeline.decoding import frames_of
+from dfa2_jax.pipeline.decoding import frames_of, in_bytes
 from dfa2_jax.pipeline.output import metadata
 from dfa2_jax.pipeline.timing import Clock
 from dfa2_jax.vae.image import AutoencoderConfig
@@ -99,7 +100,9 @@ def test_tiles_of_one_size_share_a_program_that_is_compiled_ahead(pipeline, monk
 @pytest.mark.torch
 @pytest.mark.parametrize("name", ["tiny_sd35", "tiny_flux_dev"])
 def test_tiles_of_images_equal_diffusers(name, request, tmp_path):
-    """Tiles of 64 pixels, 48 apart; the last are 16 and 32 wide."""
+    """Tiles of 64 pixels, 48 apart; the last are 16 and 32 wide. So are those of a picture that is encoded."""
+    from diffusers import AutoPipelineForImage2Image
+
     shutil.copytree(request.getfixturevalue(name), tmp_path / "model")
     edit_json(tmp_path / "model/vae/config.json", sample_size=64)
     ours, theirs = Pipeline.from_pretrained(tmp_path / "model"), load_theirs(tmp_path / "model")
@@ -109,10 +112,17 @@ def test_tiles_of_images_equal_diffusers(name, request, tmp_path):
     theirs.vae.enable_tiling()
     assert np.abs(tiled - run_theirs(theirs, 0, **call)).max() <= 1 / 255
     assert np.abs(tiled - whole).max() > 0.02, "tiling is idle"
+    tiled = in_bytes(tiled)
+    call |= {"image": tiled[0], "strength": 0.5, "num_inference_steps": 4, "output_type": "latent"}
+    encoded, whole = (ours(**call, vae_tiling=tiling, progress=False).images for tiling in (True, False))
+    theirs = AutoPipelineForImage2Image.from_pipe(theirs)
+    theirs.set_progress_bar_config(disable=True)
+    assert error(encoded, run_theirs(theirs, 0, **call | {"image": Image.fromarray(tiled[0])})) < 1e-4
+    assert error(encoded, whole) > 1e-3, "tiling is idle"
 
 
 def test_tiles_of_published_images():
-    """Of 1024 px, 768 apart, 256 of them blended."""
+    """Tiles of 1024 px, 768 apart, 256 of them blended."""
     sizes = {"block_out_channels": [128, 256, 512, 512], "sample_size": 1024}
     axis = AutoencoderConfig.from_json(sizes).tiles().rows
     assert (axis.size, axis.step, axis.blended) == (128, 96, 256)

@@ -59,16 +59,15 @@ def diffusers_decode(vae: Any, latents: np.ndarray) -> torch.Tensor:
 
 
 def diffusers_encode(vae: Any, images: np.ndarray) -> torch.Tensor:
-    """Mean and deviation of what pipeline_stable_diffusion_3_img2img draws, one beside the other."""
+    """The posterior's mean and the logarithm of its variance, one beside the other."""
     x = torch.tensor(images).permute(0, 3, 1, 2).to(vae.dtype)
     with torch.no_grad():
         posterior = vae.encode(x).latent_dist
-    mean = posterior.mean.float() - (vae.config.shift_factor or 0.0)
-    return (torch.cat([mean, posterior.std.float()], 1) * vae.config.scaling_factor).permute(0, 2, 3, 1)
+    return torch.cat([posterior.mean, posterior.logvar], 1).float().permute(0, 2, 3, 1)
 
 
 decode = jax.jit(lambda vae, z: vae.decode(z))
-encode = jax.jit(lambda vae, x: jnp.concatenate(vae.encode(x), -1))
+encode = jax.jit(lambda vae, x: vae.encode(x))
 
 
 @pytest.mark.parametrize("name", MODELS)

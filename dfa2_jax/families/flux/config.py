@@ -58,12 +58,12 @@ class FluxConfig:
 
     @property
     def token_channels(self) -> int:
-        """Of a token's latents, which the transformer predicts."""
+        """Numbers of a token's latents, which the transformer predicts."""
         return self.in_channels if self.out_channels is None else self.out_channels
 
     @property
     def beside_channels(self) -> int:
-        """Of what a token holds beside latents: FLUX.1-Fill's picture and mask."""
+        """Numbers of what a token holds beside latents: FLUX.1-Fill's picture and mask."""
         return self.in_channels - self.token_channels
 
     def calls(self, num_text: int, num_visual: int) -> tuple[AttentionCall, ...]:
