@@ -204,6 +204,8 @@ CALL = (
     "use_dynamic_cfg",
     "true_cfg_scale",
     "max_sequence_length",
+    "image",
+    "mask_image",
 )
 """The `Options` that a plan is found for: `calibrate` takes them too."""
 CALL_FIELDS = [argument for argument in fields(Options) if argument.name in CALL]

@@ -79,14 +79,19 @@ def check_planned(ours, reference, arguments, theirs, seeds):
     assert {*np.concatenate(written)} == {0, 1}, "cached heads lie in one order alone"
 
 
-def planned_error(ours, reference, arguments, plan):
-    """How far images by a plan are from diffusers' with masks and reuse written out in torch; and our output."""
+def planned_error(ours, reference, arguments, plan, theirs=None, layouts=None):
+    """How far images by a plan are from diffusers' with masks and reuse written out in torch; and our output.
+
+    Args:
+        theirs: arguments of diffusers' call, where they are others.
+        layouts: of diffusers' tokens, where their order is another.
+    """
     from torch_reference import follow_plan
 
     call = ours.prepare(Options(**arguments, plan=plan, output_type="latent"))
     output = ours(**arguments, plan=plan, output_type="latent", progress=False)
     processors = reference.transformer.attn_processors
-    run = follow_plan(reference, call.plan.half_windows(), [layer.layout for layer in call.layers])
-    want = run_theirs(reference, **arguments, callback_on_step_end=run.next_step, output_type="latent")
+    run = follow_plan(reference, call.plan.half_windows(), layouts or [layer.layout for layer in call.layers])
+    want = run_theirs(reference, **(theirs or arguments), callback_on_step_end=run.next_step, output_type="latent")
     reference.transformer.set_attn_processor(processors)
     return error(output.images, want), output

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from dfa2_jax import __version__
+from dfa2_jax.calibration.asked import asked, digest_of_all, facts_of, prepared
 from dfa2_jax.calibration.attends import Budget
 from dfa2_jax.calibration.attention_share import StepShares, shares_of
 from dfa2_jax.calibration.candidates import candidates_of, check_tiles, check_windows, warn_idle
@@ -28,11 +28,10 @@ from dfa2_jax.calibration.resume import Checkpointed
 from dfa2_jax.calibration.search import MAX_DELTA
 from dfa2_jax.calibration.steps import StepPlans, StepRuns, check_solver
 from dfa2_jax.calibration.trial_step import calibrate_step, planning_tiles
-from dfa2_jax.io.digest import digest_of
 from dfa2_jax.io.names import natural, suggests_names
 from dfa2_jax.nn.attention import by_stack, in_order
 from dfa2_jax.nn.orders import native_memory
-from dfa2_jax.options import CALL, CALL_FIELDS, CalibrationOptions, Options, described
+from dfa2_jax.options import CALL, CALL_FIELDS, CalibrationOptions, described
 from dfa2_jax.pipeline.call import Call
 from dfa2_jax.pipeline.pipeline import Pipeline
 from dfa2_jax.pipeline.timing import told
@@ -47,6 +46,9 @@ logger = logging.getLogger("dfa2_jax")
 
 PAPER_ALONE = ("c", "cache")
 """Options of `delta`."""
+
+AS_GIVEN = ("prompts", "image", "mask_image")
+"""Arguments that may be large, and stay what they are."""
 
 HEADS = ("windows", "orders", "attention_chunk", "tiles", "attention_share")
 """Options that say what heads may do."""
@@ -68,6 +70,8 @@ def calibrate(
     use_dynamic_cfg: bool = False,
     true_cfg_scale: float = 1.0,
     max_sequence_length: int | None = None,
+    image: Any = None,
+    mask_image: Any = None,
     speedup: float | None = None,
     psnr: float | None = None,
     target: str = "dense",
@@ -104,7 +108,7 @@ def calibrate(
         ValueError: an argument out of range, or one that the pipeline refuses, or a file of another calibration.
         MemoryError: the outputs kept from step to step do not fit.
     """
-    given = {name: value if name == "prompts" else natural(value) for name, value in locals().items()}
+    given = {name: value if name in AS_GIVEN else natural(value) for name, value in locals().items()}
     options = CalibrationOptions(**{argument.name: given[argument.name] for argument in fields(CalibrationOptions)})
     _check_whole(pipeline, options)
     if options.delta is None:
@@ -135,7 +139,7 @@ def _of_steps(pipeline: Pipeline, prompts: list[str], options: CalibrationOption
     _check_prompts(prompts, options.seed)
     if budget["speedup"] is not None and options.heads != "only":
         with _default_named(options):
-            count_for(budget["speedup"], pipeline.request(_asked(prompts, options, arguments)).steps)
+            count_for(budget["speedup"], pipeline.request(asked(prompts, options, arguments)).steps)
     call = prepared(pipeline, prompts, options, arguments)
     check_solver(call, options.target)
     pipeline.check_vae()
@@ -332,49 +336,6 @@ def _check_chunk(chunk: int | None, call: Call) -> None:
         raise ValueError(
             f"attention_chunk={chunk} must divide the batch of {call.batch} (with guidance, twice the prompts)."
         )
-
-
-def prepared(pipeline: Pipeline, prompts: list[str], options: CalibrationOptions, arguments: dict[str, Any]) -> Call:
-    """All prompts in one batch, encoded.
-
-    Raises:
-        ValueError: as in a call, or a negative prompt or `true_cfg_scale` has no effect.
-    """
-    with told("encoding", options.progress):
-        call = pipeline.prepare(_asked(prompts, options, arguments))
-    negative, true_cfg_scale = call.options.negative_prompt, call.options.true_cfg_scale
-    if call.request.cfg_scale is None and (negative is not None or true_cfg_scale != 1):
-        raise ValueError(
-            f"negative_prompt={negative!r:.100} and {true_cfg_scale=} have no effect with guidance_scale="
-            f"{call.request.guidance_scale:g}. FLUX.1 and HunyuanVideo need both, the scale above 1; others need "
-            "guidance_scale above 1."
-        )
-    return call
-
-
-def _asked(prompts: list[str], options: CalibrationOptions, arguments: dict[str, Any]) -> Options:
-    """The call that is calibrated."""
-    return Options(prompt=prompts, seed=options.seed, output_type="latent", **arguments)
-
-
-def facts_of(prompts: list[str], call: Call) -> dict[str, Any]:
-    """How a plan is found, as its file says it."""
-    negative = call.options.negative_prompt
-    return {
-        "prompts_sha256": digest_of({"prompts": prompts, "negative_prompt": negative}),
-        "num_prompts": len(prompts),
-        "seed": call.options.seed,
-        "guidance_scale": call.request.guidance_scale,
-        "true_cfg_scale": call.options.true_cfg_scale,
-        "dtype": call.pipeline.dtype.name,
-        "versions": {"dfa2_jax": __version__, "jax": jax.__version__},
-    }
-
-
-def digest_of_all(call: Call, facts: dict[str, Any]) -> str:
-    """The digest of all that a calibration's findings depend on."""
-    setting = call.setting.content()
-    return digest_of(facts | {"setting": setting, "rounding": call.pipeline.rounding})
 
 
 def _check_prompts(prompts: list[str], seed: int) -> None:

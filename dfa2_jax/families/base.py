@@ -82,6 +82,8 @@ class Defaults:
     """Frames a second of its videos."""
     strength: float = 0.6
     """Share of the noise that a picture starts with."""
+    reference_sizes: tuple[tuple[int, int], ...] = ()
+    """Pixels of pictures, height and width, that the transformer sees as tokens of their own; (): it sees none."""
 
 
 @dataclass(frozen=True)
@@ -250,6 +252,21 @@ class Family(Protocol):
 
     def input_tokens(self, latents: np.ndarray, grid: Grid) -> np.ndarray:
         """The inverse; raises ValueError where the shape is another."""
+        ...
+
+
+@runtime_checkable
+class SeesReference(Protocol):
+    """A family whose transformer sees the tokens of a picture beside the image's (`Defaults.reference_sizes`)."""
+
+    def with_reference(
+        self, conditions: Any, tokens: Float[np.ndarray, "B R P"], sides: tuple[int, int], grid: Grid
+    ) -> Conditions:
+        """Conditions with a picture's tokens.
+
+        Args:
+            sides: rows and columns of them.
+        """
         ...
 
 

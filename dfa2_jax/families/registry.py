@@ -5,7 +5,7 @@ from typing import Any
 
 from dfa2_jax.families.base import Family
 from dfa2_jax.families.cogvideox.family import CogVideoX
-from dfa2_jax.families.flux.family import Flux, FluxFill
+from dfa2_jax.families.flux.family import Flux, FluxFill, FluxKontext
 from dfa2_jax.families.hunyuanvideo.family import HunyuanVideo
 from dfa2_jax.families.sd3.family import SD3
 from dfa2_jax.weights.checkpoint import Checkpoint
@@ -31,7 +31,7 @@ def register(family: type[Any]) -> None:
     FAMILIES[family.pipeline_class] = family
 
 
-for known in (SD3, Flux, FluxFill, CogVideoX, HunyuanVideo):
+for known in (SD3, Flux, FluxFill, FluxKontext, CogVideoX, HunyuanVideo):
     register(known)
 
 

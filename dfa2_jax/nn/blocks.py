@@ -42,7 +42,7 @@ class JointBlock(nnx.Module):
         v, t = self.visual.modulated(visual, context), self.text.modulated(text, context)
 
         out = attention("attn", lambda heads=None: context.joined(v.qkv(heads), t.qkv(heads)), context.layout)
-        visual, text = v.write(visual, out[:, context.layout.visual]), t.write(text, out[:, context.layout.text])
+        visual, text = v.write(visual, out[:, context.visual]), t.write(text, out[:, context.text])
 
         return v.feed_forward(visual), t.feed_forward(text)
 
@@ -56,7 +56,7 @@ class DualBlock(JointBlock):
         v, t = self.visual.modulated(visual, context), self.text.modulated(text, context)
 
         out = attention("attn", lambda heads=None: context.joined(v.qkv(heads), t.qkv(heads)), context.layout)
-        visual, text = v.write(visual, out[:, context.layout.visual]), t.write(text, out[:, context.layout.text])
+        visual, text = v.write(visual, out[:, context.visual]), t.write(text, out[:, context.text])
 
         out = attention("attn2", lambda heads=None: context.sequence(v.qkv2(heads)), context.visual_alone)
         visual = v.write2(visual, out)

@@ -23,11 +23,27 @@ StreamQKV = tuple[Float[Array, "B _ N H"], Float[Array, "B _ N H"], Float[Array,
 
 @dataclass(frozen=True)
 class Context:
-    """Equal in all blocks of a forward: the vector that modulates, where the streams lie, rotary positions."""
+    """Equal in all blocks of a forward: the vector that modulates, where the streams lie, rotary positions.
+
+    num_reference: visual tokens of a reference, which attention sees as text: they lie between text and image.
+    """
 
     vector: Float[Array, "#B D"]
     layout: Layout
     rope: Rope | None = None
+    num_reference: int = 0
+
+    @property
+    def text(self) -> slice:
+        """Tokens of the text stream."""
+        whole = self.layout.text
+        return slice(whole.start, whole.stop - self.num_reference)
+
+    @property
+    def visual(self) -> slice:
+        """Tokens of the visual stream."""
+        whole = self.layout.visual
+        return slice(whole.start - self.num_reference, whole.stop)
 
     @property
     def visual_alone(self) -> Layout:

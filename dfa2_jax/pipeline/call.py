@@ -13,12 +13,13 @@ from jaxtyping import Float
 from PIL import Image
 from tqdm import tqdm
 
-from dfa2_jax.families.base import Embeddings, Schedule
+from dfa2_jax.families.base import Schedule, SeesReference
 from dfa2_jax.nn.attention import Attend, AttentionCall, Planned, by_stack, gpu_kind
 from dfa2_jax.options import Options
 from dfa2_jax.parallel.dealing import deal_plan
 from dfa2_jax.parallel.mesh import DeviceMesh
 from dfa2_jax.pipeline.decoding import in_bytes
+from dfa2_jax.pipeline.embedding import embed
 from dfa2_jax.pipeline.loaded import Loaded
 from dfa2_jax.pipeline.request import Request
 from dfa2_jax.pipeline.start import noise_of, start_of
@@ -48,6 +49,7 @@ class Call:
     tokens: patchified latents [B, V, P] to start from, of a `grid`.
     seeds: one per image, None where the latents were given.
     sigmas: noise levels of the whole schedule; `schedule` begins at the step that a picture starts at.
+    num_text: tokens that attention sees as text; num_reference: those of a reference picture among them.
     inputs: all that a step needs beside the latents.
     devices: those that run it; none: the pipeline's.
     """
@@ -62,6 +64,7 @@ class Call:
     schedule: Schedule
     num_text: int
     inputs: Inputs = field(repr=False)
+    num_reference: int = 0
     devices: tuple[Any, ...] = ()
 
     @cached_property
@@ -116,6 +119,7 @@ class Call:
             width=request.width,
             num_frames=request.num_frames,
             token_frames=self.grid.frames,
+            num_reference=self.num_reference,
             use_dynamic_cfg=self.options.use_dynamic_cfg,
             doubled_batch=self.inputs.guidance.sides == 2,
             num_heads=pipeline.config.num_attention_heads,
@@ -321,26 +325,6 @@ class Call:
             watcher(self.pipeline, number, first, in_bytes(frames))
 
 
-def embed(pipeline: Loaded, request: Request) -> Embeddings:
-    """[unconditional, conditional] embeddings of every image, in the transformer's dtype."""
-    sides = [request.positive] if request.negative is None else [request.negative, request.positive]
-    embedded = []
-    for prompts in sides:
-        side = prompts.embeddings
-        if side is None:
-            assert prompts.texts is not None
-            skip = request.clip_skip if prompts is request.positive else 0  # diffusers leaves the negative as it is
-            side = pipeline.encode_prompt(prompts.texts, max_sequence_length=request.length, clip_skip=skip)
-        embedded.append(jax.tree.map(lambda x: np.repeat(x, request.images_per_prompt, axis=0), side))
-    most = max(side.text.shape[1] for side in embedded)
-    embedded = [side.padded(most) for side in embedded]
-    shapes = [side.text.shape for side in embedded]
-    if len(set(shapes)) > 1:
-        raise ValueError(f"Negative and positive prompt embeddings differ in shape: {shapes[0]} and {shapes[1]}.")
-    both = jax.tree.map(lambda *x: np.concatenate(x), *embedded)
-    return jax.tree.map(lambda x: x if np.issubdtype(x.dtype, np.integer) else x.astype(pipeline.dtype), both)
-
-
 def prepare(pipeline: Loaded, options: Options, request: Request) -> Call:
     """Encodes prompts, draws noise and makes the schedule of a checked call."""
     _check_attend(options.attend, len(pipeline.devices))
@@ -356,20 +340,30 @@ def prepare(pipeline: Loaded, options: Options, request: Request) -> Call:
         schedule = schedule.from_step(request.first)
     text = embed(pipeline, request)
     start = start_of(pipeline, options, request, grid, schedule.sigmas)
+    conditions, num_reference = family.conditions(text, grid, request.guidance_scale, scalars), 0
+    if start.reference is not None:
+        assert isinstance(family, SeesReference)
+        conditions = family.with_reference(conditions, *start.reference, grid)
+        num_reference = start.reference[0].shape[1]
     inputs = Inputs(
-        conditions=family.conditions(text, grid, request.guidance_scale, scalars),
+        conditions=conditions,
         timesteps=schedule.embedded(schedule.times),
         guidance=guidance,
         solver=schedule.solver,
         known=start.known,
         beside=start.beside,
     )
-    num_text = text.text.shape[1]
-    call = Call(pipeline, options, request, grid, start.tokens, start.seeds, sigmas, schedule, num_text, inputs)
+    num_text, tokens = text.text.shape[1] + num_reference, (start.tokens, start.seeds)
+    call = Call(pipeline, options, request, grid, *tokens, sigmas, schedule, num_text, inputs, num_reference)
     if call.mesh is not None and call.mesh.tokens > (heads := pipeline.config.num_attention_heads):
         raise ValueError(
             f"{len(pipeline.devices)} devices, a batch of {call.batch}: {call.mesh.tokens} would share {heads} heads "
             "and some have none. Take fewer devices, or a batch that more of them divide."
+        )
+    if call.num_reference and call.shares_tokens:
+        raise ValueError(
+            f"devices do not share the tokens of image=, but {len(pipeline.devices)} of them would, of a batch of "
+            f"{call.batch}: take as many devices as divide it."
         )
     return call
 

@@ -238,7 +238,7 @@ class Pipeline(Loaded):
         setting = plan.setting
         if setting.pipeline_class != self.pipeline_class:
             raise PlanError(f"the plan is of a {setting.pipeline_class:.100}, and this is a {self.pipeline_class}.")
-        length = setting.layers[0].num_text - self.family.extra_text_tokens(self.networks)
+        length = setting.layers[0].num_text - setting.num_reference - self.family.extra_text_tokens(self.networks)
         said: dict[str, Any] = {
             "height": setting.height,
             "width": setting.width,

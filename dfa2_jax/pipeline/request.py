@@ -160,9 +160,10 @@ def _from_picture(request: Request, options: Options, family: Family) -> Request
     """The request with what it starts from."""
     if options.image is not None and request.num_frames is not None:
         raise ValueError(f"image={options.image!r:.100} is for image models: this one makes videos.")
-    source = source_of(options, (request.height, request.width), family.latent_channels, request.batch)
-    if source is None:
-        return request
+    sizes, size = family.defaults.reference_sizes, (request.height, request.width)
+    source = source_of(options, size, family.latent_channels, request.batch, sizes)
+    if source is None or sizes:
+        return replace(request, source=source)
     strength = _or(options.strength, family.defaults.strength)
     return replace(request, source=source, strength=strength, first=steps_left_out(strength, request.steps))
 

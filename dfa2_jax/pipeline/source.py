@@ -43,11 +43,18 @@ class Source:
         return f"sha256:{digest.hexdigest()}"
 
 
-def source_of(options: Options, size: tuple[int, int], latent_channels: int, batch: int) -> Source | None:
+def source_of(
+    options: Options,
+    size: tuple[int, int],
+    latent_channels: int,
+    batch: int,
+    reference_sizes: Sequence[tuple[int, int]] = (),
+) -> Source | None:
     """The picture of a call, at the call's size; None: it starts from noise.
 
     Args:
         size: height and width in pixels.
+        reference_sizes: sizes of which the picture takes the one nearest to its shape, in place of the call's.
         batch: images of the call, which pictures and masks must divide.
 
     Raises:
@@ -59,6 +66,8 @@ def source_of(options: Options, size: tuple[int, int], latent_channels: int, bat
                 raise ValueError(f"{name}={value!r:.100} goes with image, which is None.")
         return None
     pixels = latents = mask = None
+    if reference_sizes:
+        size = reference_size(options.image, reference_sizes)
     if _is_latent(options.image, latent_channels):
         latents = np.asarray(host_array("image", options.image), np.float32)
     else:
@@ -84,6 +93,17 @@ def steps_left_out(strength: float, steps: int) -> int:
     if first >= steps:
         raise ValueError(f"{strength=} leaves none of {steps} steps: {1 / steps:.3g} leaves one.")
     return first
+
+
+def reference_size(image: Any, sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """The size nearest to the shape of a picture, or of the first of several; an array's own."""
+    first = image[0] if isinstance(image, list | tuple) and image else image
+    if isinstance(first, str | PathLike):
+        first = read_picture("image", Path(first))
+    if not isinstance(first, Image.Image):
+        *_, height, width, channels = 0, 0, 0, *np.shape(first)
+        return (width, channels) if height == 3 else (height, width)
+    return min(sizes, key=lambda size: (abs(first.width / first.height - size[1] / size[0]), size[1], size[0]))
 
 
 def _is_latent(image: Any, channels: int) -> bool:

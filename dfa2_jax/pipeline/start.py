@@ -26,12 +26,14 @@ class Start:
     seeds: one per image, None where the latents were given.
     known: what latents keep of a picture; None: nothing.
     beside: what tokens hold beside latents; None: nothing.
+    reference: patchified latents of a picture that is seen beside them, and its rows and columns of tokens; None: none.
     """
 
     tokens: Float[np.ndarray, "B V P"]
     seeds: list[int | None]
     known: Known | None = None
     beside: Float[np.ndarray, "B V E"] | None = None
+    reference: tuple[Float[np.ndarray, "B R P"], tuple[int, int]] | None = None
 
 
 def start_of(
@@ -46,6 +48,9 @@ def start_of(
         sigmas: noise levels from the first step on.
     """
     noise, tokens, source = noise_of(pipeline, options, request, grid), pipeline.family.tokens, request.source
+    reference = None
+    if source is not None and pipeline.family.defaults.reference_sizes:
+        reference, source = reference_tokens(pipeline, source, request.batch, options.vae_tiling), None
     fills = getattr(pipeline.config, "beside_channels", 0) > 0
     encode = partial(encoded, pipeline, noise=noise, batch=request.batch, grid=grid, is_tiled=options.vae_tiling)
     image = None if source is None or (fills and options.latents is not None) else encode(source)
@@ -57,7 +62,7 @@ def start_of(
     else:
         drawn = latents = pipeline.given_tokens(host_array("latents", options.latents), request, grid)
     if source is None or source.mask is None:
-        return Start(latents, seeds)
+        return Start(latents, seeds, reference=reference)
     if fills:
         return Start(latents, seeds, beside=beside(pipeline, source, encode))
     assert image is not None
@@ -76,18 +81,36 @@ def encoded(
     pipeline: Loaded, source: Source, *, noise: BatchNoise, batch: int, grid: Grid, is_tiled: bool
 ) -> Float[np.ndarray, "B V P"]:
     """The picture of each image of a batch, as patchified latents."""
-    latents = source.latents
-    if source.pixels is not None:
-        pipeline.check_vae()
-        tiles = pipeline.tiles(is_tiled)
-        moments = np.concatenate([moments_of(pipeline, pixels, tiles) for pixels in source.pixels])
-        drawn = noise.draw(source.count).transpose(0, 2, 3, 1)
-        latents = pipeline.networks.config("vae").drawn(moments, drawn).transpose(0, 3, 1, 2)
-    assert latents is not None
+    drawn = noise.draw(source.count).transpose(0, 2, 3, 1) if source.pixels is not None else None
+    latents = latents_of(pipeline, source, drawn, is_tiled)
     patches = pipeline.family.tokens.pack(latents[:, :, None])
     if patches.shape[1] != grid.num_visual:
         raise ValueError(f"image holds latents {list(latents.shape)}: the call's images are of another size.")
     return np.tile(patches, (batch // len(patches), 1, 1))
+
+
+def reference_tokens(
+    pipeline: Loaded, source: Source, batch: int, is_tiled: bool
+) -> tuple[Float[np.ndarray, "B R P"], tuple[int, int]]:
+    """FLUX.1-Kontext's picture, of which the posterior's mean is taken, and its rows and columns of tokens."""
+    latents, tokens = latents_of(pipeline, source, None, is_tiled), pipeline.family.tokens
+    height, width, patch = *latents.shape[2:], pipeline.config.patch_size
+    if height % patch or width % patch:
+        raise ValueError(f"image holds {list(latents.shape)} latents, whose sides must be multiples of {patch}.")
+    return np.tile(tokens.pack(latents[:, :, None]), (batch // len(latents), 1, 1)), (height // patch, width // patch)
+
+
+def latents_of(
+    pipeline: Loaded, source: Source, noise: Float[np.ndarray, "n h w C"] | None, is_tiled: bool
+) -> Float[np.ndarray, "n C h w"]:
+    """A picture's latents, drawn with this noise from the posterior; None: its mean."""
+    if source.latents is not None:
+        return source.latents
+    assert source.pixels is not None
+    pipeline.check_vae()
+    tiles, vae = pipeline.tiles(is_tiled), pipeline.networks.config("vae")
+    moments = np.concatenate([moments_of(pipeline, pixels, tiles) for pixels in source.pixels])
+    return vae.drawn(moments, np.zeros(1, np.float32) if noise is None else noise).transpose(0, 3, 1, 2)
 
 
 def moments_of(

@@ -361,6 +361,7 @@ ADVICE = {
     "height": "leave it to the plan, or calibrate at this size.",
     "width": "leave it to the plan, or calibrate at this size.",
     "num_frames": "leave it to the plan, or calibrate with this one.",
+    "num_reference": "pass a picture of this shape, or calibrate with this one.",
     "doubled_batch": "pass guidance_scale, or true_cfg_scale and negative_prompt, as the plan has it, or calibrate.",
     "use_dynamic_cfg": "leave it to the plan, or calibrate with this kind of guidance.",
     "num_heads": "a plan serves one model.",

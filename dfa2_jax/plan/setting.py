@@ -76,6 +76,8 @@ class Setting(Record):
     """Frames of a video. Files of images say nothing of it."""
     token_frames: Positive = 1
     """Frames of its visual tokens."""
+    num_reference: Count = 0
+    """Tokens of a reference picture, which layers count as text."""
     use_dynamic_cfg: bool = False
     """Guidance has another scale at each step."""
 
@@ -147,7 +149,7 @@ class StepCalibration(Record):
     """How the steps of a plan were found, and all that is needed to find others without a model."""
 
     prompts_sha256: str
-    """The sha256 of prompts and negative prompt."""
+    """The sha256 of prompts, negative prompt and pictures."""
     num_prompts: Positive
     seed: int
     guidance_scale: Number
@@ -224,7 +226,7 @@ class CalibrationRecord(Record):
     """How a plan was found."""
 
     prompts_sha256: str
-    """The sha256 of prompts and negative prompt."""
+    """The sha256 of prompts, negative prompt and pictures."""
     num_prompts: Positive
     seed: int
     guidance_scale: Number

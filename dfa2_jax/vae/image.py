@@ -60,7 +60,7 @@ class AutoencoderConfig:
         return [Chunk(number, 1) for number in range(latent_frames)]
 
     def drawn(
-        self, moments: Float[np.ndarray, "B h w M"], noise: Float[np.ndarray, "B h w C"]
+        self, moments: Float[np.ndarray, "B h w M"], noise: Float[np.ndarray, "*noise"]
     ) -> Float[np.ndarray, "B h w C"]:
         """Latents as the sampler takes them, from what `encode` returns."""
         mean, log_variance = np.split(moments, 2, axis=-1)

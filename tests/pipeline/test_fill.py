@@ -6,7 +6,7 @@ from damage import copy_model, edit_json, refuses
 from PIL import Image
 from pipeline_cases import PROMPTS, error, load_theirs, planned_error, random_plan, run_theirs
 
-from dfa2_jax import Pipeline
+from dfa2_jax import Pipeline, calibrate
 from dfa2_jax.options import Options
 
 CALL = {"height": 64, "width": 96, "num_inference_steps": 6, "max_sequence_length": 16}
@@ -97,3 +97,12 @@ def test_another_transformer_is_refused_before_it_is_read(folder, tmp_path):
     edit_json(model / "transformer/config.json", in_channels=128)
     with refuses(model, "in_channels=128 of a FluxFillPipeline must hold latents twice"):
         Pipeline.from_pretrained(model)
+
+
+@pytest.mark.parametrize("budget", [{"delta": 0.5, "windows": (2,), "tiles": (8, 8)}, {"speedup": 2.0}])
+def test_plans_are_calibrated_with_picture_and_mask(budget, ours):
+    call = {"image": PICTURE, "mask_image": MASK} | CALL
+    plan = calibrate(ours, PROMPTS, **call, **budget, progress=False)
+    assert plan.choices[1:].any() or len(plan.nodes) == 3
+    output = ours("a", image=PICTURE, mask_image=MASK, plan=plan, **LATENT)
+    assert output.metadata["num_nodes"] == len(plan.nodes)

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from pipeline_cases import PROMPTS, error, load_theirs, planned_error, random_plan, run_theirs
 
-from dfa2_jax import Pipeline, Plan, cli
+from dfa2_jax import Pipeline, Plan, calibrate, cli
 from dfa2_jax.io.images import read_metadata
 from dfa2_jax.options import Options
 from dfa2_jax.plan.suffix import from_step
@@ -233,3 +233,9 @@ def test_devices_share_a_picture(pipelines, tiny_sd35):
     call = CALL | LATENT | {"prompt": PROMPTS, "image": picture(0), "mask_image": mask()}
     many = Pipeline.from_pretrained(tiny_sd35, devices=2)(**call).images
     assert error(many, pipelines("tiny_sd35")(**call).images) < 1e-5
+
+
+@pytest.mark.parametrize("masked", [{}, {"mask_image": mask()}])
+def test_plans_are_calibrated_from_noise(masked, pipelines):
+    with pytest.raises(ValueError, match="image= is for FLUX.1-Fill and -Kontext: leave it out"):
+        calibrate(pipelines("tiny_sd35"), PROMPTS, image=picture(0), **masked, **CALL, progress=False)

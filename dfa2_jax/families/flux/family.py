@@ -72,6 +72,16 @@ TRANSFORMER = ComponentSpec(
     quantize=quantize,
 )
 
+REFERENCE_SIZES = tuple(
+    (height, width)
+    for long, short in (
+        *((1568, 672), (1504, 688), (1456, 720), (1392, 752), (1328, 800), (1248, 832), (1184, 880), (1104, 944)),
+        (1024, 1024),
+    )
+    for height, width in {(long, short), (short, long)}
+)
+"""Pixels that Kontext was trained with (diffusers 0.42.1, PREFERRED_KONTEXT_RESOLUTIONS)."""
+
 
 class Flux:
     """FLUX.1 dev (embedded guidance) and schnell: CLIP's pooled state and T5's tokens."""
@@ -175,3 +185,27 @@ class FluxFill(Flux):
             raise ValueError(f"true_cfg_scale={options.true_cfg_scale} is for other FLUX.1 models: Fill has none.")
         if lacking := [name for name in ("image", "mask_image") if getattr(options, name) is None]:
             raise ValueError(f"{' and '.join(lacking)} must be given: FLUX.1-Fill paints a part of a picture anew.")
+
+
+class FluxKontext(Flux):
+    """FLUX.1-Kontext edits a picture: its tokens lie between text and image, and attention sees them as text."""
+
+    pipeline_class = "FluxKontextPipeline"
+
+    def __init__(self, config: FluxConfig, scheduler: Mapping[str, Any], transformer: nnx.Module):
+        super().__init__(config, scheduler, transformer)
+        self.defaults = Defaults(28, 3.5, 512, latent_size=(128, 128), reference_sizes=REFERENCE_SIZES)
+
+    def check(self, options: Options) -> None:
+        super().check(options)
+        for name in ("mask_image", "strength"):
+            if (value := getattr(options, name)) is not None:
+                raise ValueError(f"{name}={value!r:.100} is for other FLUX.1 models: Kontext starts from noise.")
+
+    def with_reference(
+        self, conditions: FluxConditions, tokens: np.ndarray, sides: tuple[int, int], grid: Grid
+    ) -> FluxConditions:
+        """As in `families.base.SeesReference`."""
+        num_text, times = conditions.text.shape[1], len(conditions.text) // len(tokens)
+        cos, sin = rope_table(self.config.axes_dims_rope, num_text, grid.rows, grid.columns, sides)
+        return replace(conditions, cos=cos, sin=sin, reference=np.tile(tokens, (times, 1, 1)))

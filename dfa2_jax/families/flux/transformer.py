@@ -28,6 +28,7 @@ class FluxConditions:
     text: T5's states; pooled: CLIP's pooled state.
     cos, sin: `families.flux.positions.rope_table` for the text and the image's patches.
     guidance: `sampling.sinusoid` of 1000 guidance; FLUX.1-dev only.
+    reference: tokens of a picture that the transformer sees beside the image; FLUX.1-Kontext only.
     """
 
     text: Float[Array | np.ndarray, "B T E"]
@@ -35,10 +36,12 @@ class FluxConditions:
     cos: Float[Array | np.ndarray, "S half"]
     sin: Float[Array | np.ndarray, "S half"]
     guidance: Float[Array | np.ndarray, "1 256"] | None = None
+    reference: Float[Array | np.ndarray, "B R C"] | None = None
 
     def last(self, count: int) -> "FluxConditions":
         """Those of the last `count` rows of the batch."""
-        return FluxConditions(self.text[-count:], self.pooled[-count:], self.cos, self.sin, self.guidance)
+        reference = None if self.reference is None else self.reference[-count:]
+        return FluxConditions(self.text[-count:], self.pooled[-count:], self.cos, self.sin, self.guidance, reference)
 
     def share(self, rows: Callable[[Any], Any], tokens: Callable[[Any, int], Any]) -> "FluxConditions":
         """As in `families.base.Conditions`."""
@@ -48,7 +51,8 @@ class FluxConditions:
             return jnp.concatenate([tokens(table[:num_text], 0), tokens(table[num_text:], 0)])
 
         text, pooled = tokens(rows(self.text), 1), rows(self.pooled)
-        return FluxConditions(text, pooled, of_both(self.cos), of_both(self.sin), self.guidance)
+        reference = None if self.reference is None else rows(self.reference)
+        return FluxConditions(text, pooled, of_both(self.cos), of_both(self.sin), self.guidance, reference)
 
 
 def clip_float16(x: Float[Array, "*dims"]) -> Float[Array, "*dims"]:
@@ -99,11 +103,15 @@ class FluxTransformer(nnx.Module):
             timestep: `sampling.sinusoid` of 1000 sigma.
             skipped_blocks: blocks to leave out, double-stream ones first.
         """
-        layout = Layout(num_text=conditions.text.shape[1], num_visual=tokens.shape[1], text_first=True)
-        visual = self.x_embedder(jnp.asarray(tokens).astype(self.dtype))
+        num_visual, num_reference, seen = tokens.shape[1], 0, jnp.asarray(tokens)
+        if conditions.reference is not None:
+            num_reference = conditions.reference.shape[1]
+            seen = jnp.concatenate([jnp.asarray(conditions.reference, seen.dtype), seen], axis=1)
+        layout = Layout(conditions.text.shape[1] + num_reference, num_visual, text_first=True)
+        visual = self.x_embedder(seen.astype(self.dtype))
         text = self.context_embedder(jnp.asarray(conditions.text))
         rope = jnp.asarray(conditions.cos), jnp.asarray(conditions.sin)
-        context = Context(self.vector(timestep, conditions), layout, rope)
+        context = Context(self.vector(timestep, conditions), layout, rope, num_reference)
 
         def double(block: JointBlock, streams: tuple[Array, Array], attention: BlockAttention) -> tuple[Array, Array]:
             visual, text = block(*streams, context, attention)
