@@ -151,6 +151,11 @@ LEFT_OUT = {
     ("docs/devices.md", "srun"): "needs a launcher; tests/parallel/test_processes.py runs two processes",
     ("docs/index.md", "pip install"): "fetches packages from the network",
     ("docs/index.md", "dfa2 demo"): "samples for a minute; tests/commands/test_demo.py runs it",
+    (
+        "docs/lora.md",
+        "from dfa2_jax",
+    ): "needs a published LoRA; tests/pipeline/test_lora.py loads and unloads files in every spelling",
+    ("docs/lora.md", "dfa2 sample"): "needs a published LoRA; tests/pipeline/test_lora.py runs both commands",
     ("docs/paper.md", "python -m benchmarks.ablations"): "takes an hour on two CPU cores",
     ("docs/toy-model.md", "dfa2 demo --prompt"): "samples for a minute; tests/commands/test_demo.py runs it",
     ("docs/toy-model.md", "dfa2 demo --video"): "samples for a minute; tests/commands/test_demo.py runs it",
