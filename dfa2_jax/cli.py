@@ -76,6 +76,7 @@ def convert(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("src", metavar="SRC", help="a diffusers folder, or a hub id such as owner/name")
     parser.add_argument("dst", metavar="DST", help="the folder to write; must not exist")
     parser.add_argument("--dtype", choices=(*FLOAT_DTYPES, *PRECISIONS), help="of the weights (default: as stored)")
+    _add_lora(parser)
     parser.add_argument("--download", action="store_true", help="fetch a hub id that your cache lacks")
     args = parser.parse_args(argv)
     return answered(lambda: _run(parser.prog, args))
@@ -265,8 +266,29 @@ def _add_devices(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shard-weights", action="store_true", help="GPUs share the weights, too")
 
 
+def lora(text: str) -> tuple[Path, float]:
+    """The argument of --lora: a file and its scale."""
+    file, colon, scale = text.rpartition(":")
+    try:
+        return (Path(file), float(scale)) if colon else (Path(text), 1.0)
+    except ValueError:  # the colon is the name's
+        return Path(text), 1.0
+
+
+def _add_lora(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--lora",
+        type=lora,
+        action="append",
+        default=[],
+        metavar="FILE[:SCALE]",
+        help="a LoRA upon the weights (default scale: 1); may be repeated",
+    )
+
+
 def _add_dtype(parser: argparse.ArgumentParser) -> None:
     _add_verify(parser)
+    _add_lora(parser)
     _add_devices(parser)
     parser.add_argument(
         "--dtype",

@@ -29,6 +29,7 @@ from dfa2_jax.io.errors import CheckpointError, check_file
 from dfa2_jax.io.hub import find_model, is_hub_id
 from dfa2_jax.io.names import suggests_names
 from dfa2_jax.pipeline.fit import check_fit, check_tokenizer
+from dfa2_jax.weights.adapters import open_adapter
 from dfa2_jax.weights.checkpoint import compute_dtype
 from dfa2_jax.weights.diffusers import DiffusersCheckpoint
 from dfa2_jax.weights.dtypes import as_precision
@@ -138,6 +139,7 @@ def convert_checkpoint(
     *,
     progress: Callable[[int, int], None] | None = None,
     download: bool = False,
+    loras: Sequence[tuple[str | PathLike[str], float]] = (),
 ) -> Path:
     """Convert a diffusers folder, or a hub repository, to a folder that `Pipeline.from_pretrained` opens.
 
@@ -148,6 +150,7 @@ def convert_checkpoint(
             "int8" and "int8_weights" are of the transformer's blocks alone, and quantise them.
         progress: called with (bytes written, bytes in all).
         download: fetch a hub repository that the user's cache lacks.
+        loras: files and scales of LoRAs that the weights are written with, before they are quantised.
 
     Raises:
         CheckpointError: what is wrong with the source, the destination or the disk.
@@ -157,6 +160,7 @@ def convert_checkpoint(
         remove_leftovers(dst.parent)
         check_free(dst)
     checkpoint = open_source(src, download)
+    checkpoint.adapters = tuple(open_adapter(checkpoint, file, scale) for file, scale in loras)
     checkpoint.check_scheduler()  # every fault that a config shows is found before the first write
     check_fit(checkpoint)
     tokenizers = fitting_tokenizers(checkpoint)
@@ -356,11 +360,12 @@ def write_config(
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "pipeline_class": checkpoint.pipeline_class,
-        "fingerprint": checkpoint.fingerprint,
+        "fingerprint": checkpoint.adapted_fingerprint,
         "components": components,
         "files": {name: file_sha256(folder / name) for name in signed_files(folder, stored)},
         "versions": {name: version(name) for name in ("dfa2-jax", "jax", "orbax-checkpoint")},
     }
     content |= {} if precision is None else {"precision": precision}
+    content |= {"loras": [x.content() for x in checkpoint.adapters]} if checkpoint.adapters else {}
     content |= {"digest": digest_of(content)}
     (folder / "config.json").write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")

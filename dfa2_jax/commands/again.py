@@ -46,6 +46,7 @@ def run(args: argparse.Namespace) -> int:
             torch_rounding=made.get("torch_rounding", False),
             verify=args.verify,
         )
+    add_loras(pipeline, args.image, made.get("loras", []))
     if pipeline.fingerprint != made.get("fingerprint"):
         raise ValueError(
             f"{args.image} was made with weights {made.get('fingerprint')}, and {folder} holds {pipeline.fingerprint}: "
@@ -115,6 +116,24 @@ def plan_of(args: argparse.Namespace, made: dict[str, Any]) -> Plan | None:
             f"{args.image} was made by plan {made['plan']}, and {path} is {plan.digest}: pass that one by --plan FILE."
         )
     return plan
+
+
+def add_loras(pipeline: Pipeline, image: Path, loras: Any) -> None:
+    """Loads the LoRAs that an image was made with.
+
+    Raises:
+        ValueError: a file is not there, or is another one, or the image does not say which.
+    """
+    with blame(f"{image} cannot be made again"):
+        files = [(Path(lora["file"]), float(lora["scale"]), str(lora["name"]), lora["sha256"]) for lora in loras]
+    for file, scale, name, sha256 in files:
+        if not file.is_file():
+            raise ValueError(
+                f"{image} was made with the LoRA {file}, sha256 {sha256}, which is not there: put it back."
+            )
+        pipeline.load_lora(file, scale, name)
+        if (own := pipeline.loras[name]["sha256"]) != sha256:
+            raise ValueError(f"{image} was made with the LoRA {file} of sha256 {sha256}, and that file now has {own}.")
 
 
 def changes(made: dict[str, Any]) -> list[tuple[str, Any, Any]]:

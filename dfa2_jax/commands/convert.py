@@ -21,7 +21,8 @@ def run(args: argparse.Namespace) -> int:
                 bar.total = total
                 bar.update(done - bar.n)
 
-            convert_checkpoint(args.src, args.dst, args.dtype, progress=progress, download=args.download)
+            options = {"progress": progress, "download": args.download, "loras": args.lora}
+            convert_checkpoint(args.src, args.dst, args.dtype, **options)
     except Interrupted as error:  # after the name was taken, which one step does, all is there
         kept = f"{args.dst} is complete" if os.path.lexists(args.dst) else "nothing was kept"
         print(f"dfa2-convert: interrupted, {kept}", file=sys.stderr)

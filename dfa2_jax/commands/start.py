@@ -14,13 +14,13 @@ import jax
 from dfa2_jax import __version__
 from dfa2_jax.families.registry import open_checkpoint
 from dfa2_jax.io.atomic import writable
-from dfa2_jax.io.digest import digest_of
+from dfa2_jax.io.digest import digest_of, file_sha256
 from dfa2_jax.io.hub import find_model
 from dfa2_jax.parallel.processes import check_alike, is_first, join
 from dfa2_jax.pipeline.pipeline import Pipeline
 from dfa2_jax.plan.plan import Plan
 
-OWN = ("run", "folder", "verify", "prompts", "plan", "out", "format")
+OWN = ("run", "folder", "verify", "prompts", "plan", "lora", "out", "format")
 """Arguments that each process may have its own of. What the files hold that they name is compared."""
 
 MAX_PROMPTS = 20_000_000
@@ -82,6 +82,7 @@ def _check_alike(args: argparse.Namespace) -> None:
     try:
         facts["weights"] = open_checkpoint(find_model(args.folder), verify=args.verify).fingerprint
         facts["--prompts"] = args.prompts and digest_of({"prompts": read_prompts(args.prompts)})
+        facts["--lora"] = [(file_sha256(file), scale) for file, scale in args.lora]
         facts["--plan"] = getattr(args, "plan", None) and Plan.load(args.plan).digest
     except (ValueError, OSError) as error:
         check_alike(facts | {"error": str(error)})
@@ -117,7 +118,10 @@ def open_pipeline(args: argparse.Namespace) -> Pipeline:
         CheckpointError, ValueError: as `Pipeline.from_pretrained`.
     """
     names = "dtype", "text_encoder_dtype", "devices", "shard_weights", "verify"
-    return Pipeline.from_pretrained(args.folder, **{name: getattr(args, name) for name in names})
+    pipeline = Pipeline.from_pretrained(args.folder, **{name: getattr(args, name) for name in names})
+    for number, (file, scale) in enumerate(args.lora):
+        pipeline.load_lora(file, scale, f"{number} {file.stem}")
+    return pipeline
 
 
 def _programs() -> Path:

@@ -1,8 +1,10 @@
 """Rules for what SD3, FLUX and HunyuanVideo name alike: joint and single blocks, embedders, the last layer."""
 
+from functools import partial
+
 import numpy as np
 
-from dfa2_jax.weights.rules import Rule, dense, norm
+from dfa2_jax.weights.rules import Rule, dense, linear, norm
 
 
 def mlp(key: str, target: str) -> list[Rule]:
@@ -35,6 +37,30 @@ def attention_columns(x: np.ndarray) -> np.ndarray:
 def mlp_columns(x: np.ndarray) -> np.ndarray:
     """The part of a single block's `proj_out`, [D, D + 4 D], that reads the MLP: a kernel [4 D, D]."""
     return x[:, x.shape[0] :].T
+
+
+def matrix(key: str, target: str) -> Rule:
+    """A matrix without its bias."""
+    return Rule(rf"{key}\.weight", f"{target}.weight.kernel", linear)
+
+
+def third(x: np.ndarray, number: int) -> np.ndarray:
+    """Rows of queries', keys' or values' part of a matrix [3 D, D]: a kernel [D, D]."""
+    size = len(x) // 3
+    return x[number * size : (number + 1) * size].T
+
+
+def thirds(key: str, target: str) -> list[Rule]:
+    """A matrix of queries, keys and values, fused."""
+    return [
+        Rule(rf"{key}\.weight", f"{target}.to_{name}.weight.kernel", partial(third, number=number))
+        for number, name in enumerate("qkv")
+    ]
+
+
+def scale_before_shift(x: np.ndarray) -> np.ndarray:
+    """A matrix whose first half of rows makes shifts, where diffusers' makes scales: a kernel."""
+    return np.concatenate(np.split(x, 2)[::-1]).T
 
 
 SINGLE = r"single_transformer_blocks\.(?P<layer>\d+)\."

@@ -1,7 +1,7 @@
 """The networks and tokenizers of a checkpoint, loaded when first needed, each a jitted program."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -66,6 +66,17 @@ class Component:
         size = 0 if memory is None else memory.temp_size_in_bytes + memory.output_size_in_bytes
         return Program(lowered.out_info, size)
 
+    def read_again(
+        self, checkpoint: Checkpoint, name: str, paths: Collection[str], dtype: Any, places: Places | None
+    ) -> None:
+        """As `Checkpoint.read_again`, of the component that has this name there."""
+        variables = dict(nnx.to_flat_state(self.params))
+        self.params = nnx.State({})  # it would keep what is let go
+        try:
+            checkpoint.read_again(name, variables, paths, dtype, places)
+        finally:
+            self.params = nnx.from_flat_state(variables.items())
+
 
 class Networks:
     """A checkpoint's networks and tokenizers by name, each loaded once.
@@ -99,6 +110,11 @@ class Networks:
         if name not in self._loaded:
             self._loaded[name] = Component(self._checkpoint.load(name, self._dtype_of(name), self._places.get(name)))
         return self._loaded[name]
+
+    def read_again(self, name: str, paths: Collection[str]) -> None:
+        """Reads some parameters again where the network is loaded, as the checkpoint's LoRAs now are."""
+        if name in self._loaded:
+            self._loaded[name].read_again(self._checkpoint, name, paths, self._dtype_of(name), self._places.get(name))
 
     def release_text_encoders(self) -> bool:
         """Frees their weights, says so, and returns whether there were any. The next prompt reads them again."""

@@ -82,8 +82,9 @@ class Loaded:
         precision: of the products in the transformer's blocks, where they are quantised; else None.
         config: sizes of the transformer.
         family: what this kind of model does its own way.
-        fingerprint: of the transformer's stored weights.
-        folder_digest: of all that the folder holds.
+        checkpoint: the folder, with the LoRAs that are loaded.
+        fingerprint: of the transformer's stored weights, and of LoRAs.
+        folder_digest: of all that the folder holds, and of LoRAs.
         pipeline_class: diffusers' name of this kind of model.
         scheduler: scheduler_config.json.
         sizes: what calls are checked against.
@@ -113,11 +114,12 @@ class Loaded:
         shared = {name for name in checkpoint.classes if name.startswith("text_encoder") and shard_weights} | {"vae"}
         places = {} if self.own_mesh is None else dict.fromkeys(shared, self.own_mesh)
         self.networks = Networks(checkpoint, dtype, self.text_encoder_dtype, places)
+        self.checkpoint = checkpoint
         self.folder = checkpoint.folder
         self.pipeline_class: str = checkpoint.pipeline_class
         self.torch_rounding = torch_rounding
-        self.fingerprint: str = checkpoint.fingerprint
-        self.folder_digest: str = checkpoint.folder_digest
+        self.fingerprint: str = checkpoint.adapted_fingerprint
+        self.folder_digest: str = checkpoint.adapted_folder_digest
         self.config = checkpoint.config("transformer")
         checkpoint.check_scheduler()
         check_fit(checkpoint)

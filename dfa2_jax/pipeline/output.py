@@ -250,7 +250,8 @@ def metadata(pipeline: Loaded, options: Options, request: Request) -> dict[str, 
         "versions": {"dfa2_jax": __version__, "jax": jax.__version__},
     }
     code = {name: repr(values[name]) for name in CODE if values[name] is not None}
-    return given | resolved | code
+    loras = {"loras": [adapter.content() for adapter in pipeline.checkpoint.adapters]}
+    return given | resolved | code | (loras if loras["loras"] else {})
 
 
 def image_metadata(made: Mapping[str, Any], number: int) -> dict[str, Any]:

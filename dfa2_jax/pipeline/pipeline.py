@@ -15,10 +15,10 @@ from dfa2_jax.io.hub import find_model
 from dfa2_jax.io.names import check_names, names_of, suggests_names
 from dfa2_jax.nn.attention import Attend
 from dfa2_jax.options import Options, Prompt, described
+from dfa2_jax.pipeline.adapters import Adaptable
 from dfa2_jax.pipeline.ahead import compile_ahead, compile_decoder, counts_memory
 from dfa2_jax.pipeline.call import Call, prepare
 from dfa2_jax.pipeline.health import faults_of
-from dfa2_jax.pipeline.loaded import Loaded
 from dfa2_jax.pipeline.output import Output, density, metadata
 from dfa2_jax.pipeline.request import Request, resolve
 from dfa2_jax.pipeline.timing import Clock
@@ -32,7 +32,7 @@ Callback = Callable[["Pipeline", int, float, dict[str, np.ndarray]], dict[str, n
 FramesCallback = Callable[["Pipeline", int, int, np.ndarray], Any]
 
 
-class Pipeline(Loaded):
+class Pipeline(Adaptable):
     """Text to image or video with a model of one of the known families.
 
     Attributes: those of `Loaded`.
@@ -91,11 +91,12 @@ class Pipeline(Loaded):
         parts = ", ".join(name for name in self.networks.configs if name != "scheduler")
         layers, (height, width) = len(self.config.calls(1, 1)), self.sizes.image
         what = "images" if self.sizes.num_frames is None else f"videos of {self.sizes.num_frames} frames"
+        loras = "".join(f"\n  LoRA {name}: scale {lora['scale']:g}" for name, lora in self.loras.items())
         return (
             f"Pipeline({self.pipeline_class}, {self.precision or self.dtype.name}, weights {self.fingerprint[:12]})\n"
             f"  transformer: {layers} attention layers of {self.config.num_attention_heads} heads, "
             f"head_dim {self.config.attention_head_dim}\n"
-            f"  components: {parts}; {what} of {height} x {width} px, sides by {self.sizes.multiple}"
+            f"  components: {parts}; {what} of {height} x {width} px, sides by {self.sizes.multiple}{loras}"
         )
 
     @suggests_names

@@ -267,7 +267,7 @@ class Plan:
 
     @suggests_names
     def for_weights(self, pipeline: Any) -> "Plan":
-        """For other weights of the same model, a fine-tune: whether its heads behave alike is the caller's to know.
+        """For other weights of the same model, a fine-tune or LoRA: the caller knows whether its heads behave alike.
 
         Args:
             pipeline: a `Pipeline`, or the fingerprint of its weights.
@@ -355,7 +355,7 @@ class Plan:
 
 ADVICE = {
     "pipeline_class": "a plan serves one kind of model.",
-    "weights": "plan.for_weights(pipeline) if these are a fine-tune of the same model, else calibrate anew.",
+    "weights": "plan.for_weights(pipeline) if these are a fine-tune or a LoRA of the same model, else calibrate anew.",
     "scheduler": "leave it to the plan, or calibrate with this scheduler, by delta= where its steps are not Euler's.",
     "sigmas": "leave num_inference_steps and sigmas to the plan, pass the scheduler's config it had, or calibrate.",
     "height": "leave it to the plan, or calibrate at this size.",

@@ -1,7 +1,7 @@
 """Opened checkpoints: what a diffusers folder and a converted one have in common, and loading either into a model."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from dfa2_jax.io.digest import digest_of
 from dfa2_jax.io.errors import CheckpointError, blame, check_fields
 from dfa2_jax.weights.dtypes import FLOAT_DTYPES, Precision, as_precision
 from dfa2_jax.weights.leaf import Leaf, load_leaf
+from dfa2_jax.weights.lora import Adapter, adapted, adapted_digest
 from dfa2_jax.weights.quantized import Place, Stacked, quantized_leaves
 from dfa2_jax.weights.room import Places, check_room
 from dfa2_jax.weights.spec import REQUIRED, ComponentSpec, ParameterPath, PipelineSpec, class_names
@@ -45,7 +46,10 @@ class Checkpoint(ABC):
     Attributes:
         classes: of each component that the folder has, the scheduler among them.
         configs: each component's config.json, parsed.
+        adapters: LoRAs that components are loaded with.
     """
+
+    adapters: tuple[Adapter, ...] = ()
 
     def __init__(self, folder: Path, spec: PipelineSpec, classes: Mapping[str, str], configs: Mapping[str, Any]):
         self.folder = folder
@@ -74,6 +78,16 @@ class Checkpoint(ABC):
         stats = {path: path.stat() for part in parts for path in part.rglob("*") if path.is_file()}
         names = {str(path.relative_to(self.folder)): stat for path, stat in stats.items()}
         return digest_of({name: [stat.st_size, stat.st_mtime_ns] for name, stat in names.items()})
+
+    @property
+    def adapted_fingerprint(self) -> str:
+        """The fingerprint of weights and LoRAs."""
+        return adapted_digest(self.fingerprint, self.adapters)
+
+    @property
+    def adapted_folder_digest(self) -> str:
+        """The digest of the folder and of LoRAs."""
+        return adapted_digest(self.folder_digest, self.adapters)
 
     @abstractmethod
     def stored_dtype(self, component: str) -> np.dtype:
@@ -137,21 +151,24 @@ class Checkpoint(ABC):
             dtype: of what is not quantised.
             precision: to quantise blocks to that are not yet.
         """
-        model, leaves = self.abstract(component, dtype), self.leaves(component)
-        if precision is not None and (component != "transformer" or self.precision is None):
-            leaves = quantized_leaves(leaves, self.quantize(component, model, precision), model)
+        model, leaves, _ = self._made(component, dtype, precision)
         return model, leaves
 
-    def load(self, component: str, dtype: Any = None, places: Places | None = None) -> nnx.Module:
-        """The component's model with its weights on the default device.
+    def _made(
+        self, component: str, dtype: DTypeLike, precision: Precision | None
+    ) -> tuple[nnx.Module, dict[ParameterPath, Leaf], dict[ParameterPath, tuple[ParameterPath, ...]]]:
+        """As `model_and_leaves`, and by the path of each quantised array what it is made of."""
+        model, leaves = self.abstract(component, dtype), self.leaves(component)
+        if precision is None or (component == "transformer" and self.precision is not None):
+            return model, adapted(leaves, self.adapters, component, dtype), {}
+        leaves, made = adapted(leaves, self.adapters, component, None), self.quantize(component, model, precision)
+        return model, quantized_leaves(leaves, made, model), made
 
-        Args:
-            dtype: as in `compute_dtype`, or one of `PRECISIONS`.
-            places: where weights lie; each is put there before the next is read.
+    def types_of(self, component: str, dtype: Any) -> tuple[np.dtype, Precision | None]:
+        """What a component is loaded in that is asked for in `dtype`, and what its blocks are quantised to.
 
         Raises:
-            CheckpointError: weights are missing, unknown or misshapen, or not finite, or of another precision.
-            MemoryError: they do not fit; none was read then.
+            CheckpointError: it is stored in another precision.
         """
         self.check_component(component)
         spec, stored, platform = self.spec.components[component], self.stored_dtype(component), jax.default_backend()
@@ -165,7 +182,20 @@ class Checkpoint(ABC):
                 )
             if (precision or self.precision) and platform != "cpu" and stored == jnp.float32:
                 dtype = jnp.bfloat16  # the kernel gives no float32
-        model, leaves = self.model_and_leaves(component, compute_dtype(spec, stored, dtype, platform), precision)
+        return compute_dtype(spec, stored, dtype, platform), precision
+
+    def load(self, component: str, dtype: Any = None, places: Places | None = None) -> nnx.Module:
+        """The component's model with its weights on the default device.
+
+        Args:
+            dtype: as in `compute_dtype`, or one of `PRECISIONS`.
+            places: where weights lie; each is put there before the next is read.
+
+        Raises:
+            CheckpointError: weights are missing, unknown or misshapen, or not finite, or of another precision.
+            MemoryError: they do not fit; none was read then.
+        """
+        model, leaves = self.model_and_leaves(component, *self.types_of(component, dtype))
         check_room(component, model, places)
         graph, state = nnx.split(model)
         filled = []
@@ -173,14 +203,52 @@ class Checkpoint(ABC):
             if isinstance(variable, Place):
                 numbers = jnp.arange(variable.shape[0], dtype=variable.dtype)
                 filled.append((path, variable.replace(places.put_weight(numbers) if places else numbers)))
-                continue
-            # Only trainable parameters live on the device: SD3's position table (452 MB) is cropped on the host.
-            on_device = isinstance(variable, nnx.Param)
-            array = load_leaf(leaves[path], variable.dtype, on_device=on_device)
-            if isinstance(variable, Stacked) and path[-1] == "scale" and not (array > 0).all():
-                raise CheckpointError(f"{leaves[path].blocks[0].source} holds scales that are not positive.")
-            filled.append((path, variable.replace(places.put_weight(array) if places and on_device else array)))
+            else:
+                filled.append((path, read_variable(path, variable, leaves, places)))
         return nnx.merge(graph, nnx.from_flat_state(filled))
+
+    def read_again(
+        self,
+        component: str,
+        variables: dict[ParameterPath, nnx.Variable],
+        names: Collection[str],
+        dtype: Any = None,
+        places: Places | None = None,
+    ) -> None:
+        """Reads some of a loaded component's parameters again, as the checkpoint's LoRAs now are.
+
+        Args:
+            variables: all of the component's. Each is let go before its new array is read, so that both need not fit.
+            names: of the plain model's parameters, dotted; what is quantised is read where it is made of one of them.
+            dtype, places: as in `load`.
+
+        Raises:
+            CheckpointError: as `load`. Variables are then partly as they were.
+        """
+        _, leaves, made = self._made(component, *self.types_of(component, dtype))
+        for path in [path for path in variables if path in leaves]:
+            if {".".join(map(str, source)) for source in made.get(path, (path,))} & {*names}:
+                old = variables[path]
+                shape = jax.ShapeDtypeStruct(old.shape, old.dtype)
+                variables[path] = old.replace(shape)
+                del old
+                variables[path] = read_variable(path, variables[path], leaves, places)
+
+
+def read_variable(
+    path: ParameterPath, variable: nnx.Variable, leaves: Mapping[ParameterPath, Leaf], places: Places | None
+) -> nnx.Variable:
+    """The variable with its array, on the device.
+
+    Raises:
+        CheckpointError: values are not finite, or scales not positive.
+    """
+    # Only trainable parameters live on the device: SD3's position table (452 MB) is cropped on the host.
+    on_device = isinstance(variable, nnx.Param)
+    array = load_leaf(leaves[path], variable.dtype, on_device=on_device)
+    if isinstance(variable, Stacked) and path[-1] == "scale" and not (array > 0).all():
+        raise CheckpointError(f"{leaves[path].blocks[0].source} holds scales that are not positive.")
+    return variable.replace(places.put_weight(array) if places and on_device else array)
 
 
 def check_pipeline(

@@ -9,14 +9,39 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
 from dfa2_jax.io.errors import raise_faults
 from dfa2_jax.weights.leaf import Block, Leaf
-from dfa2_jax.weights.safetensors import DTYPES, Tensor
+from dfa2_jax.weights.safetensors import DTYPES
 
 Turn = Callable[[np.ndarray], np.ndarray]
+
+
+@runtime_checkable
+class Source(Protocol):
+    """What fills parameters: a tensor of a file (`safetensors.Tensor`), or what is made of some (`lora.LowRank`).
+
+    dtype: one of safetensors' names.
+    source: names file and key.
+    """
+
+    @property
+    def key(self) -> str: ...
+
+    @property
+    def dtype(self) -> str: ...
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def source(self) -> str: ...
+
+    def array(self) -> np.ndarray: ...
+
 
 Place = Callable[[str, int], tuple[str, int] | None]
 """`(path, block)` to the parameter's path and the block's place in its leading axis; None: the block is left out.
@@ -88,11 +113,11 @@ class Piece:
 
     path: str
     place: int | None
-    tensor: Tensor
+    tensor: Source
     rule: Rule
 
 
-def pieces_of(key: str, tensor: Tensor, rules: Sequence[Rule], place: Place) -> list[Piece] | None:
+def pieces_of(key: str, tensor: Source, rules: Sequence[Rule], place: Place) -> list[Piece] | None:
     """Where a key's tensor goes; None if no rule knows the key."""
     pieces, known = [], False
     for rule in rules:
@@ -108,7 +133,7 @@ def pieces_of(key: str, tensor: Tensor, rules: Sequence[Rule], place: Place) -> 
 
 
 def map_weights(
-    tensors: Mapping[str, Tensor],
+    tensors: Mapping[str, Source],
     rules: Sequence[Rule],
     shapes: Mapping[str, tuple[int, ...]],
     headline: str,

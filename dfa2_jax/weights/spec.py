@@ -25,6 +25,7 @@ class ComponentSpec:
     config: its config.json, parsed, as the model's own type.
     build: `build(config, dtype=..., rngs=...)`.
     rules: from the keys of its torch state dict to our parameters.
+    lora_rules: of names that only LoRAs have.
     place: where a block's parameters lie: `place(config)(path, block)` is the path and the place in its leading axis.
         A block without a place is not read.
     library: whose rules say which weight files of its folder are read.
@@ -36,6 +37,7 @@ class ComponentSpec:
     config: Callable[[Mapping[str, Any]], Any]
     build: Callable[..., nnx.Module]
     rules: Sequence[Rule]
+    lora_rules: Sequence[Rule] = ()
     place: Callable[[Any], Place] = lambda config: same_place
     library: Library = "diffusers"
     float16_becomes: str | None = None

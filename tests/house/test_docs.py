@@ -155,6 +155,11 @@ LEFT_OUT = {
         "docs/pictures.md",
         "pipeline = Pipeline",
     ): "no tiny folder is of this kind; tests/pipeline/test_fill.py makes one",
+    (
+        "docs/lora.md",
+        "from dfa2_jax",
+    ): "needs a published LoRA; tests/pipeline/test_lora.py loads and unloads files in every spelling",
+    ("docs/lora.md", "dfa2 sample"): "needs a published LoRA; tests/pipeline/test_lora.py runs both commands",
     ("docs/paper.md", "python -m benchmarks.ablations"): "takes an hour on two CPU cores",
     ("docs/toy-model.md", "dfa2 demo --prompt"): "samples for a minute; tests/commands/test_demo.py runs it",
     ("docs/toy-model.md", "dfa2 demo --video"): "samples for a minute; tests/commands/test_demo.py runs it",

@@ -24,7 +24,7 @@ from dfa2_jax.families.base import (
 )
 from dfa2_jax.families.flux.config import FluxConfig
 from dfa2_jax.families.flux.positions import rope_table
-from dfa2_jax.families.flux.rules import RULES
+from dfa2_jax.families.flux.rules import ORIGINAL, RULES, XLABS
 from dfa2_jax.families.flux.transformer import FluxConditions, FluxTransformer
 from dfa2_jax.nn.quantize import quantize
 from dfa2_jax.options import Options
@@ -69,6 +69,7 @@ TRANSFORMER = ComponentSpec(
     config=text_to_image,
     build=FluxTransformer,
     rules=RULES,
+    lora_rules=[*ORIGINAL, *XLABS],
     quantize=quantize,
 )
 

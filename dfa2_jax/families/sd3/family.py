@@ -22,7 +22,7 @@ from dfa2_jax.families.base import (
 )
 from dfa2_jax.families.sd3.config import SD3Config
 from dfa2_jax.families.sd3.positions import crop_positions
-from dfa2_jax.families.sd3.rules import RULES
+from dfa2_jax.families.sd3.rules import ORIGINAL, RULES
 from dfa2_jax.families.sd3.transformer import PositionTable, SD3Conditions, SD3Transformer
 from dfa2_jax.nn.quantize import quantize
 from dfa2_jax.options import Options
@@ -38,6 +38,7 @@ TRANSFORMER = ComponentSpec(
     config=SD3Config.from_json,
     build=SD3Transformer,
     rules=RULES,
+    lora_rules=ORIGINAL,
     place=lambda config: config.place,
     quantize=quantize,
 )
