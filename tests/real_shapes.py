@@ -1,6 +1,6 @@
 """The published models at their true shapes, as abstract arrays: no weights exist."""
 
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from typing import Any, NamedTuple
 
 import jax
@@ -174,8 +174,9 @@ def compile_planned(name: str, pixels: int, devices: int, gpu: str = "h200") -> 
 
 
 def abstract(cls: Any, *leaves: Any) -> Any:
-    """A carrier of shapes: made as JAX makes it, without the check of arrays."""
-    made = object.__new__(cls)
-    for one, leaf in zip(fields(cls), leaves, strict=True):
+    """A carrier of shapes: made as JAX makes it, without the check of arrays. Fields that are left out have defaults."""
+    made, absent = object.__new__(cls), [one.default for one in fields(cls)[len(leaves) :]]
+    assert MISSING not in absent
+    for one, leaf in zip(fields(cls), (*leaves, *absent), strict=True):
         object.__setattr__(made, one.name, leaf)
     return made

@@ -114,10 +114,7 @@ def calibrate(
     if options.delta is None:
         return _of_steps(pipeline, prompts, options, {name: given[name] for name in CALL})
     _check_paper(options)
-    calibration = CalibrationRun.begin(pipeline, prompts, options, {name: given[name] for name in CALL})
-    checkpointed = Checkpointed.read(resume, calibration.digest, calibration.empty)
-    calibration.search(checkpointed)
-    return calibration.finished(checkpointed)
+    return CalibrationRun.begin(pipeline, prompts, options, {name: given[name] for name in CALL}).run()
 
 
 def _check_paper(options: CalibrationOptions) -> None:
@@ -264,6 +261,12 @@ class CalibrationRun:
         empty = Plan(setting=call.setting, methods=(FULL_METHOD, *candidates), choices=np.zeros(shape, np.uint8))
         warn_idle(candidates, call.setting, tiles)
         return cls(pipeline, prompts, options, call, candidates, tiles, empty)
+
+    def run(self) -> Plan:
+        """The plan, by what an earlier run found and the steps that it did not reach."""
+        checkpointed = Checkpointed.read(self.options.resume, self.digest, self.empty)
+        self.search(checkpointed)
+        return self.finished(checkpointed)
 
     @property
     def facts(self) -> dict[str, Any]:
