@@ -109,7 +109,7 @@ def pieces_in(checkpoint: Checkpoint, component: str, module: str, change: LowRa
     spec = checkpoint.spec.components.get(component)
     if spec is None:
         return None
-    place = spec.place(checkpoint.config(component))
+    place = spec.place(checkpoint.config(component))  # a name of one word is the same with dots and underscores
     for rules in spellings(spec, is_underscored="." not in module):
         separator = "." if "." in module else "_"
         try:
@@ -131,7 +131,7 @@ def spellings(spec: ComponentSpec, *, is_underscored: bool) -> Iterator[Sequence
 
 
 def shapes_of(checkpoint: Checkpoint, component: str) -> dict[str, tuple[int, ...]]:
-    """Of the component's parameters by dotted path, none of them quantised."""
+    """Shapes of the component's parameters by dotted path."""
     state = nnx.to_flat_state(nnx.state(checkpoint.abstract(component, "float32")))
     return {".".join(map(str, path)): tuple(variable.shape) for path, variable in state}
 

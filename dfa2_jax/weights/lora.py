@@ -234,12 +234,12 @@ def adapted(
 def _read(block: Block, changes: Sequence[tuple[float, Piece]], dtype: np.dtype) -> np.ndarray:
     rows = block.read()
     total = rows.astype(np.float32)
-    for scale, piece in changes:
-        if piece.place is None:
-            total += scale * piece.rule.turn(piece.tensor.array())[block.start : block.start + len(rows)]
-        elif 0 <= piece.place - block.start < len(rows):
-            total[piece.place - block.start] += scale * piece.rule.turn(piece.tensor.array())
-    with np.errstate(over="ignore"):  # whoever loads the parameter looks for infinity
+    with np.errstate(over="ignore", invalid="ignore"):  # whoever loads the parameter looks for infinity and NaN
+        for scale, piece in changes:
+            if piece.place is None:
+                total += scale * piece.rule.turn(piece.tensor.array())[block.start : block.start + len(rows)]
+            elif 0 <= piece.place - block.start < len(rows):
+                total[piece.place - block.start] += scale * piece.rule.turn(piece.tensor.array())
         return total.astype(dtype, copy=False)
 
 

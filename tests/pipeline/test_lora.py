@@ -157,7 +157,7 @@ def test_two_are_the_base_and_their_sum(tiny_flux_dev, tmp_path):
 def test_a_scale_of_zero_is_the_base(tiny_flux_dev, file):
     pipeline = Pipeline.from_pretrained(tiny_flux_dev)
     before, fingerprint = bits(pipeline), pipeline.fingerprint
-    pipeline.load_lora(file(FLUX), 0)
+    pipeline.load_lora(file(FLUX), 0.0)
     assert equal(bits(pipeline), before) and pipeline.fingerprint == fingerprint
 
 
@@ -196,6 +196,7 @@ def test_weights_stay_of_their_type_and_place(tiny_flux_dev, file):
     pipeline.load_lora(file(FLUX))
     assert [(x.shape, x.dtype, x.sharding) for x in jax.tree.leaves(pipeline.transformer.params)] == before
     assert {x.dtype for x in jax.tree.leaves(pipeline.transformer.params)} == {jnp.dtype("bfloat16")}
+    assert all(len(x.sharding.device_set) == 2 for x in jax.tree.leaves(pipeline.transformer.params))
     alone = Pipeline.from_pretrained(tiny_flux_dev, dtype="bfloat16")
     alone.load_lora(file(FLUX))
     assert equal(bits(pipeline), bits(alone))
