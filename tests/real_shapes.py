@@ -174,7 +174,7 @@ def compile_planned(name: str, pixels: int, devices: int, gpu: str = "h200") -> 
 
 
 def abstract(cls: Any, *leaves: Any) -> Any:
-    """A carrier of shapes: made as JAX makes it, without the check of arrays. Fields that are left out have defaults."""
+    """A carrier of shapes: made as JAX makes it, without the check of arrays. Fields left out have their defaults."""
     made, absent = object.__new__(cls), [one.default for one in fields(cls)[len(leaves) :]]
     assert MISSING not in absent
     for one, leaf in zip(fields(cls), (*leaves, *absent), strict=True):

@@ -18,6 +18,8 @@ from dfa2_jax.weights.spec import ComponentSpec, PipelineSpec
 
 OWN = {
     "FluxPipeline": "FLUX.1",
+    "FluxFillPipeline": "FLUX.1",
+    "FluxKontextPipeline": "FLUX.1",
     "StableDiffusion3Pipeline": "Stable Diffusion 3",
     "CogVideoXPipeline": "CogVideoX",
     "HunyuanVideoPipeline": "HunyuanVideo",
