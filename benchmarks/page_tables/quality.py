@@ -167,6 +167,18 @@ def pictures(data: Any) -> Iterator[list[str]]:
         yield [f"{one['strength']:g}", str(one["steps"]), str(len(one["nodes"])), _psnr([plan]), likeness]
 
 
+@table(
+    "image-tiles",
+    "image_tiles.json",
+    "image, px | tiles, px | PSNR to the whole, dB: mean, worst | SSIM: mean, worst | largest difference of 1",
+    "python -m benchmarks.image_tiles",
+)
+def image_tiles(data: Any) -> Iterator[list[str]]:
+    for one in data["rows"]:
+        likeness = f"{one['ssim']:.3f}, {one['worst_ssim']:.2f}"
+        yield [str(one["image"]), str(one["tiles"]), _psnr([one]), likeness, f"{one['most']:.2f}"]
+
+
 LIMIT = "forwards | speedup | plan to the limit | plan to the dense run | Euler's steps | DPM++ 2M"
 
 
