@@ -124,7 +124,8 @@ def _picture(name: str, given: Any, size: tuple[int, int], mode: str) -> Float[n
     if isinstance(given, str | PathLike):
         given = read_picture(name, Path(given))
     if isinstance(given, Image.Image):
-        resized = given.convert(mode).resize((size[1], size[0]), Image.Resampling.LANCZOS)
+        given = given if given.mode in ("RGB", "L") else given.convert(mode)  # a palette has no colours between two
+        resized = given.resize((size[1], size[0]), Image.Resampling.LANCZOS).convert(mode)
         return (np.asarray(resized, np.float32) / 255).reshape(1, *size, len(mode) if mode != "L" else 1)
     is_tensor = hasattr(given, "detach")  # torch's have channels first
     array = host_array(name, given)

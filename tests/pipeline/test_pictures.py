@@ -196,6 +196,18 @@ def test_arrays_tensors_and_files_are_the_picture(pipelines, tmp_path):
     assert masks[0].shape == (1, 64, 96) and all((x == masks[0]).all() for x in masks)
 
 
+@pytest.mark.torch
+def test_a_coloured_mask_is_read_as_diffusers_does(pipelines):
+    from diffusers.image_processor import VaeImageProcessor
+
+    options = {"do_normalize": False, "do_binarize": True, "do_convert_grayscale": True}
+    want = VaeImageProcessor(vae_scale_factor=16, **options).preprocess(picture(5), height=64, width=96)
+    call = {"prompt": "", "image": picture(0), "mask_image": picture(5), "output_type": "latent"} | CALL
+    mask = pipelines("tiny_sd35").request(Options(**call)).source.mask
+    assert 0.1 < mask.mean() < 0.9
+    np.testing.assert_array_equal(mask, want[:, 0].numpy())
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
