@@ -144,7 +144,7 @@ def batches_of(
         own: dict[str, Any] = {name: [shot.texts[name] for shot in filled] for name in kept[0].texts}
         own["seed"] = [shot.seed for shot in filled]
         asked = Options(**options | own)
-        made = metadata(pipeline, asked, pipeline.request(asked)) | plan_file
+        made = metadata(pipeline, pipeline.guided(asked), pipeline.request(asked)) | plan_file
         yield Batch(asked, [image_metadata(made, number) for number in range(len(kept))])
 
 

@@ -210,9 +210,12 @@ class Pipeline(Adaptable):
             ValueError: as in a call.
         """
         request = self.request(options)
+        return prepare(self, self.guided(options), request)
+
+    def guided(self, options: Options) -> Options:
+        """These options with the guidance that their plan decides: metadata say it, too."""
         planned = self._planned(options)
-        said = {name: getattr(planned, name) for name in ("use_dynamic_cfg", "true_cfg_scale")}
-        return prepare(self, replace(options, **said), request)
+        return replace(options, use_dynamic_cfg=planned.use_dynamic_cfg, true_cfg_scale=planned.true_cfg_scale)
 
     def request(self, options: Options) -> Request:
         """A call with these options, checked and with every default filled in.

@@ -63,7 +63,7 @@ class Request:
 
     cfg_scale: the guidance of a doubled batch; None: one forward per image.
     source: the picture that sampling starts from; None: noise.
-    strength: of what becomes of the picture. first: the step of the schedule that it starts at.
+    strength: share of the noise that the picture starts with. first: the step of the schedule that it starts at.
     """
 
     positive: Prompts

@@ -109,6 +109,18 @@ def test_plans_of_true_cfg_decide_its_scale(name, budget, pipelines, tmp_path, c
             calibrate(pipeline, PROMPTS, **call, **half, **budget)
 
 
+def test_the_command_knows_its_videos_by_the_guidance_that_a_plan_decides(ours, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(Pipeline, "from_pretrained", lambda folder, **options: ours)
+    call = CALL | {"num_inference_steps": 3, "progress": False, "negative_prompt": "blurry", "true_cfg_scale": 3.0}
+    calibrate(ours, PROMPTS, **call, delta=0.5, windows=(2,), tiles=(8, 8)).save(tmp_path / "plan.json")
+    words = ["sample", "folder", "--prompt", "a", "--plan", str(tmp_path / "plan.json"), "--negative-prompt", "blurry"]
+    for said in ("", "it is made already"):
+        assert cli.main([*words, "--quiet", "--out", str(tmp_path / "out")]) == 0
+        assert said in capsys.readouterr().err
+    (path,) = (tmp_path / "out").iterdir()
+    assert read_metadata(path)["true_cfg_scale"] == 3
+
+
 @pytest.mark.parametrize("precision", ["int8", "int8_weights"])
 def test_blocks_of_8_bits_make_nearly_the_same(precision, ours, tiny_hunyuanvideo):
     want = ours(PROMPTS, **CALL, **LATENT).frames

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from pipeline_cases import PROMPTS, error, load_theirs, planned_error, random_plan, run_theirs
 
-from dfa2_jax import Pipeline, Plan, calibrate, cli
+from dfa2_jax import Pipeline, Plan, PlanError, calibrate, cli
 from dfa2_jax.io.images import read_metadata
 from dfa2_jax.options import Options
 from dfa2_jax.plan.suffix import from_step
@@ -152,6 +152,8 @@ def test_a_step_plan_is_cut_at_a_node_or_between_two(first, pipelines):
     coefficients[0, 1] = 0
     plan = replace(Plan.full(setting, (0, 2, 5, 9, 11)), coefficients=coefficients)
     assert from_step(plan, 0) is plan
+    with pytest.raises(PlanError, match="the plan is of 12 steps, and the picture starts after 12"):
+        from_step(plan, 12)
     suffix, sigmas = from_step(plan, first), np.float32(setting.sigmas)
     assert suffix.nodes == (0, 9 - first, 11 - first) and suffix.setting.sigmas == setting.sigmas[first:]
     np.testing.assert_allclose(suffix.coefficients[0], [sigmas[9] - sigmas[first], 0], rtol=1e-6)
